@@ -1,11 +1,12 @@
 """Stage 2: trains the autoencoder on the drawn pictures, patterns and all."""
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import from_pictures, save_sheet, stage_parser, to_pictures, train
+from common import from_pictures, launch, save_sheet, stage_parser, to_pictures, train
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,8 +22,12 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
 def main() -> None:
     parser = stage_parser(__doc__, minutes=30)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
-    parser.add_argument("--batch", type=int, default=8)
-    args = parser.parse_args()
+    parser.add_argument("--batch", type=int, default=8, help="pictures a step, all processes together")
+    launch(work, parser.parse_args())
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """Trains in process `rank`."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = OmegaConf.load(args.config).model.params.first_stage_config
@@ -34,7 +39,8 @@ def main() -> None:
 
     def loss_of(step: int) -> torch.Tensor:
         rng = np.random.default_rng(step)                  # a resumed run goes on as if it had never stopped
-        x = from_pictures(pool[np.sort(rng.integers(len(pool), size=args.batch))]).to(args.device)
+        mine = rng.integers(len(pool), size=args.batch)[rank::args.workers]               # this process's share
+        x = from_pictures(pool[np.sort(mine)]).to(args.device)
         reconstructions, posterior = forward(x)
         return model.loss(x, reconstructions, posterior)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from muon import optimizers_for
 from PIL import Image
 from torch import Tensor, nn
 
@@ -63,13 +64,14 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], Tensor], args: 
         sheet: draws a sample sheet of the averaged module into a file and returns a line for the log.
     """
     path = args.state / f"{name}.pt"
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak_lr, betas=betas, weight_decay=weight_decay)
+    optimizers = optimizers_for(module, peak_lr, betas, weight_decay)
     averaged, step, spent = Averaged(module, decay), 0, 0.0
     if path.exists():
         saved = load_file(path)
         module.load_state_dict(saved["module"])
         averaged.module.load_state_dict(saved["averaged"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, spent, averaged.steps = saved["step"], saved["spent"], saved["step"]
         print(f"{name}: resumed at step {step}, {spent / 60:.1f} of {args.minutes:g} minutes", flush=True)
     last_save = last_log = time.monotonic()
@@ -78,20 +80,22 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], Tensor], args: 
 
     def save() -> None:
         state = {"module": module.state_dict(), "averaged": averaged.module.state_dict(),
-                 "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "spent": spent}
         write_atomically(path, lambda part: torch.save(state, part))
 
     while spent < args.minutes * 60:
         start = time.monotonic()
         lr = learning_rate(peak_lr, step, spent / (args.minutes * 60))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(module)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         averaged.update(module)
         step, running, count = step + 1, running + loss.item(), count + 1
         now = time.monotonic()
