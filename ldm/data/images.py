@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.util import UserError
@@ -18,6 +21,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG20
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # White of the deep grey modes is the smallest entry no pixel exceeds: files of floats follow several customs.
 _WHITES: dict[str, tuple[float, ...]] = {"I": (65535,), "F": (1, 255, 65535)}
+_MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
+          "I": "32-bit grey", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
+CROPS = ("center", "pad")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,23 @@ class Skipped:
         return f"'{self.path.name}' {self.reason}"
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why a file gives no picture, worded as `Skipped.reason` is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded file.
+
+    Attributes:
+        image: upright 8-bit RGB; what is transparent shows the background.
+        alpha: upright 8-bit grey, 255 where opaque; None where nothing is transparent.
+        notes: what had to be done to it, for the inspection's table.
+    """
+
+    image: Image.Image
+    alpha: Image.Image | None
+    notes: tuple[str, ...] = ()
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[Skipped]]:
@@ -101,49 +122,82 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 def why_unusable(path: Path) -> str | None:
-    """Says why `open_image` would refuse a file, or None where it would not."""
+    """Says why `open_picture` would refuse a file, or None where it would not."""
     try:
-        _decode(path)
-    except _Unusable as problem:
+        decode(path)
+    except Unusable as problem:
         return str(problem)
     return None
 
 
-def open_image(path: Path) -> Image.Image:
-    """Reads a picture of any depth and kind as upright 8-bit RGB, what is transparent being white.
+def open_image(path: Path, background: str = "white") -> Image.Image:
+    """Reads a picture of any depth and kind as upright 8-bit RGB, what is transparent being `background`.
 
     Raises:
         UserError: the file is missing, empty, truncated, no picture, or of absurdly many pixels.
     """
+    return open_picture(path, background).image
+
+
+def open_picture(path: Path, background: str = "white") -> Picture:
+    """Reads a picture as `open_image` does, with what is known of its transparency.
+
+    Raises:
+        UserError: as `open_image` does.
+    """
     try:
-        return _decode(Path(path))
-    except _Unusable as problem:
+        return decode(Path(path), background)
+    except Unusable as problem:
         raise UserError(f"picture '{path}' {problem}; replace it or take it out.") from problem
 
 
-def _decode(path: Path) -> Image.Image:
-    """Decodes a whole file to upright RGB, or raises `_Unusable`."""
-    if not path.is_file():  # asked first: opening a pipe would wait for ever
-        raise _Unusable("is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist")
-    if path.stat().st_size == 0:
-        raise _Unusable("is empty")
+def decode(source: Path | bytes, background: str = "white") -> Picture:
+    """Decodes a whole file, or the bytes of one.
+
+    Raises:
+        Unusable: it gives no picture.
+    """
+    if isinstance(source, Path):
+        if not source.is_file():  # asked first: opening a pipe would wait for ever
+            raise Unusable("is a folder" if source.is_dir() else "is not a file" if source.exists() else "does not exist")
+        size = source.stat().st_size
+    else:
+        size = len(source)
+    if size == 0:
+        raise Unusable("is empty")
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=_formats()) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return _picture(image, background)
     except Image.DecompressionBombError as error:
-        raise _Unusable(f"claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        raise Unusable(f"claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
-        raise _Unusable(_why_unknown(path)) from error
+        raise Unusable(_why_unknown(source)) from error
     except Exception as error:  # Pillow's decoders raise many kinds for a bad file; each becomes one reason
-        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise _Unusable(f"is truncated or cannot be read ({cause})") from error
+        cause = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        raise Unusable(f"is truncated or cannot be read ({cause[:100]})") from error
 
 
-def _why_unknown(path: Path) -> str:
+def _picture(image: Image.Image, background: str) -> Picture:
+    """Turns an opened file upright and flat, and notes what was done."""
+    turned = image.getexif().get(0x0112, 1) not in (0, 1)  # EXIF's orientation
+    notes = ["turned upright"] if turned else []
+    image = ImageOps.exif_transpose(image)
+    if image.mode not in ("RGB", "RGBA"):
+        notes.append(f"was {_MODES.get(image.mode, image.mode)}")
+    alpha = alpha_of(image)
+    if alpha is not None:
+        notes.append("transparent in part")
+    return Picture(to_rgb(image, background), alpha, tuple(notes))
+
+
+def _why_unknown(source: Path | bytes) -> str:
     """Says of a file Pillow does not know whether it is a phone's HEIC photo or no picture at all."""
-    with path.open("rb") as file:
-        start = file.read(12)
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(12)
+    else:
+        start = source[:12]
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         return "is a HEIC photo (install pillow_heif to read it, or save it as JPEG)"
     return "is not a readable picture"
@@ -161,23 +215,110 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Makes a picture of any mode 8-bit RGB; alpha is laid on white, so colours hidden under it stay hidden."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Makes a picture of any mode 8-bit RGB; alpha is laid on `background`, so colours hidden under it stay hidden."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0)                     # (H, W)
         white = next((white for white in _WHITES.get(image.mode, (65535,)) if values.max() <= white), values.max())
         image = Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))           # (H, W)
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Cuts the largest centred square out and resizes it to `size` pixels a side, smoothing as it shrinks."""
+def has_alpha(image: Image.Image) -> bool:
+    """Says whether a picture can be transparent anywhere."""
+    return image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info
+
+
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """Returns a picture's opacity as 8-bit grey, 255 where opaque; None where all of it is."""
+    if not has_alpha(image):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
+def check_colour(name: str) -> str:
+    """Returns a colour Pillow knows, by name ("white") or as #rrggbb.
+
+    Raises:
+        UserError: there is no such colour.
+    """
+    try:
+        ImageColor.getrgb(name)
+    except ValueError as error:
+        raise UserError(f"colour '{name}' is unknown; give a name such as white or grey, or #rrggbb.") from error
+    return name
+
+
+def square(image: Image.Image, size: int, crop: str = "center", fill: int | str = "white") -> Image.Image:
+    """Resizes a picture to `size` pixels a side without squashing it, smoothing as it shrinks.
+
+    Args:
+        crop: "center" cuts the largest centred square out; "pad" keeps all of it on a square of colour `fill`.
+    """
+    if crop == "pad":
+        scale = size / max(image.size)
+        inner = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        page = Image.new(image.mode, (size, size), fill)
+        page.paste(inner, ((size - inner.width) // 2, (size - inner.height) // 2))
+        return page
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures of any shape become squares of one size.
+
+    Attributes:
+        size: side in px.
+        crop: "center" cuts the largest centred square out, "pad" keeps everything and fills up with `background`.
+        background: colour behind what is transparent, and beside what is padded.
+        alpha_mask: leaves transparent pixels out of the loss.
+    """
+
+    size: int
+    crop: str = "center"
+    background: str = "white"
+    alpha_mask: bool = False
+
+    def frame(self, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a picture as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
+        image = square(picture.image, self.size, self.crop, self.background)
+        opacity = picture.alpha if self.alpha_mask else None
+        if opacity is None and self.crop == "center":
+            return np.asarray(image), np.full((self.size, self.size), 255, np.uint8)
+        if opacity is None:
+            opacity = Image.new("L", picture.image.size, 255)
+        return np.asarray(image), np.asarray(square(opacity, self.size, self.crop, 0))
+
+
+def load_framed(paths: Sequence[Path], framing: Framing, workers: int = 2) -> tuple[Tensor, Tensor | None]:
+    """Reads pictures as squares.
+
+    Returns:
+        Pictures (N, size, size, 3) uint8 and their loss masks (N, size, size) uint8, 255 where a pixel counts; None
+        in place of masks where every pixel of every picture does.
+
+    Raises:
+        UserError: a picture cannot be read, or nothing of it would count.
+    """
+    with ThreadPoolExecutor(workers) as pool:   # Pillow decodes outside the interpreter's lock
+        framed = list(pool.map(partial(_open_framed, framing=framing), paths))
+    images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*framed, strict=True))
+    return images, None if bool((masks == 255).all()) else masks
+
+
+def _open_framed(path: Path, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
+    image, mask = framing.frame(open_picture(path, framing.background))
+    if not mask.any():
+        raise UserError(f"picture '{path}' is transparent all over, so nothing of it would be learned; take it out, or "
+                        "set data.alpha_mask to false.")
+    return image, mask
 
 
 def to_tensor(image: Image.Image) -> Tensor:
