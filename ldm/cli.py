@@ -13,11 +13,20 @@ from ldm.util import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes --from-file for --from_file, gathers key=value overrides, and errs in a sentence."""
+    """An argument parser that takes --from-file for --from_file, gathers key=value overrides, and errs in a sentence.
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, allow_abbrev=False,
+    Args:
+        description: of the script, for --help.
+        configured: takes configuration files and overrides too.
+        prog: the command's name in --help, where it is not the script's.
+    """
+
+    def __init__(self, description: str | None, configured: bool = True, prog: str | None = None):
+        super().__init__(prog=prog, description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.configured = configured
+        if not configured:
+            return
         self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML",
                           help="configuration files, merged left to right; key=value overrides may follow")
         self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
@@ -27,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_command(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses a command line; `overrides` also holds what --base swallowed of them, and --a.b=c forms."""
+        if not self.configured:
+            return self.parse_args([_underscored(item) for item in arguments])
         dotted = [item for item in arguments if item.startswith("--") and "=" in item and "." in item.split("=")[0]]
         rest = [_underscored(item) for item in arguments if item not in dotted]
         options = self.parse_intermixed_args(rest)

@@ -31,7 +31,8 @@ def is_public(address: str) -> bool:
     """Says whether an IP address belongs to the public internet, seen through the ways IPv6 wraps an IPv4 one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
+        wrapped = ip.ipv4_mapped or ip.sixtofour or last
         if wrapped is not None:
             return is_public(str(wrapped))
         if ip.teredo is not None:

@@ -24,6 +24,7 @@ _WHITES: dict[str, tuple[float, ...]] = {"I": (65535,), "F": (1, 255, 65535)}
 _MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
           "I": "32-bit grey", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
 CROPS = ("center", "pad")
+WORKERS = 2     # decoding threads
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[Skipped]]:
     """Finds the usable pictures of a folder (in natural order), of a list file (in its order), or one file.
 
     What a file holds decides, not its suffix: each is decoded whole. A list file is UTF-8 text with one path
-    per line, relative to its own folder.
+    per line, seen from the list's folder, that folder's parent, or the current one.
 
     Raises:
         UserError: nothing is there, or nothing there is a usable picture.
@@ -76,19 +77,29 @@ def list_images(folder: Path) -> tuple[list[Path], list[Skipped]]:
         if problem is None:
             return [folder], []
         try:
-            candidates = [folder.parent / line for line in read_lines(folder, "list") if line]
+            candidates = [find_listed(line, folder) for line in read_lines(folder, "list") if line]
         except UserError as error:
             raise UserError(f"'{folder}' {problem}; give a folder of pictures or a list of them.") from error
     else:
         raise UserError(f"image folder '{folder}' does not exist; give a folder of pictures or a list of them.")
-    reasons = ["is hidden" if folder.is_dir() and path.name.startswith(".") else why_unusable(path)
-               for path in candidates]
+    hidden = [folder.is_dir() and path.name.startswith(".") for path in candidates]
+    with ThreadPoolExecutor(WORKERS) as pool:      # Pillow decodes outside the interpreter's lock
+        unusable = pool.map(lambda path, hide: None if hide else why_unusable(path), candidates, hidden)
+        reasons = ["is hidden" if hide else reason for hide, reason in zip(hidden, unusable, strict=True)]
     paths = [path for path, reason in zip(candidates, reasons, strict=True) if reason is None]
     skipped = [Skipped(path, reason) for path, reason in zip(candidates, reasons, strict=True) if reason]
     if not paths:
         raise UserError(f"'{folder}' holds no usable picture ({some_skipped(skipped) or 'it is empty'}); "
                         "put at least one JPEG, PNG or WebP there.")
     return paths, skipped
+
+
+def find_listed(line: str, listing: Path) -> Path:
+    """Returns the path a list's line means; where nothing is there, as seen from the list's folder."""
+    for base in (listing.parent, listing.absolute().parent.parent, Path()):
+        if (base / line).is_file():
+            return base / line
+    return listing.parent / line
 
 
 def some_skipped(skipped: list[Skipped]) -> str:
@@ -159,7 +170,8 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
     """
     if isinstance(source, Path):
         if not source.is_file():  # asked first: opening a pipe would wait for ever
-            raise Unusable("is a folder" if source.is_dir() else "is not a file" if source.exists() else "does not exist")
+            raise Unusable("is a folder" if source.is_dir() else
+                           "is not a file" if source.exists() else "does not exist")
         size = source.stat().st_size
     else:
         size = len(source)
@@ -297,7 +309,7 @@ class Framing:
         return np.asarray(image), np.asarray(square(opacity, self.size, self.crop, 0))
 
 
-def load_framed(paths: Sequence[Path], framing: Framing, workers: int = 2) -> tuple[Tensor, Tensor | None]:
+def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor | None]:
     """Reads pictures as squares.
 
     Returns:
@@ -307,7 +319,7 @@ def load_framed(paths: Sequence[Path], framing: Framing, workers: int = 2) -> tu
     Raises:
         UserError: a picture cannot be read, or nothing of it would count.
     """
-    with ThreadPoolExecutor(workers) as pool:   # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor(WORKERS) as pool:
         framed = list(pool.map(partial(_open_framed, framing=framing), paths))
     images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*framed, strict=True))
     return images, None if bool((masks == 255).all()) else masks

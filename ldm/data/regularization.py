@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.checkpoint import write_atomically
-from ldm.data.images import Skipped, list_images, read_lines, some_skipped, to_rgb, why_unusable
+from ldm.data.images import Skipped, find_listed, read_lines, some_skipped, to_rgb, why_unusable
+from ldm.data.layouts import CAPTIONS, IMAGES, captioned, read_captions
 from ldm.util import UserError
 
-IMAGES, CAPTIONS, URLS = "images.txt", "caption.txt", "urls.txt"
+URLS = "urls.txt"
 # Decided by the first sound, which the first letters nearly always tell.
 _TAKES_AN = re.compile(r"(?!uni|use|uku|eu|one\b)[aeiou]|hour|heir|honest", re.IGNORECASE)
 
@@ -38,7 +39,8 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
     """Reads the pictures and captions of a real_reg folder, of an images.txt, or of a folder of pictures.
 
     `caption` is one text for every picture, or the path of a text file with a caption per line of images.txt.
-    Without it a list takes its captions from the caption.txt beside it, a plain folder "a photo of a <noun>".
+    Without it a list takes its captions from the caption.txt beside it, a plain folder those beside its pictures
+    (a.txt, metadata.jsonl), else "a photo of a <noun>".
 
     Raises:
         UserError: something is missing, the lists do not match, or no picture is usable.
@@ -53,9 +55,12 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
     if lonely:
         raise UserError(f"the captions of '{lonely}' cannot be matched to pictures: '{path}' has no {IMAGES}; "
                         "write one, with one picture per line in the order of the captions.")
-    paths, skipped = list_images(path)
-    text = caption or class_caption(class_noun)
-    return _as_set(paths, [text] * len(paths), skipped, f"of '{path}', each captioned '{text}'")
+    found, text = captioned(path), caption or class_caption(class_noun)
+    captions = [text if caption else own or text for own in found.captions]
+    own = 0 if caption else sum(map(bool, found.captions))
+    kind = f"each captioned '{text}'" if not own else "each with its own caption" if own == len(captions) else \
+        f"{own} with their own captions, the others captioned '{text}'"
+    return _as_set(found.paths, captions, found.skipped, f"of '{path}', {kind}")
 
 
 def _caption_file(caption: str | None) -> Path | None:
@@ -75,7 +80,7 @@ def _read_listed(images: Path, caption: str | None, caption_file: Path) -> Regul
     if caption:
         captions, kind = [caption] * len(lines), f"each captioned '{caption}'"
     else:
-        captions, kind = _read_captions(caption_file, images, len(lines)), f"captioned by '{caption_file}'"
+        captions, kind = read_captions(caption_file, images, len(lines)), f"captioned by '{caption_file}'"
     listed = [_find(line, number, images) for number, line in enumerate(lines, 1)]
     rows = [(path, text, why_unusable(path)) for path, text in zip(listed, captions, strict=True)]
     skipped = [Skipped(path, reason) for path, _, reason in rows if reason]
@@ -85,24 +90,11 @@ def _read_listed(images: Path, caption: str | None, caption_file: Path) -> Regul
     return _as_set([path for path, _ in kept], [text for _, text in kept], skipped, f"listed in '{images}', {kind}")
 
 
-def _read_captions(path: Path, images: Path, count: int) -> list[str]:
-    """Reads `count` captions, one per line."""
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist; write one caption per line of '{images}', or give a caption.")
-    captions = read_lines(path, "caption file")
-    if len(captions) != count:
-        raise UserError(f"'{images}' has {count} lines but '{path}' has {len(captions)}; "
-                        "give every picture exactly one caption, on the same line.")
-    if "" in captions:
-        raise UserError(f"line {captions.index('') + 1} of '{path}' is empty; say there what the picture shows.")
-    return captions
-
-
 def _find(line: str, number: int, images: Path) -> Path:
     """Finds the picture of one line, seen from the list's folder, that folder's parent, or the current one."""
-    for base in (images.parent, images.absolute().parent.parent, Path()):
-        if line and (base / line).is_file():
-            return base / line
+    path = find_listed(line, images)
+    if line and path.is_file():
+        return path
     raise UserError(f"line {number} of '{images}' names '{line}', which is neither below the list's folder, its "
                     "parent, nor the current directory; correct the line or put the picture there.")
 
@@ -122,19 +114,37 @@ def write_regularization(folder: Path, class_noun: str,
     Raises:
         UserError: there is no picture to write, or the disk refuses.
     """
-    folder, name = Path(folder), re.sub(r"[^\w-]+", "_", class_noun).strip("_") or "class"
+    folder, name = Path(folder), folder_name(class_noun)
     taken = [int(path.stem) for path in (folder / name).glob("*.jpg") if path.stem.isdecimal()]
-    paths, lists = [], {IMAGES: [], CAPTIONS: [], URLS: []}
+    paths, rows = [], []
     for number, (image, caption, url) in enumerate(images, max(taken, default=-1) + 1):
-        save = partial(to_rgb(image).save, format="JPEG", quality=95, subsampling=0)
-        paths.append(write_atomically(folder / name / f"{number:05d}.jpg", save))
-        lists[IMAGES].append(f"{name}/{number:05d}.jpg")
-        lists[CAPTIONS].append(" ".join(caption.split()) or class_caption(class_noun))
-        lists[URLS].append(" ".join(url.split()))
+        paths.append(save_jpeg(to_rgb(image), folder / name / f"{number:05d}.jpg"))
+        rows.append((f"{name}/{number:05d}.jpg", caption.strip() or class_caption(class_noun), url))
     if not paths:
         raise UserError(f"there is no picture to write to '{folder}'; a regularisation set needs at least one.")
-    _write_together([(folder / file, "".join(f"{line}\n" for line in lines)) for file, lines in lists.items()])
+    write_lists(folder, rows)
     return paths
+
+
+def write_lists(folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Writes images.txt, caption.txt and urls.txt of (path below `folder`, caption, url) rows, all three or none.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    texts = ["".join(f"{' '.join(line.split())}\n" for line in column) for column in columns]
+    _write_together([(folder / name, text) for name, text in zip((IMAGES, CAPTIONS, URLS), texts, strict=True)])
+
+
+def folder_name(class_noun: str) -> str:
+    """Names the folder of a class's pictures: its noun with underscores."""
+    return re.sub(r"[^\w-]+", "_", class_noun).strip("_") or "class"
+
+
+def save_jpeg(image: Image.Image, path: Path) -> Path:
+    """Writes an RGB picture as a JPEG of high quality, atomically."""
+    return write_atomically(path, partial(image.save, format="JPEG", quality=95, subsampling=0))
 
 
 def _write_together(texts: list[tuple[Path, str]]) -> None:

@@ -1,0 +1,208 @@
+"""Inputs people already have: folders, lists, captions beside pictures, Custom Diffusion's JSON, trees of subjects."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm.data.images import Skipped, find_listed, list_images, read_lines, some_skipped, why_unusable
+from ldm.util import UserError
+
+IMAGES, CAPTIONS, METADATA = "images.txt", "caption.txt", "metadata.jsonl"
+CLASSES = "prompts_and_classes.txt"      # in DreamBooth's data set: "subject,class" lines among others
+SIDECARS = (".txt", ".caption")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Usable pictures in order, what is said about each (None where nothing is), what was passed over, the layout."""
+
+    paths: list[Path]
+    captions: list[str | None]
+    skipped: list[Skipped]
+    layout: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One concept of a list of concepts; empty where the list does not say."""
+
+    name: str
+    images: str
+    class_noun: str
+    words: tuple[str, ...] = ()
+    regularization: str = ""
+
+
+def captioned(path: Path) -> Captioned:
+    """Finds pictures and their captions.
+
+    Args:
+        path: a folder of pictures, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl; a folder
+            that holds images.txt; a list of pictures, whose captions are in caption.txt beside it if it is an
+            images.txt; or one picture. List paths may start at the list's folder, its parent, or the current one.
+
+    Raises:
+        UserError: nothing is there or usable, or captions do not match pictures.
+    """
+    path = Path(path)
+    if (path / IMAGES).is_file():
+        path = path / IMAGES
+    if path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():
+        return _listed(path)
+    paths, skipped = list_images(path)
+    if (path / METADATA).is_file():
+        said = _read_metadata(path / METADATA)
+        layout = f"folder with {METADATA}"
+    else:
+        said = {picture: text for picture in paths if (text := _beside(picture))} if path.is_dir() else {}
+        layout = f"folder with {len(said)} captions beside pictures" if said else \
+            "folder" if path.is_dir() else "list of pictures"
+    used = {path / METADATA, *(sidecar for picture in said for sidecar in _sidecars(picture))}
+    return Captioned(paths, [said.get(picture) for picture in paths],
+                     [item for item in skipped if item.path not in used], layout)
+
+
+def _sidecars(picture: Path) -> list[Path]:
+    """Lists where the text beside a picture may be: a.txt or a.jpg.txt for a.jpg, or .caption for .txt."""
+    return [place for suffix in SIDECARS
+            for place in (picture.with_suffix(suffix), picture.with_name(picture.name + suffix))]
+
+
+def _beside(picture: Path) -> str | None:
+    """Returns the text beside a picture; None where there is none."""
+    for place in _sidecars(picture):
+        if place.is_file():
+            return " ".join(" ".join(read_lines(place, "caption")).split()) or None
+    return None
+
+
+def _read_metadata(path: Path) -> dict[Path, str]:
+    """Reads {"file_name": ..., "text": ...} lines; "caption" is another name of "text"."""
+    said = {}
+    for number, line in enumerate(read_lines(path, "list of captions"), 1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+            picture, text = path.parent / entry["file_name"], entry.get("text", entry.get("caption"))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"line {number} of '{path}' is not as expected; write "
+                            '{"file_name": "a.jpg", "text": "what it shows"}.') from error
+        if not picture.is_file():
+            raise UserError(f"line {number} of '{path}' names '{entry['file_name']}', which is not there; correct it.")
+        if isinstance(text, str) and text.strip():
+            said[picture] = " ".join(text.split())
+    return said
+
+
+def _listed(path: Path) -> Captioned:
+    """Reads images.txt with the caption.txt beside it."""
+    lines = read_lines(path, "list")
+    rows = [(find_listed(line, path), text) for line, text in
+            zip(lines, read_captions(path.with_name(CAPTIONS), path, len(lines)), strict=True) if line]
+    reasons = [why_unusable(picture) for picture, _ in rows]
+    skipped = [Skipped(picture, reason) for (picture, _), reason in zip(rows, reasons, strict=True) if reason]
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    if not kept:
+        raise UserError(f"list '{path}' names no usable picture ({some_skipped(skipped) or 'it is empty'}); "
+                        "correct it.")
+    return Captioned([picture for picture, _ in kept], [text for _, text in kept], skipped,
+                     f"{IMAGES} with {CAPTIONS}")
+
+
+def read_captions(path: Path, images: Path, count: int) -> list[str]:
+    """Reads `count` captions, one per line.
+
+    Raises:
+        UserError: there are more or fewer, or one is empty.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist; write one caption per line of '{images}', or give a caption.")
+    captions = read_lines(path, "caption file")
+    if len(captions) != count:
+        raise UserError(f"'{images}' has {count} lines but '{path}' has {len(captions)}; "
+                        "give every picture exactly one caption, on the same line.")
+    if "" in captions:
+        raise UserError(f"line {captions.index('') + 1} of '{path}' is empty; say there what the picture shows.")
+    return captions
+
+
+def read_subjects(path: Path, chosen: Sequence[str] = ()) -> list[Subject]:
+    """Reads concepts from Custom Diffusion's concept_list.json, CustomConcept101's dataset.json, or a tree of folders.
+
+    A tree has one folder of pictures per subject; class nouns come from its prompts_and_classes.txt, as DreamBooth's
+    data set has one, else from the folders' names. All concepts of a concept_list.json are taken; of the other two,
+    which hold data sets, those that `chosen` names.
+
+    Raises:
+        UserError: the file is something else, or a chosen subject is not in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        subjects, all_of_them = _tree(path), False
+    else:
+        subjects, all_of_them = _json(path)
+    names = [subject.name for subject in subjects]
+    unknown = [name for name in chosen if name not in names]
+    if unknown or not (chosen or all_of_them or len(subjects) == 1):
+        problem = f"has no subject '{unknown[0]}'" if unknown else f"holds {len(subjects)} subjects"
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise UserError(f"'{path}' {problem}; choose with --subject among {some}.")
+    picked = [subjects[names.index(name)] for name in chosen] or subjects
+    words = [word for subject in picked for word in subject.words]
+    if len(set(words)) < len(words):     # a data set calls every subject <new1>; together they need their own words
+        picked = [replace(subject, words=()) for subject in picked]
+    return picked
+
+
+def _tree(path: Path) -> list[Subject]:
+    nouns = {}
+    if (path / CLASSES).is_file():
+        pairs = [line.split(",") for line in read_lines(path / CLASSES, "list of classes")]
+        nouns = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    if not folders:
+        raise UserError(f"'{path}' holds no folders of pictures, one per subject; give one folder with --datapath.")
+    return [Subject(folder.name, str(folder), nouns.get(folder.name) or _noun_of(folder.name)) for folder in folders]
+
+
+def _noun_of(name: str) -> str:
+    """Reads a class noun off a folder's name: "wooden_pot2" is a wooden pot."""
+    return re.sub(r"[_\W]*\d*$", "", name).replace("_", " ").strip() or name
+
+
+def _json(path: Path) -> tuple[list[Subject], bool]:
+    """Reads a JSON list of concepts; says too whether all of them are meant."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"list of concepts '{path}' cannot be read ({error.strerror}); check its path.") from error
+    except ValueError as error:
+        raise UserError(f"list of concepts '{path}' is no JSON ({error}); correct it.") from error
+    if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
+        entries = [entry for group in entries for entry in group]      # CustomConcept101's groups of two
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"'{path}' is no list of concepts; compare it with Custom Diffusion's concept_list.json.")
+    subjects = [_subject(entry, number, path) for number, entry in enumerate(entries, 1)]
+    return subjects, not any("prompt_filename" in entry for entry in entries)
+
+
+def _subject(entry: Any, number: int, path: Path) -> Subject:
+    keys = ("instance_data_dir", "class_prompt")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key].strip() for key in keys):
+        raise UserError(f"concept {number} of '{path}' lacks {' or '.join(keys)}; add them.")
+    images, classes = _place(entry["instance_data_dir"], path), entry.get("class_data_dir")
+    found = _place(classes, path) if isinstance(classes, str) and classes else None
+    words = re.findall(r"<[^<>\s]+>", str(entry.get("instance_prompt", "")))
+    return Subject(images.name, str(images), entry["class_prompt"].strip(), tuple(words),
+                   str(found) if found is not None and found.exists() else "")
+
+
+def _place(text: str, path: Path) -> Path:
+    """Returns the folder a JSON file means, seen from the current directory, the file's, or that one's parent."""
+    places = [base / text for base in (Path(), path.parent, path.absolute().parent.parent)]
+    return next((place for place in places if place.exists()), places[0])
