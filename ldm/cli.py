@@ -13,7 +13,7 @@ from ldm.util import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes --from-file for --from_file, gathers key=value overrides, and errs in a sentence."""
+    """An argument parser that takes --from-file for --from_file, gathers overrides and errs in a sentence."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, allow_abbrev=False,

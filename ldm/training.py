@@ -89,7 +89,8 @@ def check_config(config: DictConfig) -> None:
     if config.trainer.save_dtype not in ("fp16", "fp32"):
         raise UserError(f"trainer.save_dtype '{config.trainer.save_dtype}' is unknown; use fp16 or fp32.")
     if config.trainer.precision not in PRECISIONS:
-        raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; use one of {', '.join(PRECISIONS)}.")
+        raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; "
+                        f"use one of {', '.join(PRECISIONS)}.")
     if config.trainer.accelerator == "gpu":
         choose_device("cuda")
 
@@ -169,7 +170,7 @@ def load_regularization(config: DictConfig, size: int) -> CaptionedImages | None
     images, captions = [], []
     for concept in config.concepts:
         if concept.regularization is None:
-            print(f"{concept.name}: no regularisation pictures; the class may be forgotten (method.prior_weight unused)")
+            print(f"{concept.name}: no regularisation pictures, so the class may be forgotten")
             continue
         found = read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
         print(f"{concept.name}: {found.source}")
@@ -192,7 +193,8 @@ def start_folder(config: DictConfig) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); choose another --logdir.") from error
+        raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); "
+                        "choose another --logdir.") from error
     os.environ[RUN_VARIABLE] = str(folder)
     save_config(config, folder / "configs" / "project.yaml")
     command = " ".join(map(shlex.quote, sys.argv)) + "\n"

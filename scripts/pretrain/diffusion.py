@@ -60,8 +60,8 @@ def main() -> None:
     parser = stage_parser(__doc__, minutes=90)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step, all processes together")
-    parser.add_argument("--nouns", type=int, default=0, help="train on single objects of the world's first N nouns only; "
-                        "0 is everything. A short budget shows few things well or many badly")
+    parser.add_argument("--nouns", type=int, default=0, help="train on single objects of the world's first N nouns "
+                        "only, 0 is everything; a short budget shows few things well or many badly")
     launch(work, parser.parse_args())
 
 
