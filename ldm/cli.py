@@ -78,7 +78,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is intact.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt or "interrupted; what was saved before is intact.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

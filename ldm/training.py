@@ -134,12 +134,24 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
     save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype)
     preview = Preview(folder / "images", config.preview)
     trainer = make_trainer(config, folder, [save, preview, Progress()])
-    trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
-                weights_only=True)
+    try:
+        trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
+                    weights_only=True)
+    except SystemExit as exit:
+        if trainer.interrupted:      # Lightning takes Ctrl-C for itself and leaves without a word
+            raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; {way_on(folder)}") from exit
+        raise
     if trainer.is_global_zero and not save.path(config.method.steps).exists():
         raise UserError(f"the run in '{folder}' is at step {trainer.global_step} already; method.steps is "
                         f"{config.method.steps}.")
     return Run(folder, save.path(config.method.steps), next(reversed(preview.drawn.values()), None))
+
+
+def way_on(folder: Path) -> str:
+    """Says how an interrupted run goes on."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        return f"go on from the last checkpoint with: bash train.sh -r {folder}"
+    return f"'{folder}' holds no checkpoint yet (trainer.save_every)."
 
 
 def is_helper() -> bool:
