@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.print_config:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
-    from ldm.training import fine_tune  # torch and Lightning load only when there is work for them
+    from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder)
     print(f"concept file: {run.concept}")
     print(f"pictures:     {run.preview}" if run.preview else f"pictures:     {run.folder / 'images'}")
