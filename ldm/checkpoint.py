@@ -1,6 +1,7 @@
 """Read and write tensors safely: .ckpt or .safetensors told apart by content, mismatches reported in words."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -232,3 +233,13 @@ def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     return write_atomically(path, lambda part: save_file(contiguous, part, metadata=text or None))
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """Returns 16 hex digits naming a set of weights, whatever file, order or container they came in."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

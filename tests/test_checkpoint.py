@@ -24,6 +24,7 @@ from ldm.checkpoint import (
     load_weights,
     read_metadata,
     save_safetensors,
+    weights_hash,
     write_atomically,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -373,3 +374,25 @@ def test_save_and_read_back(tmp_path):
     assert same(load_state(path), {"rows": base.T, "part": base[:, 1]})
     assert read_metadata(path) == {"kind": "text", "steps": "3", "words": '["<new1>"]'}
     assert list(path.parent.iterdir()) == [path]
+
+
+# --- the name of a set of weights ---------------------------------------------------------------------------------
+
+def test_the_hash_names_the_weights_and_not_the_file(tmp_path):
+    for kind, write in WRITERS.items():
+        write(tmp_path / kind, dict(reversed(TENSORS.items())))
+    assert {weights_hash(load_state(tmp_path / kind)) for kind in WRITERS} == {weights_hash(TENSORS)}
+    assert weights_hash(TENSORS | {"a.weight": TENSORS["a.weight"].T.contiguous().T}) == weights_hash(TENSORS)
+
+
+@pytest.mark.parametrize("change", [
+    {"a.bias": torch.tensor([1.5, -2.0000002])}, {"a.weight": TENSORS["a.weight"].reshape(3, 2)},
+    {"count": torch.tensor(7, dtype=torch.int32)}, {"half": TENSORS["half"].bfloat16()}, {"new": torch.ones(1)},
+], ids=["one value by one bit", "a shape", "a type", "another 16-bit type", "a name more"])
+def test_the_hash_differs_for_other_weights(change):
+    assert weights_hash(TENSORS | change) != weights_hash(TENSORS)
+
+
+def test_the_hash_differs_for_other_names():
+    renamed = {key.replace("a.", "b."): value for key, value in TENSORS.items()}      # in the same order
+    assert weights_hash(renamed) != weights_hash(TENSORS)
