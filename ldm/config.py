@@ -46,9 +46,9 @@ class ConceptConfig:
     """Whose pictures: configs/concept/*.yaml."""
 
     name: str = MISSING
-    images: str = MISSING                 # folder of reference photos
+    images: str = MISSING                 # folder of reference photos, or a list of them (images.txt)
     class_noun: str = MISSING
-    words: list[str] | None = None        # in joint runs: this concept's words instead of method.words
+    words: list[str] | None = None        # null: method.words; in joint runs numbered on, <new3> <new4> ...
     regularization: str | None = None     # real_reg folder, or any folder of pictures of the class
     regularization_caption: str | None = None
 
@@ -91,6 +91,37 @@ class PreviewConfig:
 
 
 @dataclass
+class RegularizationConfig:
+    """Where pictures of the class come from; see real_reg/README.md."""
+
+    mode: str | None = None               # folder | retrieve | generate | none; null: a concept's folder, if it has one
+    num: int = 200                        # pictures to retrieve or generate per concept
+    root: str = "real_reg"                # below which retrieved and generated sets are kept for the next run
+    url: str | None = None                # retrieve: a clip-retrieval server; none is assumed
+    index: str | None = None              # retrieve: the server's index; null is its first
+    clip: str | None = None               # retrieve: CLIP that compares captions, e.g. open_clip:NAME/FILE; null: none
+    threshold: float = 0.85               # retrieve: cosine a caption needs, with clip
+    allow_private: bool = False           # retrieve: also download from this machine and its network
+    prompt: str | None = None             # generate: {} is the class noun; null is "photo of a {}"
+    steps: int = 50                       # generate: DDIM steps, guidance and noise as Custom Diffusion has them
+    scale: float = 6.0
+    eta: float = 1.0
+    batch_size: int = 4
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """How pictures are read."""
+
+    crop: str = "center"                  # center cuts the middle square out; pad keeps everything, its edges uncounted
+    background: str = "white"             # colour behind what is transparent, and beside what is padded
+    alpha_mask: bool = False              # leave transparent pixels out of the loss
+    captions: bool = False                # use captions beside the references, around the concept, as templates
+    reg: RegularizationConfig = field(default_factory=RegularizationConfig)
+
+
+@dataclass
 class TrainConfig:
     """A whole training run."""
 
@@ -98,6 +129,7 @@ class TrainConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     concepts: list[ConceptConfig] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     name: str | None = None               # of the run; null is the first concept's

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 import math
 import os
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,12 +25,14 @@ from torch.utils.data import DataLoader
 from ldm.callbacks import Preview, Progress, SaveConcept
 from ldm.checkpoint import load_file, write_atomically
 from ldm.config import save_config
+from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import list_images, open_image, square
-from ldm.data.regularization import read_regularization
+from ldm.data.images import CROPS, Framing, check_colour, load_framed
+from ldm.data.layouts import Captioned, captioned
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import build_model, choose_device, picture_side
+from ldm.prior import MODES, join_masks, load_prior
 from ldm.util import UserError
 
 RUN_VARIABLE = "DCI_ICO_RUN"   # tells the processes Lightning starts which folder the first one chose
@@ -62,11 +64,6 @@ class ConceptData(pl.LightningDataModule):
         return DataLoader(plan, batch_size=None)
 
 
-def load_pictures(paths: Sequence[Path], size: int) -> torch.Tensor:
-    """Reads pictures as upright RGB squares (N, size, size, 3) uint8."""
-    return torch.from_numpy(np.stack([np.asarray(square(open_image(path), size)) for path in paths]))
-
-
 def check_config(config: DictConfig) -> None:
     """Refuses contradictions before anything is read."""
     if OmegaConf.is_missing(config, "model"):
@@ -91,8 +88,71 @@ def check_config(config: DictConfig) -> None:
     if config.trainer.precision not in PRECISIONS:
         raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; "
                         f"use one of {', '.join(PRECISIONS)}.")
+    check_data(config)
     if config.trainer.accelerator == "gpu":
         choose_device("cuda")
+
+
+def check_data(config: DictConfig) -> None:
+    """Refuses settings of `data` that mean nothing."""
+    data = config.data
+    for name, value, allowed in (("crop", data.crop, CROPS), ("reg.mode", data.reg.mode, (None, *MODES))):
+        if value not in allowed:
+            raise UserError(f"data.{name} '{value}' is unknown; use one of {', '.join(filter(None, allowed))}.")
+    check_colour(data.background)
+    for name in ("num", "steps", "batch_size"):
+        if data.reg[name] < 1:
+            raise UserError(f"data.reg.{name} is {data.reg[name]}; give at least 1.")
+
+
+def framing(config: DictConfig, size: int) -> Framing:
+    """Returns how pictures become squares of `size` px."""
+    return Framing(size, config.data.crop, config.data.background, config.data.alpha_mask)
+
+
+def concept_words(config: DictConfig) -> list[list[str]]:
+    """Returns every concept's words "V": its own, else the method's; a further concept's are numbered on."""
+    taken = [word for concept in config.concepts for word in concept.words or ()]
+    words = []
+    for index, concept in enumerate(config.concepts):
+        own = list(concept.words or (config.method.words if index == 0 else ()))
+        fresh = (f"<new{number}>" for number in itertools.count(1))
+        while not concept.words and len(own) < len(config.method.words):
+            own.append(next(word for word in fresh if word not in taken and word not in config.method.words))
+            taken.append(own[-1])
+        words.append(own)
+    return words
+
+
+def read_references(config: DictConfig) -> list[Captioned]:
+    """Finds every concept's reference pictures, naming what is skipped.
+
+    Raises:
+        UserError: a concept has none.
+    """
+    found = [captioned(Path(concept.images)) for concept in config.concepts]
+    for concept, references in zip(config.concepts, found, strict=True):
+        for item in references.skipped:
+            print(f"{concept.name}: skipped {item}")
+    return found
+
+
+def caption_templates(found: Sequence[Captioned], schemes: Sequence[PromptScheme]) -> list[str | None]:
+    """Returns the template each reference picture's own caption gives, None where it has none."""
+    return [caption_template(caption, scheme) if caption else None
+            for references, scheme in zip(found, schemes, strict=True) for caption in references.captions]
+
+
+def load_references(found: Sequence[Captioned], captions: Sequence[str], how: Framing) -> CaptionedImages:
+    """Reads the reference pictures of all concepts, warning of tiny ones."""
+    for path in (path for references in found for path in references.paths):
+        with Image.open(path) as image:
+            if min(image.size) < how.size:
+                print(f"warning: '{path.name}' is {image.width} x {image.height} px and is enlarged to {how.size}; a "
+                      "larger photo would show more.")
+    images, masks = zip(*(load_framed(references.paths, how) for references in found), strict=True)
+    groups = [index for index, references in enumerate(found) for _ in references.paths]
+    return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
 
 
 def effective_learning_rate(config: DictConfig) -> float:
@@ -112,21 +172,19 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
     checkpoint = resume_state(resume) if resume else None
     if is_helper():
         sys.stdout = open(os.devnull, "w")         # the first process speaks for all
-    pictures = [list_images(Path(concept.images)) for concept in config.concepts]
-    for concept, (_, skipped) in zip(config.concepts, pictures, strict=True):
-        for item in skipped:
-            print(f"{concept.name}: skipped {item}")
+    found = read_references(config)
     pl.seed_everything(config.trainer.seed, verbose=False)
     model, identity = build_model(config.model, config.base)
     size = picture_side(model, "trainer.image_size", config.trainer.image_size)
-    schemes = [make_scheme(model, config.method, concept.class_noun, concept.words or config.method.words, index)
-               for index, concept in enumerate(config.concepts)]
+    schemes = [make_scheme(model, config.method, concept.class_noun, words, index)
+               for index, (concept, words) in enumerate(zip(config.concepts, concept_words(config), strict=True))]
+    templates = caption_templates(found, schemes) if config.data.captions else ()
+    regularization = load_prior(config, model, identity, framing(config, size), not is_helper())
     learning_rate = effective_learning_rate(config)
-    counts = [len(paths) for paths, _ in pictures]
+    counts = [len(references.paths) for references in found]
     module = ConceptFinetune(model, config.method, schemes, counts, identity, learning_rate, config.trainer.seed,
-                             {"config": shareable(config), "versions": versions()})
-    references = CaptionedImages(torch.cat([load_pictures(paths, size) for paths, _ in pictures]), module.captions)
-    regularization = load_regularization(config, size)
+                             {"config": shareable(config), "versions": versions()}, templates)
+    references = load_references(found, module.captions, framing(config, size))
     folder = resume or start_folder(config)
     report(config, module, references, regularization, learning_rate, folder)
     if not is_helper():
@@ -171,26 +229,11 @@ def shareable(config: DictConfig) -> dict[str, Any]:
     """Returns the configuration for a file others may get: without the paths of this machine."""
     content = OmegaConf.to_container(config, resolve=True)
     content["base"]["ckpt"], content["trainer"]["logdir"] = None, ""
+    content["data"]["reg"] |= {"root": "", "url": None, "clip": None}
     for concept in content["concepts"]:
         concept["images"] = concept["regularization"] = ""
         concept["regularization_caption"] = None
     return content
-
-
-def load_regularization(config: DictConfig, size: int) -> CaptionedImages | None:
-    """Reads every concept's regularisation set, saying what was found; None where there is none."""
-    images, captions = [], []
-    for concept in config.concepts:
-        if concept.regularization is None:
-            print(f"{concept.name}: no regularisation pictures, so the class may be forgotten")
-            continue
-        found = read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
-        print(f"{concept.name}: {found.source}")
-        for item in found.skipped:
-            print(f"{concept.name}: skipped regularisation picture {item}")
-        images.append(load_pictures(found.paths, size))
-        captions += found.captions
-    return CaptionedImages(torch.cat(images), captions) if images else None
 
 
 def start_folder(config: DictConfig) -> Path:
@@ -272,6 +315,8 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
               "contexts": sum(block.numel() for block in module.context_blocks)}
     print(f"base: {module.base['name']} ({module.base['hash']})")
     print(f"references: {len(references)}, regularisation pictures: {len(regularization) if regularization else 0}")
+    print(f"each step: {method.batch_size} references" + (
+        f" and as many regularisation pictures of weight {method.prior_weight:g}" if regularization else ""))
     print(f"prompts: p = {scheme.prefix}, n = {len(scheme.words)}, s = {scheme.suffix}; first: {module.captions[0]}")
     print("trained values: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     print(f"effective learning rate: {learning_rate:g} for K/V and words, "

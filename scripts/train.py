@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm import cli
 from ldm.config import TrainConfig, merge
+from ldm.familiar import caption_to_method, listed_concepts
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
@@ -20,6 +21,9 @@ def parser() -> cli.Parser:
     parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
     parser.add_argument("--datapath", help="folder of reference photos (concepts.0.images)")
     parser.add_argument("--reg_datapath", help="real_reg folder or any folder of the class (concepts.0.regularization)")
+    parser.add_argument("--reg_mode", help="folder, retrieve, generate or none (data.reg.mode)")
+    parser.add_argument("--concepts_list", type=Path, help="concept_list.json, dataset.json, or a folder of subjects")
+    parser.add_argument("--subject", nargs="+", default=[], help="which of --concepts_list to learn, together")
     parser.add_argument("--reg_caption", help="caption of regularisation pictures, or a file of captions")
     parser.add_argument("--caption", help="caption of the references with words and noun, e.g. 'photo of a <new1> cat'")
     parser.add_argument("--class_noun", help="what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun)")
@@ -31,6 +35,8 @@ def parser() -> cli.Parser:
     parser.add_argument("-l", "--logdir", help="where run folders go (trainer.logdir)")
     parser.add_argument("-s", "--seed", type=int, help="trainer.seed")
     parser.add_argument("--gpus", help="GPUs, as '0,' or '0,1,' or their number")
+    parser.add_argument("--inspect", nargs="?", const=Path("outputs/inspect"), type=Path, metavar="FOLDER",
+                        help="write what the network would see, and a table of all files, and stop")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and stop")
     return parser
 
@@ -39,7 +45,7 @@ def options_to_config(options, files: Sequence[str]):
     """Turns flags into configuration; --datapath and --class_noun change the first configured concept."""
     flags = cli.set_options(
         base__ckpt=options.ckpt, name=options.name, trainer__logdir=options.logdir, trainer__seed=options.seed,
-        method__prefix=options.init_ctx, method__suffix=options.ctx_end_init,
+        data__reg__mode=options.reg_mode, method__prefix=options.init_ctx, method__suffix=options.ctx_end_init,
         method__words=options.modifier_token.split("+") if options.modifier_token else None)
     if options.gpus:
         OmegaConf.update(flags, "trainer", {"accelerator": "gpu", "devices": cli.count_gpus(options.gpus)}, merge=True)
@@ -47,7 +53,9 @@ def options_to_config(options, files: Sequence[str]):
                "regularization_caption": options.reg_caption}
     concept = {key: value for key, value in concept.items() if value is not None}
     configured = merge(TrainConfig, files).concepts
-    if concept and (options.datapath or not configured):
+    if options.concepts_list:
+        flags.concepts = listed_concepts(options.concepts_list, options.subject)
+    elif concept and (options.datapath or not configured):
         concept.setdefault("name", (options.class_noun or "concept").replace(" ", "_"))
         flags.concepts = [concept]
     elif concept:
@@ -59,17 +67,6 @@ def options_to_config(options, files: Sequence[str]):
             raise UserError(f"--modifier_token '{options.modifier_token}' contradicts --caption '{options.caption}'.")
         flags = OmegaConf.merge(flags, {"method": method})
     return flags
-
-
-def caption_to_method(caption: str, class_noun: str) -> dict:
-    """Reads words and template off a Custom Diffusion caption such as 'photo of a <new1> cat'."""
-    caption = caption.replace("+<", " <")
-    words = [word for word in caption.split() if word.startswith("<")]
-    concept = " ".join([*words, class_noun]).strip()
-    if not words or concept not in caption:
-        raise UserError(f"--caption '{caption}' must contain the concept words and then the class noun '{class_noun}' "
-                        "(--class_noun), as in 'photo of a <new1> cat'.")
-    return {"words": words, "template": caption.replace(concept, "{}")}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -85,6 +82,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.print_config:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
+    if options.inspect:
+        from ldm.inspecting import inspect_run
+        return inspect_run(config, options.inspect)
     from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder)
     print(f"concept file: {run.concept}")

@@ -19,9 +19,9 @@ from ldm.checkpoint import read_metadata
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan, TrainingRows
-from ldm.data.images import list_images
+from ldm.data.images import Framing, list_images, load_framed
 from ldm.modules.attention import SpatialTransformer
-from ldm.training import Run, effective_learning_rate, fine_tune, load_pictures
+from ldm.training import Run, effective_learning_rate, fine_tune
 from ldm.util import UserError
 
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -40,8 +40,9 @@ def make_module(world: SmallWorld, *overrides: str, files: Sequence[Path] = ()) 
 def make_plan(world: SmallWorld, module: ConceptFinetune, prior_weight: float | None = 1.0,
               batch_size: int = 1) -> TrainingPlan:
     """Plans batches of the small world's photos; `prior_weight` None leaves regularisation out."""
-    photos = CaptionedImages(load_pictures(list_images(world.photos)[0], 32), module.captions)
-    others = CaptionedImages(load_pictures(list_images(world.folder / "class")[0], 32), ["a photo of a cat"] * 3)
+    photos, others = (load_framed(list_images(folder)[0], Framing(32))[0] for folder in
+                      (world.photos, world.folder / "class"))
+    photos, others = CaptionedImages(photos, module.captions), CaptionedImages(others, ["a photo of a cat"] * 3)
     return TrainingPlan(photos, None if prior_weight is None else others, batch_size=batch_size,
                         prior_weight=prior_weight or 0.0, flip=True, seed=3)
 

@@ -1,6 +1,7 @@
 """ICO's fine-tuning prompts (paper Eq 2): the words of a concept, their first vectors, the captions that use them."""
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,23 @@ class PromptScheme:
         contexts = self.context_words(image)
         middle = self.template.replace(PLACEHOLDER, self.concept)
         return " ".join([*contexts[: self.prefix], middle, *contexts[self.prefix:]])
+
+
+def caption_template(caption: str, scheme: PromptScheme) -> str:
+    """Turns a reference picture's caption into a template: {} where it names the concept or, failing that, its class.
+
+    Raises:
+        UserError: it names neither.
+    """
+    if PLACEHOLDER in caption:
+        return caption
+    for name in filter(None, (scheme.concept, scheme.class_noun)):
+        pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+        template, found = pattern.subn(PLACEHOLDER, caption, count=1)
+        if found:
+            return template
+    raise UserError(f"the caption '{caption}' mentions neither {{}} nor '{scheme.class_noun}', so the concept has no "
+                    "place in it; name the class there, or set data.captions to false.")
 
 
 def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None, name: str) -> int:

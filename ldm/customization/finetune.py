@@ -3,11 +3,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm.config import MethodConfig
 from ldm.customization import contexts
@@ -30,6 +32,18 @@ def make_scheme(model: LatentDiffusion, method: MethodConfig, class_noun: str, w
                         method.template, index)
 
 
+def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
+    """Returns each row's mean (B,) of an error (B, C, h, w) over the latent pixels that count.
+
+    Args:
+        masks: (B, H, W) in [0, 1] at the pictures' size, averaged down to the latents'; None counts everything.
+    """
+    if masks is None:
+        return error.mean(dim=(1, 2, 3))
+    share = F.adaptive_avg_pool2d(masks[:, None].to(error), error.shape[-2:])            # (B, 1, h, w)
+    return (error * share).mean(dim=(1, 2, 3)) / share.mean(dim=(1, 2, 3))
+
+
 class ConceptFinetune(pl.LightningModule):
     """Fine-tunes a latent diffusion model on concepts: new words, contexts, and the tensors the method selects.
 
@@ -41,11 +55,12 @@ class ConceptFinetune(pl.LightningModule):
         learning_rate: the effective rate of K/V and concept words.
         seed: of random initial vectors.
         info: configuration and versions, for concept files.
+        templates: in place of the method's template, one per reference picture, concept after concept; None keeps it.
     """
 
     def __init__(self, model: LatentDiffusion, method: MethodConfig, schemes: Sequence[PromptScheme],
                  image_counts: Sequence[int], base: Mapping[str, str], learning_rate: float, seed: int,
-                 info: Mapping[str, Any] | None = None):
+                 info: Mapping[str, Any] | None = None, templates: Sequence[str | None] = ()):
         super().__init__()
         self.strict_loading = False    # a resume file holds the trained tensors only; load_state_dict checks them
         self.model, self.method, self.schemes, self.base = model, method, tuple(schemes), dict(base)
@@ -58,9 +73,10 @@ class ConceptFinetune(pl.LightningModule):
         self.context_blocks: list[nn.Parameter] = []    # one per reference picture, concept after concept
         self.captions: list[str] = []                   # P_i of each reference picture (Eq 2)
         self._seen: frozenset[int] = frozenset()        # reference pictures since the last optimizer step
-        self._add_words(image_counts, torch.Generator().manual_seed(seed))
+        self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
 
-    def _add_words(self, image_counts: Sequence[int], generator: torch.Generator) -> None:
+    def _add_words(self, image_counts: Sequence[int], templates: Sequence[str | None],
+                   generator: torch.Generator) -> None:
         """Gives every concept word and every context its row and first value."""
         embedder, method = self.model.cond_stage_model, self.method
         for scheme in self.schemes:
@@ -68,7 +84,8 @@ class ConceptFinetune(pl.LightningModule):
             self.word_blocks.append(embedder.add_words(dict(zip(scheme.words, vectors, strict=True))))
         for scheme, count in zip(self.schemes, image_counts, strict=True):
             for image in range(count):
-                self.captions.append(scheme.caption(image))
+                template = templates[len(self.captions)] if templates else None
+                self.captions.append((replace(scheme, template=template) if template else scheme).caption(image))
                 names = scheme.context_words(image)
                 if names:
                     vectors = contexts.initial_contexts(embedder, method.prefix, method.suffix, scheme, generator)
@@ -80,7 +97,7 @@ class ConceptFinetune(pl.LightningModule):
         cond = self.model.cond_stage_model(batch.captions, strict=True)                  # (B, T, D)
         unet = self.model.model.diffusion_model
         with stopped_first_token(unet) if self.method.detach_first_token else nullcontext():
-            error = self.model.p_losses(latents, cond, t, noise).mean(dim=(1, 2, 3))     # (B,)
+            error = masked_mean(self.model.p_losses(latents, cond, t, noise), batch.masks)   # (B,)
         weights = batch.weights.to(error)
         loss = (weights * error).mean()
         self.log("loss", loss, prog_bar=True, batch_size=len(error))

@@ -12,10 +12,19 @@ from torch.utils.data import IterableDataset
 
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Pictures (N, H, W, 3) uint8 and a caption for each."""
+    """Pictures with a caption for each.
+
+    Attributes:
+        images: (N, H, W, 3) uint8.
+        captions: N texts.
+        masks: (N, H, W) uint8, 255 where a pixel counts in the loss; None where all do.
+        groups: the number of the concept each picture belongs to; None where there is one concept.
+    """
 
     images: Tensor
     captions: Sequence[str]
+    masks: Tensor | None = None
+    groups: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -31,6 +40,7 @@ class TrainingRows:
         weights: (n,) the rows' weights in the loss.
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
         concept_images: indices of the reference pictures in the whole batch, all devices together.
+        masks: (n, H, W) float32 in [0, 1], what counts in the loss, flips applied; None where everything does.
     """
 
     images: Tensor
@@ -38,19 +48,26 @@ class TrainingRows:
     weights: Tensor
     seeds: list[int]
     concept_images: frozenset[int]
+    masks: Tensor | None = None
+
+
+def lap_order(count: int, lap: int, seed: int) -> np.ndarray:
+    """Returns the order (count,) in which a round of an endless sequence runs through `count` items."""
+    return np.random.default_rng([seed, lap]).permutation(count)
 
 
 def shuffled(count: int, position: int, seed: int) -> int:
     """Returns the item at `position` of an endless sequence that runs through `count` items in shuffled rounds."""
     lap, place = divmod(position, count)
-    return int(np.random.default_rng([seed, lap]).permutation(count)[place])
+    return int(lap_order(count, lap, seed)[place])
 
 
 class TrainingPlan(IterableDataset):
     """Endless batches, half reference pictures and half regularisation pictures (none where there is no such set).
 
-    The rows of an optimizer step are the same however they are divided over devices and micro-steps, and a run that
-    starts at a later micro-step goes on as the first would have.
+    Beside each reference picture comes a picture of its own concept's class, whatever the sizes of the sets. The rows
+    of an optimizer step are the same however they are divided over devices and micro-steps, and a run that starts at
+    a later micro-step goes on as the first would have.
 
     Args:
         batch_size: reference pictures per device and micro-step; as many regularisation pictures come with them.
@@ -65,6 +82,11 @@ class TrainingPlan(IterableDataset):
         self.concept, self.regularization = concept, regularization
         self.batch_size, self.prior_weight, self.flip = batch_size, prior_weight, flip
         self.seed, self.first, self.rank, self.world_size = seed, first, rank, world_size
+        self._groups = np.asarray(concept.groups if concept.groups is not None else [0] * len(concept))     # (N,)
+        self._members: dict[int, list[int]] = {}     # regularisation pictures of each concept
+        for item, group in enumerate(regularization.groups or [0] * len(regularization) if regularization else ()):
+            self._members.setdefault(group, []).append(item)
+        self._masked = any(source is not None and source.masks is not None for source in (concept, regularization))
 
     def __iter__(self) -> Iterator[TrainingRows]:
         micro_step = self.first
@@ -78,23 +100,40 @@ class TrainingPlan(IterableDataset):
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         start = micro_step * total
         picks = [shuffled(len(self.concept), start + row, self.seed) for row in range(total)]
-        images, captions, weights, seeds = [], [], [], []
+        images, captions, weights, seeds, masks = [], [], [], [], []
 
         def take(source: CaptionedImages, item: int, weight: float, row_seed: int) -> None:
-            image = source.images[item]
             flipped = self.flip and bool(np.random.default_rng(row_seed).integers(2))
+            image = source.images[item]
+            mask = torch.full(image.shape[:2], 255) if source.masks is None else source.masks[item]
             images.append((image.flip(1) if flipped else image).float() / 127.5 - 1.0)
+            masks.append((mask.flip(1) if flipped else mask).float() / 255)
             captions.append(source.captions[item])
             weights.append(weight)
             seeds.append(row_seed)
 
         for row in mine:
             take(self.concept, picks[row], 1.0, self.row_seed(start + row, 0))
-        if self.regularization is not None:
-            for row in mine:
-                item = shuffled(len(self.regularization), start + row, self.seed + 1)
+        for row in mine:
+            item = self.class_picture(start + row, picks[row])
+            if item is not None:
                 take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
-        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks))
+        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks),
+                            torch.stack(masks) if self._masked else None)
+
+    def class_picture(self, position: int, pick: int) -> int | None:
+        """Returns the regularisation picture beside the reference `pick` at `position`; None where its class has none.
+
+        The pictures of each class are run through in shuffled rounds of their own.
+        """
+        group = int(self._groups[pick])
+        members = self._members.get(group)
+        if not members:
+            return None
+        lap, place = divmod(position, len(self.concept))
+        before = self._groups[lap_order(len(self.concept), lap, self.seed)[:place]]
+        turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
+        return members[shuffled(len(members), turn, self.seed + 1 + group)]
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""

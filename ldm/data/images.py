@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -57,23 +57,24 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def list_images(folder: Path) -> tuple[list[Path], list[Skipped]]:
+def list_images(folder: Path, check: Callable[[Path], str | None] | None = None) -> tuple[list[Path], list[Skipped]]:
     """Finds the usable pictures of a folder (in natural order), of a list file (in its order), or one file.
 
     What a file holds decides, not its suffix: each is decoded whole. A list file is UTF-8 text with one path
-    per line, seen from the list's folder, that folder's parent, or the current one.
+    per line, seen from the list's folder, that folder's parent, or the current one. `check` says why a file is
+    unusable, in place of `why_unusable`; it is called from several threads.
 
     Raises:
         UserError: nothing is there, or nothing there is a usable picture.
     """
-    folder = Path(folder)
+    folder, check = Path(folder), check or why_unusable
     if folder.is_dir():
         try:
             candidates = sorted(folder.iterdir(), key=_natural)
         except OSError as error:
             raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
     elif folder.is_file():
-        problem = why_unusable(folder)
+        problem = check(folder)
         if problem is None:
             return [folder], []
         try:
@@ -84,7 +85,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[Skipped]]:
         raise UserError(f"image folder '{folder}' does not exist; give a folder of pictures or a list of them.")
     hidden = [folder.is_dir() and path.name.startswith(".") for path in candidates]
     with ThreadPoolExecutor(WORKERS) as pool:      # Pillow decodes outside the interpreter's lock
-        unusable = pool.map(lambda path, hide: None if hide else why_unusable(path), candidates, hidden)
+        unusable = pool.map(lambda path, hide: None if hide else check(path), candidates, hidden)
         reasons = ["is hidden" if hide else reason for hide, reason in zip(hidden, unusable, strict=True)]
     paths = [path for path, reason in zip(candidates, reasons, strict=True) if reason is None]
     skipped = [Skipped(path, reason) for path, reason in zip(candidates, reasons, strict=True) if reason]

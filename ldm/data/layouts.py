@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ class Subject:
     regularization: str = ""
 
 
-def captioned(path: Path) -> Captioned:
+def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable) -> Captioned:
     """Finds pictures and their captions.
 
     Args:
         path: a folder of pictures, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl; a folder
             that holds images.txt; a list of pictures, whose captions are in caption.txt beside it if it is an
             images.txt; or one picture. List paths may start at the list's folder, its parent, or the current one.
+        check: says why a file is unusable, None where it is not; called from several threads.
 
     Raises:
         UserError: nothing is there or usable, or captions do not match pictures.
@@ -52,8 +53,8 @@ def captioned(path: Path) -> Captioned:
     if (path / IMAGES).is_file():
         path = path / IMAGES
     if path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():
-        return _listed(path)
-    paths, skipped = list_images(path)
+        return _listed(path, check)
+    paths, skipped = list_images(path, check)
     if (path / METADATA).is_file():
         said = _read_metadata(path / METADATA)
         layout = f"folder with {METADATA}"
@@ -99,12 +100,12 @@ def _read_metadata(path: Path) -> dict[Path, str]:
     return said
 
 
-def _listed(path: Path) -> Captioned:
+def _listed(path: Path, check: Callable[[Path], str | None]) -> Captioned:
     """Reads images.txt with the caption.txt beside it."""
     lines = read_lines(path, "list")
     rows = [(find_listed(line, path), text) for line, text in
             zip(lines, read_captions(path.with_name(CAPTIONS), path, len(lines)), strict=True) if line]
-    reasons = [why_unusable(picture) for picture, _ in rows]
+    reasons = [check(picture) for picture, _ in rows]
     skipped = [Skipped(picture, reason) for (picture, _), reason in zip(rows, reasons, strict=True) if reason]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     if not kept:

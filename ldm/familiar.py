@@ -1,0 +1,31 @@
+"""Forms other tools use, as configuration: Custom Diffusion's captions, lists and trees of concepts."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.util import UserError
+
+
+def caption_to_method(caption: str, class_noun: str) -> dict[str, Any]:
+    """Reads words and template off a Custom Diffusion caption such as 'photo of a <new1> cat'."""
+    caption = caption.replace("+<", " <")
+    words = [word for word in caption.split() if word.startswith("<")]
+    concept = " ".join([*words, class_noun]).strip()
+    if not words or concept not in caption:
+        raise UserError(f"--caption '{caption}' must contain the concept words and then the class noun '{class_noun}' "
+                        "(--class_noun), as in 'photo of a <new1> cat'.")
+    return {"words": words, "template": caption.replace(concept, "{}")}
+
+
+def listed_concepts(path: Path, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads the concepts of concept_list.json, dataset.json or a tree of subjects, as entries of `concepts`.
+
+    Raises:
+        UserError: as `ldm.data.layouts.read_subjects` does.
+    """
+    from ldm.data.layouts import read_subjects     # torch loads only when there is work for it
+    return [{"name": subject.name, "images": subject.images, "class_noun": subject.class_noun,
+             "words": list(subject.words) or None, "regularization": subject.regularization or None}
+            for subject in read_subjects(path, chosen)]

@@ -1,0 +1,173 @@
+"""Where each concept's class pictures come from: a folder, a server, the base model itself, or nowhere."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from ldm.checkpoint import write_atomically
+from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
+from ldm.data.concept import CaptionedImages
+from ldm.data.images import Framing, load_framed
+from ldm.data.regularization import (
+    IMAGES,
+    RegularizationSet,
+    class_caption,
+    folder_name,
+    read_regularization,
+    save_jpeg,
+    write_lists,
+)
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.pipeline import Generator, choose_device
+from ldm.util import UserError
+
+MODES = ("folder", "retrieve", "generate", "none")
+NOUN = "{}"       # stands for the class noun in data.reg.prompt
+
+
+def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
+    """Returns the mode of one concept: the configured one, else its folder where it names one, else none."""
+    return settings.mode or ("none" if concept.regularization is None else "folder")
+
+
+def load_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], framing: Framing,
+               first_process: bool = True) -> CaptionedImages | None:
+    """Gets every concept's class pictures, saying for each how many there are and from where; None without any.
+
+    A server that fails never stops training: the concept then goes without.
+
+    Raises:
+        UserError: a folder is wrong, or what the base model draws cannot be written.
+    """
+    images, captions, masks, groups = [], [], [], []
+    for index, concept in enumerate(config.concepts):
+        found = prior_set(config, concept, model, identity, framing.size, first_process)
+        if found is None:
+            print(f"{concept.name}: no regularisation pictures, so the class may be forgotten (see real_reg/README.md)")
+            continue
+        print(f"{concept.name}: {found.source}")
+        for item in found.skipped:
+            print(f"{concept.name}: skipped regularisation picture {item}")
+        pictures, own = load_framed(found.paths, framing)
+        images.append(pictures)
+        masks.append(own)
+        captions += found.captions
+        groups += [index] * len(found.paths)
+    if not images:
+        return None
+    return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
+
+
+def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Puts the loss masks of several sets (N, H, W) behind each other, all-counting where a set has none."""
+    if all(own is None for own in masks):
+        return None
+    return torch.cat([torch.full(pictures.shape[:3], 255, dtype=torch.uint8) if own is None else own
+                      for pictures, own in zip(images, masks, strict=True)])
+
+
+def prior_set(config: DictConfig, concept: ConceptConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
+              first_process: bool) -> RegularizationSet | None:
+    """Returns one concept's class pictures, getting them first where `data.reg.mode` says so."""
+    settings, mode = config.data.reg, chosen_mode(config.data.reg, concept)
+    if mode == "none":
+        return None
+    if mode == "folder":
+        if concept.regularization is None:
+            raise UserError(f"data.reg.mode is folder but concept '{concept.name}' names none; give --reg_datapath, or "
+                            "another mode.")
+        return read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
+    if mode == "generate":
+        device = choose_device({"cpu": "cpu", "gpu": "cuda"}.get(config.trainer.accelerator, "auto"))
+        if first_process:
+            folder = generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
+        else:
+            folder = generated_folder(identity, concept.class_noun, settings, side)
+    else:
+        folder = retrieved_folder(concept, settings) if first_process else _retrieval_folder(concept, settings)
+    if not (folder / IMAGES).exists():
+        return None
+    return _first(read_regularization(folder, concept.class_noun), settings.num, mode)
+
+
+def _first(found: RegularizationSet, count: int, mode: str) -> RegularizationSet:
+    """Keeps the first pictures of a set that may hold more than are asked for."""
+    return replace(found, paths=found.paths[:count], captions=found.captions[:count],
+                   source=f"regularisation ({mode}): {min(count, len(found.paths))} of {len(found.paths)} picture(s), "
+                          + found.source.partition("picture(s) ")[2])
+
+
+def _retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
+    return Path(settings.root) / f"samples_{folder_name(concept.class_noun)}"
+
+
+def retrieved_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
+    """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is."""
+    from ldm.data.clip_client import Query
+    from ldm.data.download import Downloader
+    from ldm.data.retrieval import STATE, retrieve
+    folder = _retrieval_folder(concept, settings)
+    if (folder / IMAGES).exists() and not (folder / STATE).exists():
+        return folder                       # somebody put a set there: it is used as it is
+    try:
+        query = Query(concept.class_noun, settings.num, settings.url, settings.index, clip=settings.clip,
+                      threshold=settings.threshold)
+        retrieve(folder, query, Downloader(allow_private=settings.allow_private))
+    except UserError as error:
+        print(f"{concept.name}: {error}")
+    return folder
+
+
+def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:
+    """Returns what the base model is told to draw."""
+    if settings.prompt is None:
+        return class_caption(class_noun).removeprefix("a ")       # "photo of a cat", Custom Diffusion's
+    return settings.prompt.replace(NOUN, class_noun)
+
+
+def generated_folder(identity: dict[str, str], class_noun: str, settings: RegularizationConfig, side: int) -> Path:
+    """Names the folder of drawn class pictures after all that decides them: base, prompt, steps, seed and the rest."""
+    facts = [identity["hash"], class_prompt(settings, class_noun), settings.steps, settings.scale, settings.eta,
+             settings.seed, side]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
+    return Path(settings.root) / "generated" / f"samples_{folder_name(class_noun)}-{key}"
+
+
+def generate_prior(generator: Generator, class_noun: str, settings: RegularizationConfig, side: int) -> Path:
+    """Draws `settings.num` class pictures in the real_reg format with a base model, or those that are still missing.
+
+    Picture i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up.
+
+    Raises:
+        UserError: a setting is out of range, or the disk refuses.
+    """
+    prompt = class_prompt(settings, class_noun)
+    folder = generated_folder(generator.identity, class_noun, settings, side)
+    pictures = folder / folder_name(class_noun)
+    done = 0
+    while (pictures / f"{done:05d}.jpg").exists():
+        done += 1
+    if done < settings.num:
+        how = SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
+                           scale=settings.scale, height=side, width=side, n_samples=settings.num - done,
+                           batch_size=settings.batch_size, seed=settings.seed + done)
+        generator.plan([prompt], how)       # a setting out of range is refused before any work
+        with tqdm(total=settings.num, initial=done, desc=f"drawing '{prompt}'", unit="picture") as bar:
+            for number, sample in enumerate(generator.generate([prompt], how, bar.update), done):
+                save_jpeg(sample.image, pictures / f"{number:05d}.jpg")
+        done = settings.num
+    if not (folder / IMAGES).exists() or len((folder / IMAGES).read_text().split()) != done:
+        write_lists(folder, [(f"{pictures.name}/{number:05d}.jpg", prompt,
+                              f"generated:{generator.identity['hash']}:{settings.seed + number}")
+                             for number in range(done)])
+        facts = {"base": generator.identity, "prompt": prompt, "side": side,
+                 **{name: getattr(settings, name) for name in ("steps", "scale", "eta", "seed")}}
+        write_atomically(folder / "generated.json", lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+    return folder
