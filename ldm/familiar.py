@@ -25,7 +25,7 @@ def listed_concepts(path: Path, chosen: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: as `ldm.data.layouts.read_subjects` does.
     """
-    from ldm.data.layouts import read_subjects     # torch loads only when there is work for it
+    from ldm.data.layouts import read_subjects  # torch loads only when there is work for it
     return [{"name": subject.name, "images": subject.images, "class_noun": subject.class_noun,
              "words": list(subject.words) or None, "regularization": subject.regularization or None}
             for subject in read_subjects(path, chosen)]

@@ -262,8 +262,9 @@ def test_other_addresses_than_http_are_refused(url: str) -> None:
         Downloader().fetch(url)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "10.1.2.3", "192.168.0.1", "169.254.1.1", "[::1]",
-                                  "[fd00::1]", "[fe80::1]", "2130706433", "0x7f.1", "[::ffff:10.0.0.1]", "100.64.0.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "10.1.2.3", "192.168.0.1", "169.254.1.1",
+                                  "[::1]", "[fd00::1]", "[fe80::1]", "2130706433", "0x7f.1", "[::ffff:10.0.0.1]",
+                                  "100.64.0.1"])
 def test_private_addresses_are_refused_before_connecting(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *arguments: pytest.fail("it connected"))
     with pytest.raises(Refused, match="leads to the private address"):
@@ -271,14 +272,15 @@ def test_private_addresses_are_refused_before_connecting(host: str, monkeypatch:
 
 
 @pytest.mark.parametrize(("address", "public"), [
-    ("8.8.8.8", True), ("2606:4700::1111", True), ("224.0.0.1", False), ("::ffff:8.8.8.8", True), ("2002:a00:1::", False),
-    ("64:ff9b::a00:1", False), ("64:ff9b::808:808", True), ("2001:0:1::1", False), ("fe80::1%eth0", False)])
+    ("8.8.8.8", True), ("2606:4700::1111", True), ("224.0.0.1", False), ("::ffff:8.8.8.8", True),
+    ("2002:a00:1::", False), ("64:ff9b::a00:1", False), ("64:ff9b::808:808", True), ("2001:0:1::1", False),
+    ("fe80::1%eth0", False)])
 def test_public_addresses(address: str, public: bool) -> None:
     assert is_public(address) is public
 
 
 def test_a_redirect_to_a_private_address_is_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "is_public", lambda address: address == "127.0.0.1")     # stands for a public one
+    monkeypatch.setattr(download, "is_public", lambda address: address == "127.0.0.1")   # stands for a public one
     web.offer(1)
     elsewhere = web.url.replace("127.0.0.1", "127.0.0.2")
     for path, target in (("/private", f"{elsewhere}/0.jpg"), ("/file", "file:///etc/hosts"), ("/fine", "/0.jpg"),
@@ -296,7 +298,7 @@ def test_a_redirect_to_a_private_address_is_refused(web: Web, monkeypatch: pytes
 
 def test_a_name_that_changes_its_mind_is_refused_once_connected(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     web.offer(1)
-    answers = iter([[(2, 1, 6, "", ("93.184.216.34", 80))]])                   # first a public address, then the real one
+    answers = iter([[(2, 1, 6, "", ("93.184.216.34", 80))]])                 # first a public address, then the real
     real = socket.getaddrinfo
     monkeypatch.setattr(download.socket, "getaddrinfo",
                         lambda *arguments, **named: next(answers, None) or real(*arguments, **named))

@@ -255,7 +255,7 @@ class IndexServer:
                                            threaded=True)
         except SystemExit as error:     # werkzeug's way of saying that the port is taken
             raise UserError(f"port {port} is taken; choose another with --port.") from error
-        self.name, self.url = name, f"http://127.0.0.1:{self._server.server_port}"
+        self.folder, self.name, self.url = Path(folder), name, f"http://127.0.0.1:{self._server.server_port}"
 
     def run(self) -> None:
         """Serves until interrupted."""

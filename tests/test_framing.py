@@ -1,0 +1,196 @@
+"""Tests what the network sees: padding, alpha as loss mask, the inspection's sheets and table, masked training."""
+from __future__ import annotations
+
+import csv
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Call, SmallWorld
+from PIL import Image
+
+from ldm.customization.finetune import masked_mean
+from ldm.data.concept import CaptionedImages, TrainingPlan
+from ldm.data.images import Framing, decode, load_framed, open_image, square
+from ldm.data.inspection import inspect_sets
+from ldm.util import UserError
+
+
+def test_padding_keeps_everything_and_squashes_nothing() -> None:
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    padded = np.asarray(square(image, 20, "pad", "blue"))                            # (20, 20, 3)
+    assert (padded[5:15] == (255, 0, 0)).all()
+    assert (padded[:5] == (0, 0, 255)).all() and (padded[15:] == (0, 0, 255)).all()
+    tall = np.asarray(square(image.transpose(Image.Transpose.ROTATE_90), 20, "pad"))
+    assert (tall[:, 5:15] == (255, 0, 0)).all() and (tall[:, :5] == 255).all()
+    assert square(Image.new("RGB", (1000, 1)), 16, "pad").size == (16, 16)
+
+
+def test_a_frame_and_its_mask_by_hand(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (20, 20), (255, 0, 0, 255))
+    image.paste((0, 255, 0, 0), (0, 0, 10, 20))                                      # the left half is transparent
+    image.save(tmp_path / "a.png")
+    picture = decode(tmp_path / "a.png", "#0000ff")
+    assert picture.notes == ("transparent in part",)
+    pixels, mask = Framing(20, background="#0000ff", alpha_mask=True).frame(picture)
+    assert (pixels[:, :10] == (0, 0, 255)).all() and (pixels[:, 10:] == (255, 0, 0)).all()
+    assert (mask[:, :10] == 0).all() and (mask[:, 10:] == 255).all()
+    assert (Framing(20).frame(picture)[1] == 255).all()                              # unless asked for, all counts
+    wide = decode(tmp_path / "a.png").image.resize((20, 10))
+    wide.save(tmp_path / "wide.png")
+    pixels, mask = Framing(20, "pad").frame(decode(tmp_path / "wide.png"))
+    assert (mask[:5] == 0).all() and (mask[5:15] == 255).all() and (mask[15:] == 0).all()
+    images, masks = load_framed([tmp_path / "wide.png", tmp_path / "a.png"], Framing(8, "pad"))
+    assert images.shape == (2, 8, 8, 3) and masks.shape == (2, 8, 8) and masks.dtype == torch.uint8
+    assert load_framed([tmp_path / "wide.png"], Framing(8))[1] is None
+    Image.new("RGBA", (8, 8)).save(tmp_path / "nothing.png")
+    with pytest.raises(UserError, match="is transparent all over"):
+        load_framed([tmp_path / "nothing.png"], Framing(8, alpha_mask=True))
+
+
+def test_bytes_decode_like_files_and_the_background_is_chosen(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png", "grey").getpixel((0, 0)) == (128, 128, 128)
+    assert decode((tmp_path / "a.png").read_bytes()).image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_masked_mean_by_hand() -> None:
+    error = torch.arange(8.0).view(1, 2, 2, 2)                                       # (B, C, h, w)
+    mask = torch.zeros(1, 4, 4)
+    mask[0, :2, :2] = 1.0                                                            # the first latent pixel, whole
+    mask[0, 2:, 2:3] = 1.0                                                           # half of the last
+    expected = (0 + 4 + 0.5 * (3 + 7)) / (2 * 1.5)
+    assert masked_mean(error, mask).item() == pytest.approx(expected)
+    assert torch.equal(masked_mean(error, None), error.mean(dim=(1, 2, 3)))
+    assert masked_mean(error, torch.ones(1, 4, 4)).item() == pytest.approx(3.5)
+
+
+def test_masks_flip_with_their_pictures() -> None:
+    images = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8)
+    source = CaptionedImages(images, ["a", "b", "c"], masks=images[..., 0].clone())
+    plain = CaptionedImages(images[:2], ["x", "y"])
+    for rows in islice(iter(TrainingPlan(source, plain, batch_size=2)), 20):
+        red = (rows.images[:2, ..., 0] + 1) * 127.5
+        assert torch.allclose(rows.masks[:2] * 255, red, atol=1e-3) and (rows.masks[2:] == 1).all()
+    assert next(iter(TrainingPlan(plain, None, batch_size=1))).masks is None
+
+
+def test_each_reference_comes_with_a_picture_of_its_own_class() -> None:
+    """Three pictures of concept 0, one of 1, two of 2 that has no class pictures; sets of 2 and 5."""
+    references = CaptionedImages(torch.zeros(6, 2, 2, 3, dtype=torch.uint8), [*"000122"], groups=[0, 0, 0, 1, 2, 2])
+    classes = CaptionedImages(torch.zeros(7, 2, 2, 3, dtype=torch.uint8), [f"class 0 {n}" for n in range(2)] +
+                              [f"class 1 {n}" for n in range(5)], groups=[0, 0, 1, 1, 1, 1, 1])
+    seen: Counter[str] = Counter()
+    for rows in islice(iter(TrainingPlan(references, classes, batch_size=3, prior_weight=0.5)), 40):   # 20 rounds
+        count = len(rows.weights) - 3
+        own, others = rows.captions[:3], rows.captions[3:]
+        assert [caption.split()[1] for caption in others] == [group for group in own if group != "2"]
+        assert rows.weights.tolist() == [1.0] * 3 + [0.5] * count
+        seen.update(rows.captions)
+    assert all(seen[group] == count for group, count in (("0", 60), ("1", 20), ("2", 40)))
+    assert all(seen[f"class 0 {n}"] == 30 for n in range(2)) and all(seen[f"class 1 {n}"] == 4 for n in range(5))
+    whole = TrainingPlan(references, classes, batch_size=4)
+    parts = [TrainingPlan(references, classes, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    for step in range(6):
+        divided = [part.rows(step).captions for part in parts]
+        assert sorted(whole.rows(step).captions) == sorted(divided[0] + divided[1])
+
+
+def test_padded_and_transparent_pictures_train(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGBA", (60, 40), (200, 30, 30, 128)).save(folder / "a.png")
+    Image.new("RGB", (20, 30), (30, 200, 30)).save(folder / "b.png")
+    options = ["-b", *small_world.training_files, f"concepts.0.images={folder}", "preview.prompts=[]", "-l",
+               tmp_path / "logs"]
+    outcome = call_script("train", *options, "data.crop=pad", "data.alpha_mask=true", "data.background=#808080")
+    assert outcome.status == 0, outcome.err
+    assert "warning: 'b.png' is 20 x 30 px and is enlarged to 32" in outcome.out
+    for override, message in (("data.crop=squash", "data.crop 'squash' is unknown; use one of center, pad"),
+                              ("data.background=nocolour", "colour 'nocolour' is unknown"),
+                              ("data.reg.mode=buy", "use one of folder, retrieve, generate, none"),
+                              ("data.reg.num=0", "data.reg.num is 0")):
+        assert message in call_script("train", *options, override).error
+
+
+# ---- the inspection
+
+
+def test_the_inspection_names_everything(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    Image.new("RGBA", (60, 40), (200, 30, 30, 128)).save(folder / "img10.png")
+    Image.new("L", (20, 30), 99).save(folder / "img2.png")
+    (folder / "img2.txt").write_text("a\tcat")
+    (folder / "empty.jpg").touch()
+    (folder / ".DS_Store").touch()
+    outcome = call_script("train", "-b", *small_world.training_files, f"concepts.0.images={folder}",
+                          "data.alpha_mask=true", "--inspect", out)
+    assert outcome.status == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert "thing: 2 pictures used, 2 files skipped (folder with 1 captions beside pictures)" in lines
+    assert "thing: skipped 'empty.jpg' is empty" in lines and "thing: skipped '.DS_Store' is hidden" in lines
+    assert "thing: warning: 'img2.png' is 20 x 30 px, smaller than 32 px: enlarged" in lines
+    with (out / "files.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    mine = [row for row in rows if row["set"] == "thing"]
+    assert [(row["number"], row["file"], row["fate"]) for row in mine] == [
+        ("0", "img2.png", "used"), ("1", "img10.png", "used"), ("", ".DS_Store", "skipped: is hidden"),
+        ("", "empty.jpg", "skipped: is empty")]
+    assert mine[0]["what was done"] == "was grey; sides cut off; smaller than 32 px: enlarged"
+    assert mine[0]["caption"] == "a cat" and mine[1]["original size"] == "60 x 40"
+    assert {row["set"] for row in rows} == {"thing", "thing, regularisation"}
+    assert sorted(path.name for path in out.glob("*.png")) == ["sheet-00.png", "sheet-01.png"]
+    outcome = call_script("train", "--datapath", folder, "--inspect", out)      # a new user: photos, and nothing else
+    assert outcome.status == 0, outcome.err
+    assert "does not exist" in call_script("train", "--datapath", tmp_path / "no", "--inspect", out).error
+
+
+def test_the_sheet_shows_crop_mirror_and_mask(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = Image.new("RGBA", (300, 100), (0, 0, 255, 255))                # blue sides that the crop cuts off
+    image.paste((255, 0, 0, 255), (100, 0, 150, 100))
+    image.paste((0, 255, 0, 0), (150, 0, 200, 100))                        # the right half of the middle: transparent
+    image.save(folder / "a.png")
+    report = inspect_sets([("x", folder)], Framing(112, background="yellow", alpha_mask=True), tmp_path / "out")
+    page = np.asarray(Image.open(report.sheets[0]).convert("RGB"))
+    colours = [tuple(colour) for colour in page[:, 8 + 28]]                # a column through the left half of the cells
+    right = [tuple(colour) for colour in page[:, 8 + 84]]
+    assert (0, 0, 255) not in set(colours) | set(right)
+    assert colours.count((255, 0, 0)) == right.count((255, 0, 0)) == 112   # left as it is, right mirrored
+    assert colours.count((255, 255, 0)) == right.count((255, 255, 0)) == 112
+    assert right.count((0, 0, 0)) >= 112 > colours.count((0, 0, 0))        # the mask's hole
+
+
+BREAKS = {"empty": lambda data: b"", "cut": lambda data: data[:len(data) // 2], "text": lambda data: b"some milk",
+          "zeros": lambda data: bytes(len(data)), "html": lambda data: b"<!doctype html><html></html>",
+          "header": lambda data: data[:20], "appledouble": lambda data: b"\0\5\x16\7\0\2\0\0Mac OS X",
+          "reversed": lambda data: data[::-1], "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
+          "heic": lambda data: b"\0\0\0\x18ftypheic" + bytes(200)}
+
+
+def test_many_mixed_files_are_inspected_quickly_and_every_broken_one_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    grain = np.random.default_rng(1).integers(0, 256, (48, 64, 4), np.uint8)
+    kinds = [("jpg", "RGB"), ("png", "RGBA"), ("webp", "RGB"), ("png", "P"), ("tif", "CMYK"), ("bmp", "L"),
+             ("jpg", "CMYK"), ("gif", "P"), ("png", "LA")]
+    wholes = [Image.fromarray(grain).convert("RGB").convert(mode) for _, mode in kinds]
+    for number in range(180):
+        suffix, _ = kinds[number % 9]
+        wholes[number % 9].resize((200 + number, 300)).save(folder / f"img{number}.{suffix}")
+    for number, (name, damage) in enumerate([*BREAKS.items()] * 2):
+        data = (folder / f"img{9 * number % 180}.jpg").read_bytes()
+        (folder / f"broken{number}_{name}.jpg").write_bytes(damage(data))
+    start = time.process_time()
+    report = inspect_sets([("many", folder)], Framing(64), tmp_path / "out")
+    assert (report.used, report.skipped) == (180, 20)
+    named = {line.split("'")[1]: line for line in report.lines if "skipped '" in line}
+    assert named.keys() == {path.name for path in folder.glob("broken*")}
+    assert all(len(line.partition("' ")[2]) > 7 for line in named.values())
+    assert time.process_time() - start < 12                                # a fifth of 1,000 files, which have 60 s

@@ -1,0 +1,203 @@
+"""Tests the inputs people already have: captions beside pictures, lists, Custom Diffusion's JSON, trees of subjects."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Call, SmallWorld
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.customization.contexts import PromptScheme, caption_template
+from ldm.data.layouts import captioned, read_subjects
+from ldm.data.regularization import read_regularization
+from ldm.training import concept_words, fine_tune
+from ldm.util import UserError
+
+
+def put(folder: Path, *names: str) -> Path:
+    """Writes small pictures, and returns the folder."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(folder / name)
+    return folder
+
+
+def test_captions_beside_pictures_are_not_junk(tmp_path: Path) -> None:
+    put(tmp_path, "img10.png", "img2.png", "c.jpg", "d.webp")
+    (tmp_path / "img2.txt").write_text("a cat\n on a mat \n")
+    (tmp_path / "c.jpg.caption").write_text("a dog")
+    (tmp_path / "d.txt").write_text(" \n")
+    (tmp_path / "notes.txt").write_text("milk")
+    found = captioned(tmp_path)
+    assert [(path.name, caption) for path, caption in zip(found.paths, found.captions, strict=True)] == [
+        ("c.jpg", "a dog"), ("d.webp", None), ("img2.png", "a cat on a mat"), ("img10.png", None)]
+    assert {item.path.name for item in found.skipped} == {"notes.txt", "d.txt"}
+    assert found.layout == "folder with 2 captions beside pictures"
+    reg = read_regularization(tmp_path, "pet")
+    assert reg.captions == ["a dog", "a photo of a pet", "a cat on a mat", "a photo of a pet"]
+    assert "2 with their own captions, the others captioned 'a photo of a pet'" in reg.source
+    assert read_regularization(tmp_path, "pet", "x").captions == ["x"] * 4
+
+
+def test_metadata_lines(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "b.png")
+    lines = tmp_path / "metadata.jsonl"
+    lines.write_text('{"file_name": "b.png", "text": "two"}\n\n{"file_name": "a.png", "caption": "one", "more": 1}\n')
+    found = captioned(tmp_path)
+    assert found.captions == ["one", "two"] and not found.skipped and "metadata.jsonl" in found.layout
+    for text, message in (('{"file_name": "b.png"}\n{"file_name": "z.png", "text": "x"}', "line 2 of .* names 'z.png'"),
+                          ("[1]", "line 1 of .* not as expected"), ('{"text": "x"}', "line 1"), ("{", "line 1")):
+        lines.write_text(text)
+        with pytest.raises(UserError, match=message):
+            captioned(tmp_path)
+
+
+def test_a_list_with_captions_and_paths_of_custom_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = put(tmp_path / "real_reg" / "samples_cat", "cat/1.jpg", "cat/0.jpg", "cat/2.jpg")
+    monkeypatch.chdir(tmp_path)
+    (root / "images.txt").write_text("".join(f"real_reg/samples_cat/cat/{number}.jpg\n" for number in (2, 0, 1)))
+    assert [path.name for path in captioned(root / "images.txt").paths] == ["2.jpg", "0.jpg", "1.jpg"]
+    (root / "caption.txt").write_text("two\nzero\none\n")
+    (root / "cat" / "0.jpg").write_bytes(b"junk")
+    for path in (root, root / "images.txt"):
+        found = captioned(path)
+        assert ([path.name for path in found.paths], found.captions) == (["2.jpg", "1.jpg"], ["two", "one"])
+        assert [item.path.name for item in found.skipped] == ["0.jpg"]
+    (root / "caption.txt").write_text("two\nzero\n")
+    with pytest.raises(UserError, match=r"has 3 lines but '.*caption\.txt' has 2"):
+        captioned(root)
+    (root / "images.txt").write_text("cat/0.jpg\n")
+    (root / "caption.txt").write_text("x\n")
+    with pytest.raises(UserError, match="names no usable picture"):
+        captioned(root)
+
+
+RECORDS = [{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": "./data/my_cat",
+            "class_data_dir": "./reg/cat"},
+           {"instance_prompt": "photo of a <new2> wooden pot", "class_prompt": "wooden pot",
+            "instance_data_dir": "data/pot", "class_data_dir": "reg/none"}]
+
+
+def test_custom_diffusions_concept_list(tmp_path: Path) -> None:
+    put(tmp_path / "data", "my_cat/a.png", "pot/a.png")
+    put(tmp_path / "reg", "cat/a.png")
+    path = tmp_path / "assets" / "concept_list.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(RECORDS))
+    cat, pot = read_subjects(path)
+    assert (cat.name, cat.class_noun, cat.words) == ("my_cat", "cat", ("<new1>",))
+    assert (pot.name, pot.class_noun, pot.words) == ("pot", "wooden pot", ("<new2>",))
+    assert Path(cat.images).samefile(tmp_path / "data/my_cat") and pot.regularization == ""
+    assert Path(cat.regularization).samefile(tmp_path / "reg/cat")
+    assert [subject.name for subject in read_subjects(path, ["pot"])] == ["pot"]
+    with pytest.raises(UserError, match="has no subject 'dog'; choose with --subject among my_cat, pot"):
+        read_subjects(path, ["dog"])
+
+
+def test_custom_concept_101(tmp_path: Path) -> None:
+    put(tmp_path / "benchmark_dataset", "pet_cat1/a.png", "scene_barn/a.png")
+    records = [{"instance_prompt": f"photo of a <new1> {noun}", "class_prompt": noun, "class_data_dir": f"./reg/{noun}",
+                "instance_data_dir": f"./benchmark_dataset/{name}", "prompt_filename": f"prompts/{noun}.txt"}
+               for name, noun in (("scene_barn", "barn"), ("pet_cat1", "cat"))]
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(records))
+    with pytest.raises(UserError, match="holds 2 subjects; choose with --subject among scene_barn, pet_cat1"):
+        read_subjects(path)
+    (cat,) = read_subjects(path, ["pet_cat1"])
+    assert (cat.class_noun, cat.words, Path(cat.images)) == ("cat", ("<new1>",),
+                                                            tmp_path / "benchmark_dataset/pet_cat1")
+    assert [subject.words for subject in read_subjects(path, ["pet_cat1", "scene_barn"])] == [(), ()]
+
+
+def test_a_tree_of_subjects(tmp_path: Path) -> None:
+    put(tmp_path, "cat2/a.png", "colorful_sneaker/a.png", ".cache/a.png", "wooden_pot_3/a.png")
+    assert [(subject.name, subject.class_noun) for subject in
+            read_subjects(tmp_path, ["cat2", "colorful_sneaker", "wooden_pot_3"])] == [
+        ("cat2", "cat"), ("colorful_sneaker", "colorful sneaker"), ("wooden_pot_3", "wooden pot")]
+    (tmp_path / "prompts_and_classes.txt").write_text("Classes\n\nsubject_name,class\ncolorful_sneaker,sneaker\n\n"
+                                                      "Prompts\n'a {0} {1}'.format(unique_token, class_token),\n")
+    assert read_subjects(tmp_path, ["colorful_sneaker"])[0].class_noun == "sneaker"
+    with pytest.raises(UserError, match="holds 3 subjects"):
+        read_subjects(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is no JSON"), ("{}", "is no list of concepts"), ("[]", "is no list"), ("[1]", "concept 1 of .* lacks"),
+    ('[{"class_prompt": "cat"}]', "lacks instance_data_dir or class_prompt"), (None, "cannot be read")])
+def test_lists_that_are_none(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "list.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_subjects(tmp_path / "list.json")
+
+
+def test_a_list_of_concepts_becomes_a_configuration(call_script: Call, tmp_path: Path) -> None:
+    put(tmp_path, "data/my_cat/a.png", "data/pot/a.png", "reg/cat/a.png")
+    path = tmp_path / "concept_list.json"
+    path.write_text(json.dumps(RECORDS))
+    outcome = call_script("train", "--concepts_list", path, "--reg_mode", "generate", "--print_config")
+    config = OmegaConf.create(outcome.out)
+    assert [concept.class_noun for concept in config.concepts] == ["cat", "wooden pot"]
+    assert [concept.words for concept in config.concepts] == [["<new1>"], ["<new2>"]]
+    assert config.data.reg.mode == "generate" and config.concepts[0].regularization.endswith("reg/cat")
+    assert "has no subject 'x'" in call_script("train", "--concepts_list", path, "--subject", "x").error
+
+
+# ---- captions as templates, joint words
+
+
+@pytest.mark.parametrize(("caption", "template"), [
+    ("my {} asleep", "my {} asleep"), ("a <new1> cat asleep", "a {} asleep"), ("a <new1> Cat", "a {}"),
+    ("A Cat on a cat tree", "A {} on a cat tree")])
+def test_captions_become_templates(caption: str, template: str) -> None:
+    assert caption_template(caption, PromptScheme(("<new1>",), "cat")) == template
+
+
+def test_a_caption_without_the_class_is_refused() -> None:
+    with pytest.raises(UserError, match="mentions neither {} nor 'cat'"):
+        caption_template("a category of dogs", PromptScheme(("<new1>",), "cat"))
+
+
+def test_concepts_without_words_get_their_own(small_world: SmallWorld, tmp_path: Path) -> None:
+    def words(*own: str) -> list[list[str]]:
+        entries = ", ".join(f"{{name: c, images: x, class_noun: cat, words: {entry}}}" for entry in own)
+        return concept_words(small_world.train_config(tmp_path, f"concepts=[{entries}]"))
+
+    assert words("null") == [["<new1>", "<new2>"]]
+    assert words("null", "null", "null") == [["<new1>", "<new2>"], ["<new3>", "<new4>"], ["<new5>", "<new6>"]]
+    assert words("[<a>]", "null", "[<new3>]") == [["<a>"], ["<new4>", "<new5>"], ["<new3>"]]
+
+
+def test_joint_training_keeps_contexts_and_classes_apart(small_world: SmallWorld, tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    pots = put(tmp_path / "pots", "0.png", "1.png", "2.png")
+    classes = put(tmp_path / "classes", "0.png")
+    cats = small_world.folder / "class"
+    entries = [f"name: thing, images: {small_world.photos}, class_noun: cat, regularization: {cats}",
+               f"name: pot, images: {pots}, class_noun: hat, regularization: {classes}",
+               f"name: bare, images: {pots}, class_noun: dog"]
+    listed = ", ".join(f"{{{entry}}}" for entry in entries)
+    config = small_world.train_config(tmp_path / "logs", f"concepts=[{listed}]")
+    run = fine_tune(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
+    assert any(line.startswith("pot: regularisation: 1 picture(s)") for line in lines)
+    assert any(line.startswith("bare: no regularisation pictures") for line in lines)
+    from ldm.customization.delta import load_concept
+    concept = load_concept(run.concept)
+    assert [scheme.words for scheme in concept.schemes] == [("<new1>", "<new2>"), ("<new3>", "<new4>"),
+                                                           ("<new5>", "<new6>")]
+    assert sorted(concept.contexts) == sorted(f"<ctx-{index}-{image}-{position}>" for index, count in
+                                              ((0, 2), (1, 3), (2, 3)) for image in range(count) for position in (0, 1))
+
+
+def test_given_captions_serve_as_the_manual_baseline(small_world: SmallWorld, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    photos = put(tmp_path / "photos", "0.png", "1.png")
+    (photos / "0.txt").write_text("my cat in the snow")
+    options = (f"concepts.0.images={photos}", "method.prefix=", "method.suffix=", "data.captions=true",
+               "method.steps=1")
+    fine_tune(small_world.train_config(tmp_path / "logs", *options))
+    assert "first: my <new1> <new2> cat in the snow" in capsys.readouterr().out

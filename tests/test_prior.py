@@ -1,0 +1,97 @@
+"""Tests where class pictures come from: drawn by the base model and cached, retrieved without blocking, or nowhere."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Call, SmallWorld, contents
+from PIL import Image
+from web import Web
+
+from ldm.config import RegularizationConfig
+from ldm.data.regularization import read_regularization, write_regularization
+from ldm.pipeline import Generator
+from ldm.prior import class_prompt, generate_prior, generated_folder
+from ldm.training import fine_tune
+
+
+def how(root: Path, **options: object) -> RegularizationConfig:
+    return RegularizationConfig(**{"mode": "generate", "num": 3, "root": str(root), "steps": 2, "batch_size": 2,
+                                   "scale": 2.0} | options)
+
+
+@pytest.fixture(scope="module")
+def generator(small_world: SmallWorld) -> Generator:
+    return Generator(*small_world.build())
+
+
+def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generate_prior(generator, "tabby cat", how(tmp_path), 32)
+    three = contents(folder)
+    found = read_regularization(folder, "cat")
+    assert [path.name for path in found.paths] == ["00000.jpg", "00001.jpg", "00002.jpg"]
+    assert found.captions == ["photo of a tabby cat"] * 3
+    assert (folder / "urls.txt").read_text().split("\n")[2] == f"generated:{generator.identity['hash']}:2"
+    five = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=5), 32))
+    pictures = {name for name in three if name.endswith(".jpg")}
+    assert all(five[name] == three[name] for name in pictures) and len(five) == len(three) + 2
+    whole = contents(generate_prior(generator, "tabby cat", how(tmp_path / "whole", num=5), 32))
+    assert whole == five                                     # topping up and drawing at once agree
+    (folder / "tabby_cat" / "00004.jpg").unlink()
+    (folder / "images.txt").unlink()                         # as a kill would leave it
+    assert contents(generate_prior(generator, "tabby cat", how(tmp_path, num=5), 32)) == five
+    monkeypatch.setattr(generator, "generate", lambda *arguments: pytest.fail("it drew again"))
+    assert contents(generate_prior(generator, "tabby cat", how(tmp_path, num=2), 32)) == five
+    folders = {generated_folder(generator.identity, "tabby cat", how(tmp_path, **change), 32) for change in
+               ({}, {"steps": 3}, {"seed": 1}, {"prompt": "a {}"}, {"scale": 3.0})}
+    assert len(folders) == 5
+    assert generated_folder({"hash": "other"}, "tabby cat", how(tmp_path), 32) not in folders
+
+
+def test_prompts_of_drawn_pictures(tmp_path: Path) -> None:
+    assert class_prompt(how(tmp_path), "cat") == "photo of a cat"
+    assert class_prompt(how(tmp_path), "umbrella") == "photo of an umbrella"
+    assert class_prompt(how(tmp_path, prompt="drawing of the {}"), "cat") == "drawing of the cat"
+
+
+def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("data.reg.mode=generate", "data.reg.num=2", "data.reg.steps=2", f"data.reg.root={tmp_path}",
+               "method.steps=1")
+    for _ in range(2):
+        fine_tune(small_world.train_config(tmp_path / "logs", *options))
+    out = capsys.readouterr().out
+    assert out.count("thing: regularisation (generate): 2 of 2 picture(s), listed in") == 2
+    assert "references: 2, regularisation pictures: 2" in out
+    assert "each step: 1 references and as many regularisation pictures of weight 1" in out
+    assert len(list((tmp_path / "generated").iterdir())) == 1
+
+
+def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("clip_retrieval")
+    options = ("data.reg.mode=retrieve", "data.reg.num=4", f"data.reg.root={tmp_path}", "method.steps=1",
+               "data.reg.allow_private=true")
+    fine_tune(small_world.train_config(tmp_path / "logs", *options, "data.reg.url=http://127.0.0.1:9"))
+    out = capsys.readouterr().out
+    assert "thing: the server 'http://127.0.0.1:9/knn-service' does not answer" in out
+    assert "thing: no regularisation pictures" in out and "regularisation pictures: 0" in out
+    with Web() as web:
+        web.offer(6)
+        for _ in range(2):
+            fine_tune(small_world.train_config(tmp_path / "logs", *options, f"data.reg.url={web.url}"))
+    out = capsys.readouterr().out
+    assert out.count("thing: regularisation (retrieve): 4 of 4 picture(s), listed in") == 2
+    assert len(web.questions) == 1 and max(web.served.values()) == 1
+
+
+def test_a_set_somebody_made_is_used_as_it_is(small_world: SmallWorld, tmp_path: Path, call_script: Call) -> None:
+    write_regularization(tmp_path / "samples_cat", "cat", [(Image.new("RGB", (32, 32)), "by hand", "")])
+    options = ["-b", *small_world.training_files, "preview.prompts=[]", "method.steps=1", "-l", tmp_path / "logs"]
+    outcome = call_script("train", *options, "--reg_mode", "retrieve", f"data.reg.root={tmp_path}")
+    assert outcome.status == 0 and "regularisation (retrieve): 1 of 1 picture(s)" in outcome.out, outcome.err
+    outcome = call_script("train", *options, "--reg_mode", "none")
+    assert outcome.status == 0 and "regularisation pictures: 0" in outcome.out, outcome.err
+    outcome = call_script("train", *options, "--reg_mode", "folder", "concepts.0.regularization=null")
+    assert "data.reg.mode is folder but concept 'thing' names none" in outcome.error
