@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 KINDS = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "I;16"),
-         ("WEBP", "RGBA"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "CMYK"), ("TIFF", "F"), ("PPM", "RGB"), ("JPEG2000", "RGB"),
-         ("AVIF", "RGB")]
+         ("WEBP", "RGBA"), ("GIF", "P"), ("BMP", "RGB"), ("TIFF", "CMYK"), ("TIFF", "F"), ("PPM", "RGB"),
+         ("JPEG2000", "RGB"), ("AVIF", "RGB")]
 KINDS = [kind for kind in KINDS if kind[0] not in ("WEBP", "AVIF") or features.check(kind[0].lower())]
 
 

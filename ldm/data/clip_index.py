@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +72,7 @@ def register_architecture(path: Path) -> str:
 
 
 def check_clip(name: str) -> str:
-    """Returns a CLIP's name as clip-retrieval takes it, its file made absolute; nothing is downloaded silently.
+    """Returns a CLIP's name as clip-retrieval takes it, its file made absolute.
 
     Raises:
         UserError: the file or the architecture does not exist.
@@ -249,6 +251,7 @@ class IndexServer:
             raise UserError(f"'{folder}' holds no finished index; build one with scripts/retrieve.py index.") from error
         load_clip(clip)
         from werkzeug.serving import make_server
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)     # a line per request helps nobody here
         try:
             with _quiet():
                 self._server = make_server("127.0.0.1", port, _application(Path(folder), name, check_clip(clip)),
@@ -265,7 +268,6 @@ class IndexServer:
             self._server.server_close()
 
     def __enter__(self) -> IndexServer:
-        import threading
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         return self
