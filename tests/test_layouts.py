@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, SmallWorld
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from ldm.config import TrainConfig, merge
 from ldm.customization.contexts import PromptScheme, caption_template
+from ldm.customization.delta import load_concept
 from ldm.data.layouts import captioned, read_subjects
 from ldm.data.regularization import read_regularization
 from ldm.training import concept_words, fine_tune
@@ -160,10 +162,16 @@ def test_a_caption_without_the_class_is_refused() -> None:
         caption_template("a category of dogs", PromptScheme(("<new1>",), "cat"))
 
 
+def joint_config(small_world: SmallWorld, folder: Path, *entries: str) -> DictConfig:
+    """Merges the configuration of a run on several concepts, given as YAML."""
+    (folder / "concepts.yaml").write_text("concepts:\n" + "".join(f"- {{{entry}}}\n" for entry in entries))
+    return merge(TrainConfig, [*small_world.training_files, folder / "concepts.yaml"],
+                 ["preview.prompts=[]", f"trainer.logdir={folder / 'logs'}"])
+
+
 def test_concepts_without_words_get_their_own(small_world: SmallWorld, tmp_path: Path) -> None:
     def words(*own: str) -> list[list[str]]:
-        entries = ", ".join(f"{{name: c, images: x, class_noun: cat, words: {entry}}}" for entry in own)
-        return concept_words(small_world.train_config(tmp_path, f"concepts=[{entries}]"))
+        return concept_words(joint_config(small_world, tmp_path, *(f"words: {entry}" for entry in own)))
 
     assert words("null") == [["<new1>", "<new2>"]]
     assert words("null", "null", "null") == [["<new1>", "<new2>"], ["<new3>", "<new4>"], ["<new5>", "<new6>"]]
@@ -172,20 +180,16 @@ def test_concepts_without_words_get_their_own(small_world: SmallWorld, tmp_path:
 
 def test_joint_training_keeps_contexts_and_classes_apart(small_world: SmallWorld, tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    pots = put(tmp_path / "pots", "0.png", "1.png", "2.png")
-    classes = put(tmp_path / "classes", "0.png")
-    cats = small_world.folder / "class"
-    entries = [f"name: thing, images: {small_world.photos}, class_noun: cat, regularization: {cats}",
-               f"name: pot, images: {pots}, class_noun: hat, regularization: {classes}",
-               f"name: bare, images: {pots}, class_noun: dog"]
-    listed = ", ".join(f"{{{entry}}}" for entry in entries)
-    config = small_world.train_config(tmp_path / "logs", f"concepts=[{listed}]")
-    run = fine_tune(config)
+    pots, classes = put(tmp_path / "pots", "0.png", "1.png", "2.png"), put(tmp_path / "classes", "0.png")
+    run = fine_tune(joint_config(
+        small_world, tmp_path,
+        f"name: thing, images: {small_world.photos}, class_noun: cat, regularization: {small_world.folder / 'class'}",
+        f"name: pot, images: {pots}, class_noun: hat, regularization: {classes}",
+        f"name: bare, images: {pots}, class_noun: dog"))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
     assert any(line.startswith("pot: regularisation: 1 picture(s)") for line in lines)
     assert any(line.startswith("bare: no regularisation pictures") for line in lines)
-    from ldm.customization.delta import load_concept
     concept = load_concept(run.concept)
     assert [scheme.words for scheme in concept.schemes] == [("<new1>", "<new2>"), ("<new3>", "<new4>"),
                                                            ("<new5>", "<new6>")]
@@ -197,7 +201,7 @@ def test_given_captions_serve_as_the_manual_baseline(small_world: SmallWorld, tm
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     photos = put(tmp_path / "photos", "0.png", "1.png")
     (photos / "0.txt").write_text("my cat in the snow")
-    options = (f"concepts.0.images={photos}", "method.prefix=", "method.suffix=", "data.captions=true",
+    options = (f"concepts.0.images={photos}", "method.prefix=''", "method.suffix=''", "data.captions=true",
                "method.steps=1")
     fine_tune(small_world.train_config(tmp_path / "logs", *options))
     assert "first: my <new1> <new2> cat in the snow" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ldm.checkpoint import write_atomically
@@ -36,15 +38,14 @@ class Built:
     skipped: list[str]
 
 
-def _library() -> Any:
-    """Imports clip-retrieval's back end, quietly."""
+def _library() -> ModuleType:
+    """Imports the module of clip-retrieval's back end, quietly; the package hides it behind a function of its name."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from clip_retrieval import clip_back
+            return importlib.import_module("clip_retrieval.clip_back")
     except ImportError as error:
         raise UserError(f"this needs the package clip-retrieval ({error}); pip install clip-retrieval.") from error
-    return clip_back
 
 
 @contextlib.contextmanager
