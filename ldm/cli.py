@@ -84,6 +84,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a script's main function on the command line; user errors become one line and exit status 1."""
     warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch")
+    warnings.filterwarnings("ignore", module="PIL")     # of damaged files, which the loader names itself
     try:
         main(sys.argv[1:])
     except UserError as error:

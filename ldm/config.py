@@ -115,7 +115,7 @@ class DataConfig:
     """How pictures are read."""
 
     crop: str = "center"                  # center cuts the middle square out; pad keeps everything, its edges uncounted
-    background: str = "white"             # colour behind what is transparent, and beside what is padded
+    background: str = "white"             # colour behind what is transparent and beside what is padded; or '#rrggbb'
     alpha_mask: bool = False              # leave transparent pixels out of the loss
     captions: bool = False                # use captions beside the references, around the concept, as templates
     reg: RegularizationConfig = field(default_factory=RegularizationConfig)

@@ -107,7 +107,7 @@ def test_padded_and_transparent_pictures_train(small_world: SmallWorld, call_scr
     Image.new("RGB", (20, 30), (30, 200, 30)).save(folder / "b.png")
     options = ["-b", *small_world.training_files, f"concepts.0.images={folder}", "preview.prompts=[]", "-l",
                tmp_path / "logs"]
-    outcome = call_script("train", *options, "data.crop=pad", "data.alpha_mask=true", "data.background=#808080")
+    outcome = call_script("train", *options, "data.crop=pad", "data.alpha_mask=true", "data.background='#808080'")
     assert outcome.status == 0, outcome.err
     assert "warning: 'b.png' is 20 x 30 px and is enlarged to 32" in outcome.out
     for override, message in (("data.crop=squash", "data.crop 'squash' is unknown; use one of center, pad"),

@@ -193,9 +193,11 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
 
 def _picture(image: Image.Image, background: str) -> Picture:
     """Turns an opened file upright and flat, and notes what was done."""
-    turned = image.getexif().get(0x0112, 1) not in (0, 1)  # EXIF's orientation
-    notes = ["turned upright"] if turned else []
-    image = ImageOps.exif_transpose(image)
+    try:
+        turned = image.getexif().get(0x0112, 1) in range(2, 9)     # EXIF's orientation
+        image, notes = ImageOps.exif_transpose(image), ["turned upright"] if turned else []
+    except Exception:     # a camera's damaged notes are no reason to refuse its picture
+        notes = ["orientation unreadable"]
     if image.mode not in ("RGB", "RGBA"):
         notes.append(f"was {_MODES.get(image.mode, image.mode)}")
     alpha = alpha_of(image)
