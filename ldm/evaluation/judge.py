@@ -135,7 +135,7 @@ class Court:
             row: dict[str, Any] = {f"judge_{kind}": verdict.get(kind) for kind in EDITS}
             row["judge_edit"] = float(np.mean(list(verdict.values()))) if verdict else None
             row["judge_noun"] = float(ranked["noun"][0] == class_noun) if known else None
-            row["judge_saw"] = {head: ranked[head][0] for head in HEADS}
+            row |= {f"saw_{head}": ranked[head][0] for head in HEADS}
             rows.append(row)
         return rows
 
