@@ -33,15 +33,6 @@ def parser() -> cli.Parser:
     return parser
 
 
-def read_weights(entries: Sequence[str]) -> dict[str, Path]:
-    """Reads METRIC=FILE entries."""
-    pairs = [entry.partition("=") for entry in entries]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise UserError(f"--metric_weights '{name}' must be written METRIC=FILE, as in dino=dino.safetensors.")
-    return {name: Path(path) for name, _, path in pairs}
-
-
 def draw(options) -> list:
     """Draws with the concept file into the output folder and returns the pictures."""
     from ldm.evaluation.layouts import drawn_pictures
@@ -60,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
     from ldm.evaluation.evaluate import evaluate      # torch loads only when there is work for it
     from ldm.evaluation.layouts import read_pictures
-    from ldm.evaluation.scoring import load_scorer
+    from ldm.evaluation.scoring import load_scorer, read_weights
     if options.pictures and options.overrides:
         raise UserError(f"'{options.overrides[0]}' changes how pictures are drawn, but --pictures are drawn already.")
     found = read_pictures(options.pictures, options.prompts) if options.pictures else []

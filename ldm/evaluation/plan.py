@@ -191,3 +191,14 @@ def _references(config: SweepConfig, name: str, images: Path) -> Path:
 def describe(job: Job) -> dict[str, Any]:
     """A job's fields for rows of results."""
     return {**asdict(job), "settings": list(job.settings)}
+
+
+def training_of(config: SweepConfig, method: str) -> Any:
+    """Merges what is the same for all concepts of a method's training configuration.
+
+    Raises:
+        UserError: the method is unknown or its overrides are wrong.
+    """
+    if method not in config.methods:
+        raise UserError(f"method '{method}' is unknown; methods: {', '.join(config.methods)}.")
+    return merge(TrainConfig, [*config.model_files, *config.training_files], [*config.training, *config.methods[method]])

@@ -164,6 +164,15 @@ def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | 
     return Scorer(tuple(extractors), court, "kid" in wanted, tuple(skipped))
 
 
+def read_weights(entries: Sequence[str]) -> dict[str, Path]:
+    """Reads METRIC=FILE entries."""
+    pairs = [entry.partition("=") for entry in entries]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"--metric_weights '{name}' must be written METRIC=FILE, as in dino=dino.safetensors.")
+    return {name: Path(path) for name, _, path in pairs}
+
+
 def _load_judge(path: Path | None) -> Court:
     """Reads the judge that ships, or another."""
     path = path or embedded("judge.safetensors")
