@@ -1,4 +1,4 @@
-"""Measures pictures: of a folder, or drawn with a concept file first. JSON rows, CSV, a table with intervals, a sheet."""
+"""Measures pictures, of a folder or drawn with a concept file: JSON rows, CSV, a table with intervals, a sheet."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
 def parser() -> cli.Parser:
     """Makes the parser."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--pictures", type=Path, help="folder of pictures: ours, or a layout with prompts.json or folders")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures, any known layout")
     parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per picture")
     parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
     parser.add_argument("--from_file", type=Path, default=Path("configs/prompts/evaluation.txt"),
@@ -22,11 +22,11 @@ def parser() -> cli.Parser:
     parser.add_argument("--ckpt", help="SD v1 checkpoint it belongs to (base.ckpt)")
     parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds")
     parser.add_argument("--seed", type=int, help="the first seed")
-    parser.add_argument("--references", type=Path, help="the concept's pictures; default: those beside the concept file")
+    parser.add_argument("--references", type=Path, help="the concept's pictures; default: beside the concept file")
     parser.add_argument("--class_noun", default="", help="what the thing is, where pictures do not say it")
     parser.add_argument("--kid_references", type=Path, help="real pictures for KID; default: the references")
-    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge kid; default: "
-                        "all that can be loaded")
+    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge kid; "
+                        "default: all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
                         help="weights that do not ship: clip_b32, clip_l14, dino")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluation"), help="where results go")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     if (options.pictures is None) == (options.delta_ckpt is None):
         raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
-    from ldm.evaluation.evaluate import evaluate      # torch loads only when there is work for it
+    from ldm.evaluation.evaluate import evaluate  # torch loads only when there is work for it
     from ldm.evaluation.layouts import read_pictures
     from ldm.evaluation.scoring import load_scorer, read_weights
     if options.pictures and options.overrides:

@@ -22,8 +22,8 @@ def parser() -> cli.Parser:
     """Makes the parser; words that are no overrides name claims."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"merge {QUICK}: the same comparisons on less")
-    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: all "
-                        "that can be loaded")
+    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: "
+                        "all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
                         help="weights that do not ship: clip_b32, clip_l14, dino")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/tradeoff"), help="where everything goes")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_words(words: Sequence[str], base: Sequence[str] | None) -> tuple[list[str] | None, Sequence[str]]:
-    """Tells claims' names from configuration files, which -b takes together; None means no claim but the whole sweep."""
+    """Tells claims' names from configuration files, which -b takes together; None is the sweep, not a claim."""
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     rest = [word for word in words if word not in files]
     if rest and rest[0] != "claim":

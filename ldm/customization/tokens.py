@@ -15,8 +15,8 @@ from ldm.util import UserError
 # Common nouns tried in this order; the paper presets such a list without printing it (section 5, "limitations").
 AUXILIARY_NOUNS = ("cat", "dog", "man", "car", "toy", "bag")
 # Among these the text encoder chooses where it is asked to; all are one token or two in both vocabularies.
-CONTEXT_NOUNS = ("cat", "dog", "car", "backpack", "house", "fish", "penguin", "boat", "mug", "teapot", "robot", "snowman",
-                 "umbrella", "guitar", "rocket", "rabbit")
+CONTEXT_NOUNS = ("cat", "dog", "car", "backpack", "house", "fish", "penguin", "boat", "mug", "teapot", "robot",
+                 "snowman", "umbrella", "guitar", "rocket", "rabbit")
 AUTO = "auto"
 
 
@@ -119,8 +119,8 @@ def auxiliary_noun(class_noun: str, pieces: Sequence[str], wanted: str | None) -
 def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str]) -> str:
     """Returns the noun of CONTEXT_NOUNS whose caption is nearest to what the prompt says after the concept.
 
-    Nearness is the cosine of the text encoder's states at the end token. The paper chooses by hand a noun that is likely
-    in the context (section 4.5).
+    Nearness is the cosine of the text encoder's states at the end token. The paper chooses by hand a noun that is
+    likely in the context (section 4.5).
     """
     taken = set(re.findall(r"\w+", f"{class_noun} {' '.join(pieces)}".lower()))
     nouns = [noun for noun in CONTEXT_NOUNS if noun not in taken]

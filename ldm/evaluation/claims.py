@@ -67,7 +67,7 @@ def schemes(config: SweepConfig) -> list[str]:
 
 
 def like_with_like(config: SweepConfig) -> dict[str, str]:
-    """Pairs each ICO scheme with the manual template of as many concept words; the number of words alone moves curves."""
+    """Pairs each ICO scheme with the manual template of as many concept words: their number alone moves curves."""
     methods = {name: training_of(config, name).method for name in schemes(config)}
     manual = {len(method.words): name for name, method in methods.items() if not (method.prefix or method.suffix)}
     return {name: manual[len(method.words)] for name, method in methods.items()
@@ -162,13 +162,15 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("tradeoff", "Fig. 6, 8", "Is ICO's trade-off curve above the manual templates' with as many concept words?",
           tradeoff),
     Claim("dci", "Fig. 6", "Does DCI beat the raw model of the same concept file at equal U-Net work?", dci),
-    Claim("lambda", "Fig. 9", "Does more injection give more prompt agreement for little fidelity, until too much?", lambdas),
+    Claim("lambda", "Fig. 9", "Does more injection buy prompt agreement for little fidelity, until it is too much?",
+          lambdas),
     Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts and aggregation in every layer?", ablations),
     Claim("masks", "Fig. 11", "What do the masks look like at each resolution?", masks, masks=True),
     Claim("nouns", "Fig. 12", "Does an auxiliary noun that is likely in the context help, and a bad one harm?",
           auxiliary_nouns),
     Claim("phase", "section 3.3", "How long should the stage with two branches be?", phase),
-    Claim("guidance", "release", "Which is better: guidance of their own or shared, noise independent or common?", guidance),
+    Claim("guidance", "release", "Which is better: guidance of their own or shared, noise independent or common?",
+          guidance),
     Claim("replaced", "section 3.3", "Does editability come back when the concept words are replaced?", replaced),
     Claim("gains", "eq 3, 4", "Do the release's constants suit a model of fewer pixels?", gains))}
 SWEEP = Claim("sweep", "Fig. 6", "How do the configured methods trade fidelity for editability?", sweep)

@@ -53,7 +53,8 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
     nouns = {item.settings.get("concept", {}).get("class_noun", "") for item in found} - {""}
     noun = wanted or (nouns.pop() if len(nouns) == 1 else "")
     if not noun and any(item.prompt and "{}" in item.prompt for item in found):
-        raise UserError("the prompts have {} and the pictures do not say for which class noun; give it with --class_noun.")
+        raise UserError("the prompts have {} and the pictures do not say which class noun that is; give it with "
+                        "--class_noun.")
     return noun
 
 
@@ -82,7 +83,7 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     notes += ["skipped text alignment: the pictures do not say their prompts; give them with --prompts"] * (
         not any(item.prompt for item in found))
     groups, sets = grouped(rows, way), {}
-    for name, group in groups.items():
+    for name in groups:
         drawn = [picture for picture, row in zip(pictures, rows, strict=True) if way(row) == name]
         sets[name] = scorer.of_set(drawn, compared)
         notes += [f"skipped {reason} ({name})"] if (reason := scorer.why_no_kid(len(drawn), len(compared))) else []

@@ -97,8 +97,8 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     """Says in a line what was measured and how long it took."""
     subjects = list(sweep.subjects.values())
     prompts = sorted({len(subject.prompts) for subject in subjects})
-    return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a point; "
-            f"{minutes:.1f} minutes in all, fine-tuning included." + (f" Command: `{command}`" if command else ""))
+    return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
+            f"point; {minutes:.1f} minutes in all, fine-tuning included." + (f" Command: `{command}`" if command else ""))
 
 
 def by_unit(rows: Rows, column: str) -> dict[object, float]:
@@ -117,9 +117,9 @@ def compare(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, st
             other = min(index, len(base.points) - 1)
             pairs = [(by_unit(rows[point], axis), by_unit(rows[base.points[other]], axis)) for axis in axes]
             per_concept = [_concept_differences(*pair) for pair in pairs]
-            found.append(Comparison(_name(line, index), _name(base, other), difference(*pairs[0]), difference(*pairs[1]),
-                                    tuple(sum(value > 0 for value in values) for values in per_concept),
-                                    len(per_concept[0])))
+            found.append(Comparison(
+                _name(line, index), _name(base, other), difference(*pairs[0]), difference(*pairs[1]),
+                tuple(sum(value > 0 for value in values) for values in per_concept), len(per_concept[0])))
     return found
 
 
@@ -192,7 +192,8 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Row
     references = {name: open_pictures(subject.references)[0] for name, subject in sweep.subjects.items()}
     shown = []
     for concept, prompt in spread(units, SHEET_ROWS):
-        cells = [open_cell(sweep.outdir / first[line.points[index]][concept, prompt]["picture"]) for line, index in places]
+        rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]
+        cells = [open_cell(sweep.outdir / row["picture"]) for row in rows_shown]
         shown.append((f"{prompt.replace('{}', '[' + concept + ']')}", [references[concept], *cells]))
     return sheet(["reference", *(_name(line, index) for line, index in places)], shown, 128)
 

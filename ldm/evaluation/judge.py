@@ -69,7 +69,8 @@ class Judge(nn.Module):
         """Returns, per picture and head, the labels from the likeliest to the least likely."""
         device, found = next(self.parameters()).device, []
         for first in range(0, len(pictures), batch):
-            x = torch.stack([to_tensor(square(picture.convert("RGB"), SIDE)) for picture in pictures[first:first + batch]])
+            x = torch.stack([to_tensor(square(picture.convert("RGB"), SIDE))
+                             for picture in pictures[first:first + batch]])         # (B, 64, 64, 3)
             orders = {head: logits.argsort(dim=1, descending=True).tolist()
                       for head, logits in self(x.permute(0, 3, 1, 2).to(device)).items()}
             found += [{head: [self.labels[head][label] for label in order[row]] for head, order in orders.items()}
@@ -93,8 +94,11 @@ def read_wish(prompt: str, phrases: Mapping[str, Mapping[str, Sequence[str]]]) -
         phrases: per kind and label the wordings that ask for it, such as {"scene": {"beach": ["on the beach"]}}.
     """
     text = " ".join(re.findall(r"[\w'-]+", prompt.lower()))
-    return Wish(**{kind: frozenset(label for label, wordings in phrases.get(kind, {}).items()
-                                   if any(re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", text) for wording in wordings))
+
+    def says(wordings: Sequence[str]) -> bool:
+        return any(re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", text) for wording in wordings)
+
+    return Wish(**{kind: frozenset(label for label, wordings in phrases.get(kind, {}).items() if says(wordings))
                    for kind in EDITS})
 
 
@@ -104,7 +108,8 @@ def grant(wish: Wish, ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
     A scene or style is right where the likeliest label is a wished one. Colours are right where the wished ones, and no
     others, are the likeliest: two colours are asked of a two-coloured thing.
     """
-    verdict = {kind: float(ranked[kind][0] in getattr(wish, kind)) for kind in ("scene", "style") if getattr(wish, kind)}
+    verdict = {kind: float(ranked[kind][0] in asked)
+               for kind, asked in (("scene", wish.scene), ("style", wish.style)) if asked}
     if wish.colour:
         verdict["colour"] = float(set(ranked["colour"][:len(wish.colour)]) == wish.colour)
     return verdict

@@ -38,9 +38,10 @@ class DatasetConcept:
 def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
     """Finds a folder's pictures and their prompts.
 
-    Prompts come from the file `prompts`: JSON {file name without suffix: prompt} or text with a line per picture in order
-    of names; without it from prompts.json beside the pictures or beside their folder samples/ (CustomConcept101), from
-    the names of sub-folders, one per prompt (as DreamBooth results are often kept), or from our pictures' own settings.
+    Prompts come from the file `prompts`: JSON {file name without suffix: prompt}, or text with a line per picture in
+    order of names. Without it they come from prompts.json beside the pictures or beside their folder samples/
+    (CustomConcept101), from the names of sub-folders, one per prompt (as DreamBooth results are often kept), or from
+    our pictures' own settings.
 
     Raises:
         UserError: nothing is there, or prompts and pictures do not match.
@@ -82,7 +83,7 @@ def _table(source: Path, paths: Sequence[Path]) -> list[str]:
     if lonely or unused:
         what = f"no prompt for picture '{lonely[0]}'" if lonely else f"no picture for entry '{sorted(unused)[0]}'"
         raise UserError(f"'{source}' does not match the pictures of '{paths[0].parent}': {what} "
-                        f"({len(lonely)} pictures without prompt, {len(unused)} prompts without picture); mend the file.")
+                        f"({len(lonely)} pictures without prompt, {len(unused)} prompts without picture); mend it.")
     return texts
 
 

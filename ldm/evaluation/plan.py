@@ -30,9 +30,9 @@ class SweepConfig:
     sampling_files: list[str] = field(default_factory=list)
     sampling: list[str] = field(default_factory=list)         # key=value overrides of all pictures
     concept_files: list[str] = field(default_factory=list)
-    dataset: str | None = None            # CustomConcept101's dataset.json or DreamBooth's folder, instead of concept_files
+    dataset: str | None = None            # instead: CustomConcept101's dataset.json, or DreamBooth's folder
     dataset_concepts: list[str] = field(default_factory=list)  # which of its concepts; none named is all
-    held_out: str | None = None           # folder of pictures per concept that fidelity is measured on; null: references
+    held_out: str | None = None           # a folder per concept: what fidelity is measured on; null: the references
     prompts: str | None = None            # file of prompts with {}; null: the data set's own
     max_concepts: int | None = None       # the first so many
     max_prompts: int | None = None        # so many, spread evenly
@@ -48,7 +48,7 @@ class SweepConfig:
     strength: float = 1.0                 # with which lambda where it is held fixed
     lambdas: list[float] = field(default_factory=list)            # of the sweep over lambda
     agg_times: list[float] = field(default_factory=list)          # of the sweep over T_a
-    nouns: dict[str, str | None] = field(default_factory=dict)    # ways to choose the auxiliary noun: name, replace_noun
+    nouns: dict[str, str | None] = field(default_factory=dict)    # ways to choose auxiliary nouns: name, replace_noun
     gains: list[float] = field(default_factory=list)              # of the sweep over DBIM's spatial mask sum
 
 
@@ -131,7 +131,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
     for prompt in prompts:
         if "{}" not in prompt:
-            raise UserError(f"prompt file '{path}': '{prompt}' does not mention the concept; write {{}} where it stands.")
+            raise UserError(f"prompt file '{path}': '{prompt}' does not name the concept; write {{}} where it stands.")
     return prompts
 
 
@@ -201,4 +201,5 @@ def training_of(config: SweepConfig, method: str) -> Any:
     """
     if method not in config.methods:
         raise UserError(f"method '{method}' is unknown; methods: {', '.join(config.methods)}.")
-    return merge(TrainConfig, [*config.model_files, *config.training_files], [*config.training, *config.methods[method]])
+    files = [*config.model_files, *config.training_files]
+    return merge(TrainConfig, files, [*config.training, *config.methods[method]])

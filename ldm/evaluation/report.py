@@ -63,8 +63,8 @@ def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str
 def _scaled(value: Estimate, scale: str) -> Estimate:
     """Puts an estimate on another scale; they are monotone, so that the bounds stay bounds."""
     change = SCALES[scale]
-    return Estimate(change(value.mean), *(None if bound is None else change(bound) for bound in (value.low, value.high)),
-                    value.units)
+    bounds = (None if bound is None else change(bound) for bound in (value.low, value.high))
+    return Estimate(change(value.mean), *bounds, value.units)
 
 
 def write_rows(rows: Rows, folder: Path) -> tuple[Path, Path]:

@@ -73,7 +73,7 @@ class Scorer:
 
     @property
     def fidelity(self) -> str | None:
-        """The column that stands for fidelity in trade-offs: a network's that nobody here trained, where there is one."""
+        """The column that stands for fidelity in trade-offs: of a network nobody here trained, where there is one."""
         names = [extractor.name for extractor in self.extractors]
         best = next((name for name in ("dino", "efficientnet", "clip_l14", "clip_b32") if name in names), None)
         return f"{best or names[0]}_i" if names else None
@@ -99,10 +99,11 @@ class Scorer:
                 vectors = extractor.texts([texts[index] for index in spoken]) if spoken else features[:0]
                 _fill(rows, f"{extractor.name}_t", spoken, text_alignment(features[spoken], vectors))
             if references:
-                _fill(rows, f"{extractor.name}_i", range(len(rows)), image_alignment(features, references[extractor.name]))
+                alignment = image_alignment(features, references[extractor.name])
+                _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
         if self.court:
-            for row, verdict in zip(rows, self.court.rows(pictures, [text or "" for text in texts], class_noun), strict=True):
-                row.update(verdict)
+            verdicts = self.court.rows(pictures, [text or "" for text in texts], class_noun)
+            rows = [{**row, **verdict} for row, verdict in zip(rows, verdicts, strict=True)]
         return [{name: row.get(name) for name in (*self.titles, *row)} for row in rows]
 
     def of_set(self, pictures: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, Any]:

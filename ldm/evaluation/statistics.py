@@ -86,8 +86,8 @@ def frontier(points: np.ndarray) -> np.ndarray:
 def area(points: np.ndarray, corner: np.ndarray) -> float:
     """Area under a trade-off curve: between `corner` (2,) and the line through the undominated ones of points (P, 2).
 
-    The first coordinate is editability, the second fidelity. Left of the first undominated point the curve is level, right
-    of the last it falls straight down. Parts below or left of the corner do not count.
+    The first coordinate is editability, the second fidelity. Left of the first undominated point the curve is level,
+    right of the last it falls straight down. Parts below or left of the corner do not count.
     """
     curve = frontier(np.maximum(points, corner)) - corner
     x, y = np.concatenate([[0.0], curve[:, 0]]), np.concatenate([curve[:1, 1], curve[:, 1]])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.customization.delta import load_concept
 from ldm.evaluation.evaluate import open_pictures
-from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
+from ldm.evaluation.plan import BASE, Job, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import open_cell, write_json
 from ldm.evaluation.scoring import Scorer
 from ldm.pictures import save_png
@@ -65,7 +65,7 @@ class Sweep:
                 raise UserError(f"'{subject.name}': the pictures '{subject.references}' do not exist.")
 
     def run(self, jobs: Sequence[Job]) -> dict[Job, list[dict[str, Any]]]:
-        """Carries out what is not on disk and returns every job's rows; the bar counts U-Net rows, so that its ETA holds."""
+        """Carries out what is not on disk and returns every job's rows; the bar counts U-Net rows, so its ETA holds."""
         self.check(jobs)
         self._reported.clear()
         order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
@@ -122,8 +122,8 @@ class Sweep:
     def work(self, job: Job) -> int:
         """U-Net rows of a job's pictures: guided ones have two a step, joint steps four (three where shared)."""
         settings = job.sampling(self.config)
-        joint = 0.0 if job.strength is None else settings.dci.agg_time * (2 if settings.dci.guidance == "separate" else 1)
-        rows = settings.steps * (2 + (0.0 if settings.dci.match_cost else joint))
+        joint = 0.0 if job.strength is None or settings.dci.match_cost else settings.dci.agg_time
+        rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
         return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
 
     def training_work(self, jobs: Sequence[Job]) -> int:

@@ -60,7 +60,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def targets(truths: list[dict], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Returns label numbers (N,) of noun, scene and style, and (N, 2) of the colours, the second like the first for one.
+    """Returns label numbers (N,) of noun, scene and style, and (N, 2) of colours, the second like the first for one.
 
     Colours count only where they cover the thing: a cat with red stripes is its own colour too.
     """
@@ -75,7 +75,7 @@ def targets(truths: list[dict], names: dict[str, tuple[str, ...]]) -> dict[str, 
 
 
 def weathered(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Mirrors, shifts, blurs and roughens pictures (B, 3, H, W): a generator's pictures are never as crisp as renders."""
+    """Mirrors, shifts, blurs and roughens pictures (B, 3, H, W): a generator's are never as crisp as renders."""
     if torch.rand((), generator=rng) < 0.5:
         x = x.flip(3)
     top, left = torch.randint(0, 5, (2,), generator=rng).tolist()
@@ -137,14 +137,16 @@ def work(args: argparse.Namespace) -> None:
         rows = (torch.randperm(len(pictures) - HELD_OUT, generator=rng)[:args.batch] + HELD_OUT).sort().values
         logits = forward(weathered(from_pictures(pictures[rows.numpy()]).to(args.device), rng))
         answers = {head: truth[head][rows].to(args.device) for head in HEADS}
-        losses = [F.cross_entropy(logits[head], answers[head], label_smoothing=0.05) for head in ("noun", "scene", "style")]
+        losses = [F.cross_entropy(logits[head], answers[head], label_smoothing=0.05)
+                  for head in ("noun", "scene", "style")]
         return sum(losses) + colour_loss(logits["colour"], answers["colour"])
 
     def sheet(averaged: nn.Module, path: Path) -> str:
         right = accuracies(averaged, held_out.to(args.device), {head: truth[head][:HELD_OUT] for head in HEADS})
         save_sheet([pictures[:12], pictures[12:24]], path)
         save_court(Court(averaged, phrases(), right, HELD_OUT), args.state / "judge.safetensors")
-        return f"right on {HELD_OUT} held-out renders: " + ", ".join(f"{head} {100 * right[head]:.1f} %" for head in HEADS)
+        shares = ", ".join(f"{head} {100 * right[head]:.1f} %" for head in HEADS)
+        return f"right on {HELD_OUT} held-out renders: {shares}"
 
     train("judge", judge, loss_of, args, peak_lr=2e-3, sheet=sheet, weight_decay=0.02)
 
