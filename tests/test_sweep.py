@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, Call, SmallWorld, contents
 from omegaconf import OmegaConf
 from PIL import Image
-from test_evaluation import metric_files, metric_options  # noqa: F401  fixtures
 
 from ldm.config import merge
 from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
@@ -19,7 +18,7 @@ from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like
 from ldm.evaluation.experiment import compare, compare_curves, run_claim
 from ldm.evaluation.features import Extractor, _transform
-from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, SweepConfig, Subject, subjects
+from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
 from ldm.evaluation.scoring import Scorer
 from ldm.evaluation.sweep import Sweep, points
 from ldm.pipeline import Generator
@@ -34,10 +33,11 @@ AXES = ("mean_t", "mean_i")
 def sweep_file(world: SmallWorld, folder: Path, **changes: object) -> Path:
     """Writes the configuration of a sweep over the small world's one concept."""
     (folder / "prompts.txt").write_text("a {} in the snow\na {} on the beach\n")
-    content = {"model_files": [str(world.folder / "model.yaml")], "training_files": [str(world.folder / "method.yaml")],
-               "sampling_files": [str(world.folder / "sampling.yaml")], "sampling": ["steps=2", "batch_size=1"],
-               "concept_files": [str(world.folder / "concept.yaml")], "prompts": str(folder / "prompts.txt"), "seeds": 1,
-               "methods": {"manual": ['method.prefix=""', 'method.suffix=""', "method.template=photo of a {}"], "ICO": []},
+    manual = ['method.prefix=""', 'method.suffix=""', "method.template=photo of a {}"]
+    content = {"model_files": [str(world.folder / "model.yaml")], "sampling": ["steps=2", "batch_size=1"],
+               "training_files": [str(world.folder / "method.yaml")], "prompts": str(folder / "prompts.txt"),
+               "sampling_files": [str(world.folder / "sampling.yaml")], "methods": {"manual": manual, "ICO": []},
+               "concept_files": [str(world.folder / "concept.yaml")], "seeds": 1,
                "steps": [1, 2], "method": "ICO", "step": 2, "strength": 1.0, "strengths": [1.0], "lambdas": [0, 1],
                "agg_times": [0.5, 1.0], "nouns": {"preset": None, "by context": "auto"}, "gains": [500], **changes}
     OmegaConf.save(OmegaConf.create(content), folder / "sweep.yaml")
@@ -88,7 +88,8 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
 
 
-def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     resumed, fine_tune = [], sweep_module.fine_tune
     monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: resumed.append(given[1]) or fine_tune(*given))
     sweep = Sweep(config, tmp_path / "out", SCORER)
@@ -113,7 +114,7 @@ def test_pictures_are_named_by_what_decides_them(config: SweepConfig, tmp_path: 
 
 
 def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
-    sweep = Sweep(config, tmp_path, SCORER)                                # 2 prompts, 1 seed, 2 steps, half of them joint
+    sweep = Sweep(config, tmp_path, SCORER)                    # 2 prompts, 1 seed, 2 steps, half of them joint
     assert [sweep.work(job) for job in JOBS] == [2 * 2 * 2, 2 * 2 * (2 + 0.5 * 2), 2 * 2 * 2]
     shared = Job("thing", "ICO", 1, 1.0, ("dci.guidance=shared",))
     matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
@@ -159,7 +160,8 @@ def test_subjects(config: SweepConfig, small_world: SmallWorld, tmp_path: Path) 
 # Comparisons with known answers.
 
 def made_rows(point: Job, values: dict[tuple[str, str], tuple[float, float]]) -> list[dict]:
-    return [{"concept": concept, "prompt": prompt, "mean_t": x, "mean_i": y} for (concept, prompt), (x, y) in values.items()]
+    return [{"concept": concept, "prompt": prompt, "mean_t": x, "mean_i": y}
+            for (concept, prompt), (x, y) in values.items()]
 
 
 def test_comparisons_by_hand() -> None:
@@ -169,7 +171,7 @@ def test_comparisons_by_hand() -> None:
             joint: made_rows(joint, dict(zip(units, [(0.5, 0.8), (0.7, 0.8), (0.6, 0.8)], strict=True)))}
     lines = [Line("raw", (raw,), ("",)), Line("DCI", (joint,), ("x",), "raw")]
     (found,) = compare(lines, rows, AXES)
-    assert (found.name, found.baseline) == ("DCI x", "raw")
+    assert (found.name, found.baseline) == ("DCI, x", "raw")
     assert found.editability.mean == pytest.approx(0.2) and found.fidelity.mean == pytest.approx(-0.1)
     assert found.fidelity.excludes_zero and (found.fidelity.low, found.fidelity.high) == pytest.approx((-0.1, -0.1))
     assert (found.rose, found.concepts) == ((1, 0), 2)                     # concept b did not rise
@@ -202,7 +204,9 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
             settings = point.sampling(config)
             assert settings.dci.use == (point.strength is not None) and not settings.plain
             assert point.method == BASE or point.method in config.methods
-    assert like_with_like(config) == {"ICO 1/1/3": "manual n=3"}           # quick has no manual template of two words
+    assert like_with_like(config) == {"ICO 1/1/3": "manual n=3"}
+    whole = merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"])
+    assert like_with_like(whole) == {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2", "ICO 3/1/1": "manual n=1"}
     raw, joint = CLAIMS["dci"].lines(config)
     assert all(point.sampling(config).dci.match_cost for point in joint.points) and raw.points[0].strength is None
     found = {concept.class_noun for concept in subjects(config)}
@@ -246,10 +250,11 @@ def test_points_join_concepts() -> None:
 
 # The command.
 
-def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld, metric_options: list[str],  # noqa: F811
+def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld, metric_options: list[str],
                                       tmp_path: Path) -> None:
     file = sweep_file(small_world, tmp_path)
-    outcome = call_script("tradeoff", "claim", "masks", "-b", file, "seeds=1", *metric_options, "--outdir", tmp_path / "out")
+    command = ["tradeoff", "claim", "masks", "-b", file, "seeds=1", *metric_options, "--outdir", tmp_path / "out"]
+    outcome = call_script(*command)
     assert outcome.status == 0, outcome.err
     folder = tmp_path / "out" / "masks"
     assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md",
@@ -257,7 +262,7 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     text = (folder / "report.md").read_text()
     assert "1 concepts x 2 prompts x 1 seeds" in text and "| 8 x 8 |" in text and "![masks](masks/thing.png)" in text
     assert "sweep: 100%" in outcome.err and f"report: {folder / 'report.md'}" in outcome.out
-    again = call_script("tradeoff", "claim", "masks", "-b", file, "seeds=1", *metric_options, "--outdir", tmp_path / "out")
+    again = call_script(*command)
     assert again.status == 0 and "fine-tuning" not in again.err
 
 
@@ -267,7 +272,7 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     (["claim", "dci", "strenght=1"], "did you mean 'strength'"), (["claim", "dci", "concept_files=[]"], "no concepts"),
     (["claim", "dci", "prompts=null"], "has no prompts"),
     (["claim", "dci", "sampling=[steps=0]"], "steps is 0"), (["--metrics", "dino"], "DINO ViT-S/16's weights")])
-def test_bad_input(call_script: Call, small_world: SmallWorld, metric_options: list[str], tmp_path: Path,  # noqa: F811
+def test_bad_input(call_script: Call, small_world: SmallWorld, metric_options: list[str], tmp_path: Path,
                    arguments: list[str], message: str) -> None:
     options = [] if "--metrics" in arguments else metric_options
     outcome = call_script("tradeoff", *arguments, "-b", sweep_file(small_world, tmp_path), *options, "--outdir",
@@ -294,7 +299,8 @@ def test_auto_chooses_another_noun_by_context(small_world: SmallWorld) -> None:
         ids = embedder.tokenize([text])
         end = ids[0].tolist().index(embedder.tokenizer.eos_token_id)
         states[text] = torch.nn.functional.normalize(embedder([text])[0, end], dim=0)
-    near = {noun: float(states["in the snow"] @ states[f"a photo of a {noun}"]) for noun in CONTEXT_NOUNS if noun != "cat"}
+    near = {noun: float(states["in the snow"] @ states[f"a photo of a {noun}"])
+            for noun in CONTEXT_NOUNS if noun != "cat"}
     assert near[chosen] == pytest.approx(max(near.values()), abs=1e-6)
     assert noun_for_context(embedder, chosen, ["a photo of a ", " in the snow"]) != chosen
     assert noun_for_context(embedder, "cat", ["", ""]) == "dog"           # nothing to go by: the preset's

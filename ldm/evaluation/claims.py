@@ -58,7 +58,7 @@ def _curve(config: SweepConfig, label: str, method: str, strength: float | None 
            baseline: str | None = None) -> Line:
     """A line over fine-tuning steps."""
     points = tuple(Job("", method, step, strength, settings) for step in config.steps)
-    return Line(label, points, tuple(str(step) for step in config.steps), baseline)
+    return Line(label, points, tuple(f"{step} steps" for step in config.steps), baseline)
 
 
 def schemes(config: SweepConfig) -> list[str]:

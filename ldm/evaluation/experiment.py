@@ -90,7 +90,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
 
 def _name(line: Line, index: int) -> str:
     """Names a point in tables."""
-    return f"{line.label} {line.marks[index]}".strip()
+    return f"{line.label}, {line.marks[index]}".removesuffix(", ")
 
 
 def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
@@ -98,7 +98,8 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     subjects = list(sweep.subjects.values())
     prompts = sorted({len(subject.prompts) for subject in subjects})
     return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
-            f"point; {minutes:.1f} minutes in all, fine-tuning included." + (f" Command: `{command}`" if command else ""))
+            f"point; {minutes:.1f} minutes in all, fine-tuning included."
+            + (f" Command: `{command}`" if command else ""))
 
 
 def by_unit(rows: Rows, column: str) -> dict[object, float]:
@@ -133,7 +134,7 @@ def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[
     """Areas under the lines that have as many points as the longest, and of each less its baseline's."""
     longest = max(len(line.points) for line in lines)
     curves = {line.label: line for line in lines if len(line.points) == longest}
-    if longest < 2:
+    if longest < 2 or len(curves) < 2:
         return None
     values = {line.label: [[by_unit(rows[point], axis) for axis in axes] for point in line.points]
               for line in curves.values()}

@@ -21,7 +21,7 @@ from ldm.evaluation.plan import BASE, Job, SweepConfig, describe, digest, subjec
 from ldm.evaluation.report import open_cell, write_json
 from ldm.evaluation.scoring import Scorer
 from ldm.pictures import save_png
-from ldm.pipeline import Generator, build_model, choose_device
+from ldm.pipeline import Generator, build_model, check_settings, choose_device
 from ldm.training import fine_tune
 from ldm.util import UserError
 
@@ -57,7 +57,7 @@ class Sweep:
             if method != BASE and method not in self.config.methods:
                 raise UserError(f"method '{method}' is unknown; methods: {', '.join(self.config.methods)}.")
         for point in dict.fromkeys(job.point for job in jobs):
-            point.sampling(self.config)
+            check_settings(point.sampling(self.config))
             if point.method != BASE:
                 next(iter(self.subjects.values())).training(self.config, point.method)
         for subject in self.subjects.values():
