@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Draws a concept, fine-tuned alone and with DCI. Untouched: a prompts file with the newest concept under logs/, as one sheet.
-# Every variable can also be set from outside (PROMPT="a {} in space" bash inference.sh); further options follow the command.
+# Draws a concept, fine-tuned alone and with DCI. Untouched: a prompts file with the newest concept under logs/, as one
+# sheet. Every variable can also be set from outside (PROMPT="a {} in space" bash inference.sh); further options follow
+# the command.
 set -euo pipefail
 
 CKPT="${CKPT:-}"                      # sd-v1-4.ckpt or .safetensors; empty: the embedded model

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Teaches the model one concept. Untouched: the embedded example (a fish in four quarters) on the embedded model, on a CPU, in minutes.
-# Every variable can also be set from outside (CLASS_NOUN="teddy bear" bash train.sh); further options follow the command.
+# Teaches the model one concept. Untouched: the embedded example on the embedded model, on a CPU, in minutes. Every
+# variable can also be set from outside (CLASS_NOUN="teddy bear" bash train.sh); further options follow the command.
 #
 # For Stable Diffusion v1.4 set CKPT, DATAPATH and CLASS_NOUN (and REG_DATAPATH, recommended).
 set -euo pipefail
@@ -18,7 +18,8 @@ source scripts/environment.sh
 
 arguments=()
 if [[ -n "$CKPT" ]]; then
-    arguments+=(-b configs/model/sd-v1.yaml configs/method/ico.yaml "${METHOD:-configs/method/ico_for_dci.yaml}" --ckpt "$CKPT")
+    arguments+=(-b configs/model/sd-v1.yaml configs/method/ico.yaml "${METHOD:-configs/method/ico_for_dci.yaml}")
+    arguments+=(--ckpt "$CKPT")
 elif [[ -n "$METHOD" ]]; then
     arguments+=(-b configs/model/tiny.yaml "$METHOD" configs/method/tiny.yaml configs/concept/quartered_fish.yaml)
 fi

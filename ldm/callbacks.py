@@ -33,7 +33,7 @@ class SaveConcept(Callback):
         return self.folder / f"step-{step:06d}.safetensors"
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.done = trainer.global_step     # a resumed run has saved that one, and is between micro-steps until the next
+        self.done = trainer.global_step     # a resumed run has saved this step already
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

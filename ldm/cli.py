@@ -13,7 +13,7 @@ from ldm.util import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes --from-file for --from_file, gathers key=value overrides, and errs in a sentence."""
+    """An argument parser that takes --from-file for --from_file, gathers overrides and errs in a sentence."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, allow_abbrev=False,
@@ -78,7 +78,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is intact.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt or "interrupted; what was saved before is intact.", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -241,7 +241,7 @@ def all_keys(schema: DictConfig, path: str = "") -> list[str]:
 
 
 def _nearest(key: str, schema: DictConfig) -> str:
-    """Ends an error's sentence with the key that was probably meant: a sibling, a like path, the same name elsewhere."""
+    """Ends an error's sentence with the key probably meant: a sibling, a like path, the same name elsewhere."""
     known = all_keys(schema)
     if "concepts" in schema:
         known += [f"concepts.0.{entry.name}" for entry in dataclasses.fields(ConceptConfig)]

@@ -16,10 +16,11 @@ class LambdaLinearScheduler:
 
     def schedule(self, n: int, **kwargs: object) -> float:
         """Returns the learning-rate factor after `n` steps."""
-        for warm_up, f_min, f_max, f_start, length in self.cycles:
-            if n <= length:
-                break
-            n -= length
+        cycle = 0
+        while cycle < len(self.cycles) - 1 and n > self.cycles[cycle][-1]:
+            n -= self.cycles[cycle][-1]
+            cycle += 1
+        warm_up, f_min, f_max, f_start, length = self.cycles[cycle]
         if n < warm_up:
             return f_start + (f_max - f_start) * n / warm_up
         return f_min + (f_max - f_min) * max(length - n, 0) / length

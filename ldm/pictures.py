@@ -90,7 +90,8 @@ def mask_panel(record: Sequence[tuple[str, Tensor]], steps: int, columns: int = 
                     if masks.shape[-1] == size * size]
             mean = np.mean([values.numpy() for values in maps], axis=0).reshape(size, size)
             cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize((cell, cell), Image.NEAREST))
-        rows.append((f"{size} x {size}: share of the concept branch, 0 black to 1 white, mean of layers and heads", cells))
+        title = f"{size} x {size}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
+        rows.append((title, cells))
     return sheet([f"step {step + 1}" for step in shown], rows, cell, "DBIM's concept masks M^c")
 
 
@@ -105,8 +106,9 @@ def save_png(picture: Image.Image, path: Path, settings: Mapping[str, Any] | Non
 
 def describe(settings: Mapping[str, Any]) -> str:
     """Returns settings in the one-paragraph form web interfaces read: prompt, then key: value pairs."""
+    strength = "off" if settings["strength"] is None else settings["strength"]
     pairs = [("Steps", settings["steps"]), ("Sampler", settings["sampler"]), ("CFG scale", settings["scale"]),
-             ("Seed", settings["seed"]), ("DCI lambda", "off" if settings["strength"] is None else settings["strength"])]
+             ("Seed", settings["seed"]), ("DCI lambda", strength)]
     return settings.get("text", settings["prompt"]) + "\n" + ", ".join(f"{key}: {value}" for key, value in pairs)
 
 

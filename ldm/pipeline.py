@@ -57,8 +57,8 @@ def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dic
     try:
         model = instantiate_from_config(model_node)
     except (KeyError, TypeError) as error:    # a key that is missing, or that the class does not have
-        raise UserError(f"the model cannot be built from its configuration ({error}); compare it with configs/model/.") \
-            from error
+        raise UserError(f"the model cannot be built from its configuration ({error}); "
+                        "compare it with configs/model/.") from error
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
     load_weights(model, state, path)

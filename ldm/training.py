@@ -89,7 +89,8 @@ def check_config(config: DictConfig) -> None:
     if config.trainer.save_dtype not in ("fp16", "fp32"):
         raise UserError(f"trainer.save_dtype '{config.trainer.save_dtype}' is unknown; use fp16 or fp32.")
     if config.trainer.precision not in PRECISIONS:
-        raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; use one of {', '.join(PRECISIONS)}.")
+        raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; "
+                        f"use one of {', '.join(PRECISIONS)}.")
     if config.trainer.accelerator == "gpu":
         choose_device("cuda")
 
@@ -133,12 +134,24 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
     save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype)
     preview = Preview(folder / "images", config.preview)
     trainer = make_trainer(config, folder, [save, preview, Progress()])
-    trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
-                weights_only=True)
+    try:
+        trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
+                    weights_only=True)
+    except SystemExit as exit:
+        if trainer.interrupted:      # Lightning takes Ctrl-C for itself and leaves without a word
+            raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; {way_on(folder)}") from exit
+        raise
     if trainer.is_global_zero and not save.path(config.method.steps).exists():
         raise UserError(f"the run in '{folder}' is at step {trainer.global_step} already; method.steps is "
                         f"{config.method.steps}.")
     return Run(folder, save.path(config.method.steps), next(reversed(preview.drawn.values()), None))
+
+
+def way_on(folder: Path) -> str:
+    """Says how an interrupted run goes on."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        return f"go on from the last checkpoint with: bash train.sh -r {folder}"
+    return f"'{folder}' holds no checkpoint yet (trainer.save_every)."
 
 
 def is_helper() -> bool:
@@ -169,7 +182,7 @@ def load_regularization(config: DictConfig, size: int) -> CaptionedImages | None
     images, captions = [], []
     for concept in config.concepts:
         if concept.regularization is None:
-            print(f"{concept.name}: no regularisation pictures; the class may be forgotten (method.prior_weight unused)")
+            print(f"{concept.name}: no regularisation pictures, so the class may be forgotten")
             continue
         found = read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
         print(f"{concept.name}: {found.source}")
@@ -192,7 +205,8 @@ def start_folder(config: DictConfig) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); choose another --logdir.") from error
+        raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); "
+                        "choose another --logdir.") from error
     os.environ[RUN_VARIABLE] = str(folder)
     save_config(config, folder / "configs" / "project.yaml")
     command = " ".join(map(shlex.quote, sys.argv)) + "\n"

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # requires-python of pyproject.toml, which an older Python has no tomllib to read
-    print("is Python %d.%d" % sys.version_info[:2])
+if sys.version_info < (3, 11):  # noqa: UP036  older ones have no tomllib to read pyproject.toml with
+    print("is Python " + ".".join(map(str, sys.version_info[:2])))
     sys.exit(1)
 
 import argparse  # noqa: E402

@@ -18,7 +18,7 @@ def parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
     parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
-    parser.add_argument("--delta_ckpt", type=Path, help="concept file; the release's and Custom Diffusion's are read too")
+    parser.add_argument("--delta_ckpt", type=Path, help="concept file; also the release's or Custom Diffusion's")
     parser.add_argument("--class_noun", default="", help="class noun, for concept files that do not say it")
     parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
     prompts = read_prompts(options)
-    from ldm.sampling import draw_run, load_generator     # torch loads only when there is work for it
+    from ldm.sampling import draw_run, load_generator  # torch loads only when there is work for it
     words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
     generator = load_generator(config, options.delta_ckpt, words, options.class_noun)
     if options.show_tokens:

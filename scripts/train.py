@@ -77,12 +77,15 @@ def main(arguments: Sequence[str]) -> None:
     folder = options.resume.parent.parent if options.resume and options.resume.is_file() else options.resume
     if folder and not (folder / "checkpoints" / "last.ckpt").is_file():
         raise UserError(f"'{folder}' holds no run to resume (no checkpoints/last.ckpt); give a folder under logs/.")
+    if folder and options.base:
+        raise UserError("-r goes on with the configuration of its run, so -b has no place beside it; change single "
+                        "settings with key=value.")
     files = [folder / "configs" / "project.yaml"] if folder else (options.base or EMBEDDED)
     config = merge(TrainConfig, files, options.overrides, options_to_config(options, files))
     if options.print_config:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
-    from ldm.training import fine_tune     # torch and Lightning load only when there is work for them
+    from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder)
     print(f"concept file: {run.concept}")
     print(f"pictures:     {run.preview}" if run.preview else f"pictures:     {run.folder / 'images'}")

@@ -35,6 +35,7 @@ class GaussianModel:
         self.alphas = self.alphas_cumprod.double()
         self.calls: list[int] = []
         self.states: list[Tensor] = []
+        self.noises: list[Tensor] = []
 
     def marginal(self, t: int) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of x_t."""
@@ -48,8 +49,9 @@ class GaussianModel:
         mean, std = self.marginal(int(t[0]))
         return ((1.0 - self.alphas[int(t[0])]).sqrt() / std**2 * (x - mean)).to(x.dtype)
 
-    def q_sample(self, x_start: Tensor, t: Tensor) -> Tensor:
-        """Noises without chance: the noise is 1 everywhere."""
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noises without chance, with 1 everywhere; what it was given is kept."""
+        self.noises.append(noise)
         alpha = self.alphas[t].reshape(-1, 1, 1, 1).to(x_start.dtype)
         return alpha.sqrt() * x_start + (1.0 - alpha).sqrt()
 
@@ -327,7 +329,7 @@ def test_masked_part_is_the_given_picture(model: GaussianModel) -> None:
     model.calls.clear()
     found = sample(DDIMSampler, model, 50, x_T=x, mask=mask, x0=picture)
     for t, state in zip(model.calls, model.states, strict=True):
-        known = model.q_sample(picture, torch.full((2,), t))
+        known = model.q_sample(picture, torch.full((2,), t), torch.ones_like(picture))
         assert torch.equal(state[..., :4], known[..., :4])
     assert torch.equal(found[..., 4:], free[..., 4:])                        # the model looks at each value alone
     # one last DDIM step from t = 1, where the noise is 1, carries the picture to the least noise there is
@@ -337,6 +339,18 @@ def test_masked_part_is_the_given_picture(model: GaussianModel) -> None:
     eps = (1 - alpha).sqrt() / std**2 * (known - mean)
     expected = last.sqrt() * (known - (1 - alpha).sqrt() * eps) / alpha.sqrt() + (1 - last).sqrt() * eps
     torch.testing.assert_close(found[..., :4], expected[..., :4], rtol=1e-9, atol=1e-9)
+
+
+def test_masked_part_is_noised_by_each_rows_own_generator(model: GaussianModel) -> None:
+    picture, mask = noise(3, seed=9), torch.ones(1, 1, 8, 8).double()
+
+    def noises(rows: list[int]) -> Tensor:
+        model.noises.clear()
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        sample(DDIMSampler, model, 5, len(rows), generators=generators, mask=mask, x0=picture[rows])
+        return torch.stack(model.noises)                                     # (steps, rows, C, h, w)
+
+    assert torch.equal(noises([0, 1, 2])[:, 1], noises([1])[:, 0])
 
 
 @pytest.mark.parametrize("sampler", [PLMSSampler, DPMSolverSampler])

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, Call, Outcome, SmallWorld, contents
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.pictures import read_settings
 from ldm.training import Run
+
 
 def start(*arguments: object) -> Outcome:
     """Runs Python in a process of its own."""
@@ -186,6 +187,26 @@ def test_spellings_and_switches_of_a_whole_run(call_script: Call, small_world: S
     assert "'a <new1> <new2> cat in the snow'" in outcome.out and "'a dog in the snow'" in outcome.out
     assert [line.split()[2] for line in outcome.out.splitlines() if line.endswith("S^c: concept")] == \
         ["<new1>", "<new2>", "cat"]
+
+
+def test_ctrl_c_says_how_to_go_on(call_script: Call, small_run: Run, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.folder, folder)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm.callbacks.Progress.on_train_batch_end", interrupt)
+    outcome = call_script("train", "-r", folder, "method.steps=4")
+    assert outcome.status == 130
+    assert outcome.err.splitlines()[-1] == \
+        f"interrupted at step 3; go on from the last checkpoint with: bash train.sh -r {folder}"
+
+
+def test_resuming_takes_no_other_configuration(call_script: Call, small_run: Run) -> None:
+    outcome = call_script("train", "-r", small_run.folder, "-b", "configs/model/tiny.yaml")
+    assert outcome.status == 1 and "-b has no place beside it" in outcome.err
 
 
 def test_resuming_from_the_command_line(call_script: Call, small_run: Run, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     fine_tune = sweep_module.fine_tune
     monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: taught.append(given[1]) or fine_tune(*given))
     monkeypatch.setattr(Generator, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         Sweep(config, tmp_path / "cut", SCORER).run(JOBS)
     (first,) = (tmp_path / "cut" / "pictures").rglob("*.png")
     stamp = first.stat().st_mtime_ns
@@ -268,7 +268,8 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["claim"], "no claim is named; claims: tradeoff, dci"), (["claim", "nothing"], "claim 'nothing' is unknown"),
-    (["dci"], "'dci' is neither 'claim' nor an override"), (["claim", "dci", "method=none"], "method 'none' is unknown"),
+    (["dci"], "'dci' is neither 'claim' nor an override"),
+    (["claim", "dci", "method=none"], "method 'none' is unknown"),
     (["claim", "dci", "strenght=1"], "did you mean 'strength'"), (["claim", "dci", "concept_files=[]"], "no concepts"),
     (["claim", "dci", "prompts=null"], "has no prompts"),
     (["claim", "dci", "sampling=[steps=0]"], "steps is 0"), (["--metrics", "dino"], "DINO ViT-S/16's weights")])

@@ -17,7 +17,8 @@ from ldm.util import UserError
 TEXTS = [
     "a photo of a cat", "tortoise plushy", "Tortoise PLUSHY", "",
     "it's the dog's bone, isn't it? we'll, they've, I'm, he'd, you're", "  many   spaces\tand\nlines  ",
-    "1234 56.78 3rd 2nd 2024", "naïve café Ångström", "e\u0301te\u0301 in two code points", "日本語の写真", "Привет мир",
+    "1234 56.78 3rd 2nd 2024", "naïve café Ångström",
+    "e\u0301te\u0301 in two code points", "日本語の写真", "Привет мир",
     "🐱 cat 😀😃 👨\u200d👩\u200d👧", "!!! ??? ... --- ***", "#hashtag @name a_b-c/d\\e", "<new1> cat <|x|>",
     "x" * 60, "İstanbul ẞ ½ ² ①", "a\u00a0b\u200bc",
 ]

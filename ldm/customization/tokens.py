@@ -45,7 +45,8 @@ def split_at_concept(prompt: str, concept: str) -> list[str]:
     words = r"\s+".join(re.escape(word) for word in concept.split())
     pieces = re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", prompt, flags=re.IGNORECASE)
     if len(pieces) == 1:
-        raise UserError(f"the prompt '{prompt}' does not mention the concept; write {{}} or '{concept}' where it stands.")
+        raise UserError(f"the prompt '{prompt}' does not mention the concept; "
+                        f"write {{}} or '{concept}' where it stands.")
     return pieces
 
 

@@ -11,7 +11,16 @@ import numpy as np
 
 from ldm.data.small_world_scenes import SCENES, STYLES, Rng, edge, shrink
 from ldm.data.small_world_sprites import (
-    COLOURS, Canvas, Sprite, colour_of, load_sprite, shade, spots, star, stripes, two_tone,
+    COLOURS,
+    Canvas,
+    Sprite,
+    colour_of,
+    load_sprite,
+    shade,
+    spots,
+    star,
+    stripes,
+    two_tone,
 )
 
 

@@ -71,7 +71,10 @@ class Sweep:
         order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
         with tqdm(total=sum(map(self.work, order)) + self.training_work(order), desc="sweep", unit="row",
                   unit_scale=True) as bar:
-            return {job: self._rows(job, order, bar) for job in order}
+            try:
+                return {job: self._rows(job, order, bar) for job in order}
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped.") from interrupt
 
     def _rows(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> list[dict[str, Any]]:
         """Reads a job's rows, or makes them."""

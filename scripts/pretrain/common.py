@@ -44,7 +44,7 @@ class Averaged:
         """Moves the average towards the weights of `module`."""
         self.steps += 1
         weight = 1.0 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for average, value in zip(self.module.parameters(), module.parameters()):
+        for average, value in zip(self.module.parameters(), module.parameters(), strict=True):
             average.lerp_(value, weight)
 
 

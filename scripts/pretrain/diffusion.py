@@ -59,9 +59,9 @@ def choose_rows(state: Path, nouns: int) -> Tensor:
 def main() -> None:
     parser = stage_parser(__doc__, minutes=90)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step, all processes together")
-    parser.add_argument("--nouns", type=int, default=0, help="train on single objects of the world's first N nouns only; "
-                        "0 is everything. A short budget shows few things well or many badly")
+    parser.add_argument("--batch", type=int, default=24, help="pictures a step, all processes together")
+    parser.add_argument("--nouns", type=int, default=0, help="train on single objects of the world's first N nouns "
+                        "only, 0 is everything; a short budget shows few things well or many badly")
     launch(work, parser.parse_args())
 
 
@@ -108,7 +108,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
         model.model.diffusion_model = network
         return f"{count} samples in {path.name}"
 
-    train("diffusion", network, loss_of, args, peak_lr=1e-3, sheet=sheet, weight_decay=0.01, decay=0.9995,
+    train("diffusion", network, loss_of, args, peak_lr=1.5e-3, sheet=sheet, weight_decay=0.01, decay=0.999,
           save_seconds=420)
 
 

@@ -27,9 +27,9 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for weights of two or more dimensions (convolutions as (out, in * kernel)).
 
-    torch.optim.Muon takes no convolutions and iterates in bfloat16, which is slow on CPUs without it. Updates are scaled
-    by 0.2 sqrt(max(m, n)), so that learning rates mean what they mean for AdamW (Liu et al. 2025). Where several processes
-    train together, each one orthogonalizes its share of the matrices.
+    torch.optim.Muon takes no convolutions and iterates in bfloat16, slow on CPUs without it. Updates are scaled by
+    0.2 sqrt(max(m, n)), so that learning rates mean what they mean for AdamW (Liu et al. 2025). Where several
+    processes train together, each one orthogonalizes its share of the matrices.
     """
 
     def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
@@ -58,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers_for(module: nn.Module, lr: float, betas: tuple[float, float],
                    weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for what acts as a matrix of at least 16 x 16, AdamW for embeddings, vectors and the narrow first and last layers."""
+    """Muon for matrices of at least 16 x 16, AdamW for embeddings, vectors and narrow first and last layers."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     matrices, rest = [], []
     for weight in module.parameters():

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ldm/tiny"))
     parser.add_argument("--regularization", type=Path, default=Path("real_reg"))
     parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--nouns", type=int, default=11, help="how many of the world's nouns the model was trained on last")
+    parser.add_argument("--nouns", type=int, default=11, help="how many of the world's nouns the U-Net knows")
     args = parser.parse_args()
     torch.manual_seed(0)
     draw_examples(args.assets, args.out, args.regularization, args.pictures, args.nouns)

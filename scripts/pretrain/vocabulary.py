@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from ldm.checkpoint import write_atomically
@@ -17,7 +18,7 @@ def merges_of(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, st
     """Returns the merges byte-pair encoding applies to one word."""
     pieces, used = [*word[:-1], word[-1] + "</w>"], set()
     while len(pieces) > 1:
-        best = min(zip(pieces, pieces[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
+        best = min(itertools.pairwise(pieces), key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break
         used.add(best)

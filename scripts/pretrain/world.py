@@ -46,7 +46,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers) as pool:
         parts = list(pool.map(draw_range, jobs))
     pictures = np.concatenate([part[0] for part in parts])
-    rows = [{"caption": caption, **truth} for part in parts for caption, truth in zip(part[1], part[2])]
+    rows = [{"caption": caption, **truth} for part in parts for caption, truth in zip(part[1], part[2], strict=True)]
     write_atomically(args.state / "captions.jsonl",
                      lambda part: part.write_text("\n".join(json.dumps(row) for row in rows) + "\n"))
     write_atomically(args.state / "pictures.npy", lambda part: _save(part, pictures))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Guidance, make_guidance
+from ldm.models.diffusion.guidance import Guidance, draw_noise, make_guidance
 from ldm.models.diffusion.sampler import Record, Sampler
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.diffusionmodules.util import extract_into_tensor
@@ -52,7 +52,8 @@ class DDIMSampler(Sampler):
             t, sigma = int(self.ddim_timesteps[index]), float(self.ddim_sigmas[index])
             (x,) = guidance.narrow(t, x)
             if mask is not None:
-                known = self.model.q_sample(x0, torch.full((len(x0),), t, device=x.device))
+                step = torch.full((len(x0),), t, device=x.device)
+                known = self.model.q_sample(x0, step, draw_noise(x0, guidance.generators))
                 x = torch.cat([known * mask + part * (1.0 - mask) for part in x.split(len(x0))])
             eps = guidance.eps(x, t)                                                              # (rows, C, h, w)
             noise = temperature * guidance.noise(x) if sigma > 0 else None

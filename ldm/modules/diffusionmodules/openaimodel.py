@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.modules.attention import SpatialTransformer, normalization, zero_module
 from ldm.modules.dbim import DBIMControl
 from ldm.modules.diffusionmodules.util import timestep_embedding
-from ldm.util import UserError, default
+from ldm.util import UserError
 
 
 class TimestepEmbedSequential(nn.Sequential):

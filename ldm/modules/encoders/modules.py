@@ -79,9 +79,10 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 raise UserError(f"new word '{word}' must be written in angle brackets without spaces, like <new1>.")
             if word in self.words:
                 raise UserError(f"new word '{word}' exists already; choose another name.")
+        block = self.embedding.add_rows(torch.stack(list(words.values())))
         self.tokenizer.add_tokens(list(words), special_tokens=True)
         self.words += words
-        return self.embedding.add_rows(torch.stack(list(words.values())))
+        return block
 
     def clear_words(self) -> None:
         """Forgets all new words."""
