@@ -66,6 +66,20 @@ def test_pictures_without_prompts_or_references(call_script: Call, metric_option
     assert row["small_clip_t"] is None and "small_clip_i" not in row and row["judge_edit"] is None
 
 
+def test_a_folder_per_prompt(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
+    for colour in ("red", "green"):
+        (tmp_path / "p" / f"a_{colour}_cat").mkdir(parents=True)
+        Image.new("RGB", (20, 20), colour).save(tmp_path / "p" / f"a_{colour}_cat" / "0.png")
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["picture"], row["prompt"]) for row in rows] == [("a_green_cat/0.png", "a green cat"),
+                                                                 ("a_red_cat/0.png", "a red cat")]
+    with Image.open(tmp_path / "out" / "sheet.png") as page:               # both are there, each once
+        shown = {colour for _, colour in page.getcolors(1 << 20)}
+    assert {(255, 0, 0), (0, 128, 0)} <= shown
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "give either --pictures FOLDER or --delta_ckpt FILE"),
     (["--pictures", "{empty}"], "holds no usable picture"),
@@ -152,7 +166,8 @@ def test_kid_needs_enough_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = features._transform(8, 8, (0, 0, 0), (1, 1, 1))
     mean = Extractor("mean", "mean colour", prepare, lambda x: x.mean(dim=(2, 3)), None, {})
     scorer = Scorer((mean,), None, True, ())
-    reds, blues = [Image.new("RGB", (8, 8), "red")] * 3, [Image.new("RGB", (8, 8), "blue")] * 3
+    reds, blues = (scorer.features([Image.new("RGB", (8, 8), colour)] * 3) for colour in ("red", "blue"))
+    assert scorer.of_set(reds, None) == {"diversity_mean": pytest.approx(0, abs=1e-6)}
     assert scorer.of_set(reds, blues) == {"diversity_mean": pytest.approx(0, abs=1e-6)}
     assert "here are 3 drawn and 3 to compare with" in scorer.why_no_kid(3, 3)
     monkeypatch.setattr(scoring, "KID_LEAST", 3)

@@ -58,6 +58,12 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
     return noun
 
 
+def names_of(found: Sequence[Found]) -> list[str]:
+    """Returns file names, with their folders where the same name occurs in several."""
+    names = [item.path.name for item in found]
+    return names if len(set(names)) == len(names) else [f"{item.path.parent.name}/{item.path.name}" for item in found]
+
+
 def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: Path | None = None,
              class_noun: str = "", real: Path | None = None, concept: str | None = None) -> Evaluation:
     """Measures pictures and writes rows.jsonl, rows.csv, summary.json, table.md and sheet.png into `outdir`.
@@ -74,18 +80,20 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     pictures = [open_image(item.path) for item in found]
     known = open_pictures(references) if references else []
     compared = open_pictures(real) if real else known
-    measured = scorer.rows(pictures, [item.prompt for item in found], noun, scorer.features(known) if known else None)
-    rows = [{"picture": item.path.name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
+    features, references_seen = scorer.features(pictures), scorer.features(known) if known else None
+    measured = scorer.rows(pictures, [item.prompt for item in found], noun, references_seen, features)
+    compared_seen = scorer.features(compared) if real else references_seen
+    rows = [{"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
              **{name: item.settings[name] for name in PASSED_ON if name in item.settings}, **values}
-            for item, values in zip(found, measured, strict=True)]
+            for name, item, values in zip(names_of(found), found, measured, strict=True)]
     notes = [f"skipped {reason}" for reason in scorer.skipped]
     notes += ["skipped image alignment: there are no references; give them with --references"] * (not known)
     notes += ["skipped text alignment: the pictures do not say their prompts; give them with --prompts"] * (
         not any(item.prompt for item in found))
     groups, sets = grouped(rows, way), {}
     for name in groups:
-        drawn = [picture for picture, row in zip(pictures, rows, strict=True) if way(row) == name]
-        sets[name] = scorer.of_set(drawn, compared)
+        drawn = [index for index, row in enumerate(rows) if way(row) == name]
+        sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
         notes += [f"skipped {reason} ({name})"] if (reason := scorer.why_no_kid(len(drawn), len(compared))) else []
     return _write(Evaluation(rows, "", notes, outdir), groups, sets, found, scorer, known)
 
@@ -102,7 +110,8 @@ def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Ma
                                                 "measured_by": scorer.record, "notes": result.notes})
     text = "\n\n".join([text, *of_sets])
     write_text(result.folder / "table.md", "\n\n".join([text, *result.notes]) + "\n")
-    save_png(_sheet(groups, {item.path.name: item.path for item in found}, known), result.folder / "sheet.png")
+    paths = {name: item.path for name, item in zip(names_of(found), found, strict=True)}
+    save_png(_sheet(groups, paths, known), result.folder / "sheet.png")
     return Evaluation(result.rows, text, result.notes, result.folder)
 
 

@@ -83,36 +83,39 @@ class Scorer:
         return {extractor.name: extractor.images(pictures) for extractor in self.extractors}
 
     def rows(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None], class_noun: str,
-             references: Mapping[str, Tensor] | None) -> list[dict[str, Any]]:
+             references: Mapping[str, Tensor] | None,
+             features: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
         """Measures pictures one by one; what cannot be measured (no prompt, no references) is None.
 
         Args:
             prompts: with {} or concept words; the words are taken out.
             references: features of the reference pictures, as `features` gives them.
+            features: the pictures' own, where they are known already.
         """
+        features = features or self.features(pictures)
         texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
         spoken = [index for index, text in enumerate(texts) if text is not None]
         rows: list[dict[str, Any]] = [{} for _ in pictures]
         for extractor in self.extractors:
-            features = extractor.images(pictures)                                   # (N, D)
+            own = features[extractor.name]                                          # (N, D)
             if extractor.encode_texts:
-                vectors = extractor.texts([texts[index] for index in spoken]) if spoken else features[:0]
-                _fill(rows, f"{extractor.name}_t", spoken, text_alignment(features[spoken], vectors))
+                vectors = extractor.texts([texts[index] for index in spoken]) if spoken else own[:0]
+                _fill(rows, f"{extractor.name}_t", spoken, text_alignment(own[spoken], vectors))
             if references:
-                alignment = image_alignment(features, references[extractor.name])
+                alignment = image_alignment(own, references[extractor.name])
                 _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
         if self.court:
             verdicts = self.court.rows(pictures, [text or "" for text in texts], class_noun)
             rows = [{**row, **verdict} for row, verdict in zip(rows, verdicts, strict=True)]
         return [{name: row.get(name) for name in (*self.titles, *row)} for row in rows]
 
-    def of_set(self, pictures: Sequence[Image.Image], real: Sequence[Image.Image]) -> dict[str, Any]:
-        """Measures a set as a whole: diversity by each extractor, KID against real pictures where both are enough."""
+    def of_set(self, features: Mapping[str, Tensor], real: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Measures a set of pictures by its features: diversity, and KID against real ones' where both are enough."""
         values: dict[str, Any] = {}
-        for name, features in self.features(pictures).items():
-            values[f"diversity_{name}"] = diversity(features)
-            if self.kid and min(len(pictures), len(real)) >= KID_LEAST:
-                values[f"kid_{name}"] = kid(features, self.features(real)[name])
+        for name, own in features.items():
+            values[f"diversity_{name}"] = diversity(own)
+            if self.kid and real and min(len(own), len(real[name])) >= KID_LEAST:
+                values[f"kid_{name}"] = kid(own, real[name])
         return values
 
     def why_no_kid(self, pictures: int, real: int) -> str | None:

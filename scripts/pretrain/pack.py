@@ -55,7 +55,7 @@ def pack_metrics(state: Path, config_path: Path, out: Path) -> None:
 
 
 def draw_examples(assets: Path, out: Path, regularization: Path, pictures: int, nouns: int) -> None:
-    """Draws five references and five held-out pictures of each example concept, and a regularisation set of its class."""
+    """Draws five references and five held-out pictures of each concept whose noun is known, and sets of the classes."""
     world, known = SmallWorld(assets), list(NOUNS)[:nouns]
     concepts = {name: concept for name, concept in CONCEPTS.items() if concept.noun in known}
     for name, concept in concepts.items():
