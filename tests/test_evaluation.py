@@ -45,7 +45,8 @@ def test_a_concept_file_is_drawn_and_measured(call_script: Call, small_world: Sm
     mean = sum(row["small_clip_i"] for row in rows if row["strength"] is None) / 4
     estimate = summary["metrics"]["fine-tuned"]["small_clip_i"]
     assert estimate["mean"] == pytest.approx(mean) and estimate["units"] == 2 and estimate["low"] <= mean
-    assert summary["measured_by"]["judge"] == {"accuracy": {"noun": 0.5}, "held_out": 4}
+    judge = summary["measured_by"]["judge"]
+    assert (judge["accuracy"], judge["held_out"], len(judge["weights"])) == ({"noun": 0.5}, 4, 16)
     with Image.open(tmp_path / "out" / "sheet.png") as page:                          # reference, two ways
         assert page.width == 3 * (160 + 8) + 8
     again = call_script("evaluate", "--pictures", tmp_path / "out", "--references", small_world.photos, *metric_options,
@@ -158,6 +159,20 @@ def test_programs_in_disguise_are_refused(tmp_path: Path) -> None:
         archive.writestr("model/code/run.py", "")
     with pytest.raises(UserError, match="TorchScript program"):
         LOADERS["clip_b32"](tmp_path / "ViT-B-32.pt", torch.device("cpu"))
+
+
+def test_what_stands_for_editability_and_fidelity(metric_files: dict[str, Path]) -> None:
+    def fake(name: str, texts: bool) -> Extractor:
+        return Extractor(name, name, None, None, (lambda texts: None) if texts else None, {})
+
+    court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
+    small, b32 = fake("small_clip", True), fake("clip_b32", True)
+    lite, dino = fake("efficientnet", False), fake("dino", False)
+    for extractors, judge, expected in (
+            ((small, lite), court, ("judge_edit", "efficientnet_i")), ((small,), None, ("small_clip_t", "small_clip_i")),
+            ((small, lite, b32, dino), court, ("clip_b32_t", "dino_i")), ((lite,), None, (None, "efficientnet_i"))):
+        scorer = Scorer(extractors, judge, False, ())
+        assert (scorer.editability, scorer.fidelity) == expected
 
 
 # Sets.

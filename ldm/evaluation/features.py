@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import existing_file, load_file, load_state, load_weights
+from ldm.checkpoint import existing_file, load_file, load_state, load_weights, weights_hash
 from ldm.data.images import square, to_tensor
 from ldm.evaluation.small_clip import SIDE, embedded, load_small_clip, text_vectors
 from ldm.util import UserError
@@ -71,7 +71,8 @@ def load_small(path: Path | None, device: torch.device) -> Extractor:
     return Extractor(
         "small_clip", "small CLIP", lambda picture: to_tensor(square(picture, SIDE)).permute(2, 0, 1),
         lambda x: model.encode_image(x.to(device)), lambda texts: text_vectors(model, embedder, texts),
-        {"weights": path.name, "preprocessing": f"centre square, bicubic to {SIDE}, [-1, 1]"})
+        {"weights": f"{path.name} {weights_hash(model.state_dict())}",
+         "preprocessing": f"centre square, bicubic to {SIDE}, [-1, 1]"})
 
 
 def load_efficientnet(path: Path | None, device: torch.device) -> Extractor:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoint import weights_hash
 from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.tokens import join_pieces
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
@@ -62,14 +63,19 @@ class Scorer:
         """What measured, for files of results."""
         record: dict[str, Any] = {extractor.name: dict(extractor.record) for extractor in self.extractors}
         if self.court:
-            record["judge"] = {"accuracy": dict(self.court.accuracy), "held_out": self.court.held_out}
+            record["judge"] = {"weights": weights_hash(self.court.judge.state_dict()),
+                               "accuracy": dict(self.court.accuracy), "held_out": self.court.held_out}
         return record
 
     @property
     def editability(self) -> str | None:
-        """The column that stands for prompt agreement in trade-offs: the judge's, else the largest CLIP's."""
-        texts = [name for name in reversed(self.titles) if name.endswith("_t")]
-        return "judge_edit" if self.court else next(iter(texts), None)
+        """The column that stands for prompt agreement in trade-offs: of the largest CLIP given, else the judge's.
+
+        The judge and the small CLIP know the small world only; whoever gives the weights of another CLIP looks at more.
+        """
+        speaks = [extractor.name for extractor in self.extractors if extractor.encode_texts]
+        large = [f"{name}_t" for name in ("clip_l14", "clip_b32") if name in speaks]
+        return next(iter([*large, *(["judge_edit"] if self.court else []), *(f"{name}_t" for name in speaks)]), None)
 
     @property
     def fidelity(self) -> str | None:
