@@ -19,7 +19,7 @@ from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_li
 from ldm.evaluation.experiment import compare, compare_curves, run_claim
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
-from ldm.evaluation.scoring import Scorer
+from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.sweep import Sweep, points
 from ldm.pipeline import Generator
 from ldm.util import UserError
@@ -286,6 +286,16 @@ def test_two_sides_are_needed(config: SweepConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a metric of prompt agreement"):
         run_claim(CLAIMS["dci"], Sweep(config, tmp_path, blind))
     assert [claim.name for claim in find_claims(["all"])] == list(CLAIMS)
+
+
+def test_prompts_that_ask_nothing_the_judge_knows(config: SweepConfig, tmp_path: Path, metric_files: dict[str, Path],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("a {} of stone\n")
+    court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
+    sweep = Sweep(config, tmp_path / "out", Scorer((MEAN,), court, False, ()))
+    monkeypatch.setattr(Sweep, "draw", lambda *given: [Image.new("RGB", (8, 8))])
+    with pytest.raises(UserError, match="can be said of no prompt"):
+        run_claim(CLAIMS["masks"], sweep)
 
 
 # The automatic auxiliary noun.

@@ -64,6 +64,10 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     jobs = [Job(name, point.method, point.step, point.strength, point.settings, point.words)
             for point in needed for name in sweep.subjects]
     rows = points(sweep.run(jobs))
+    for axis in axes:
+        if not any(row.get(axis) is not None for found in rows.values() for row in found):
+            raise UserError(f"'{sweep.scorer.titles[axis]}' can be said of no prompt of this sweep; give other "
+                            "prompts, or other --metrics.")
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
     write_rows([row for point in needed for row in rows[point]], folder)
@@ -98,7 +102,7 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     subjects = list(sweep.subjects.values())
     prompts = sorted({len(subject.prompts) for subject in subjects})
     return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
-            f"point; {minutes:.1f} minutes in all, fine-tuning included."
+            f"point; {minutes:.1f} minutes, with the fine-tuning that these points were the first to need."
             + (f" Command: `{command}`" if command else ""))
 
 
