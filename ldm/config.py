@@ -142,7 +142,7 @@ class DCIConfig:
     use: bool = True
     agg_lambda: list[float] = field(default_factory=lambda: [0.0])   # strengths, one picture each; about -2 to 2
     agg_time: float = 0.3                 # share of the schedule with two branches, from the noisy end
-    replace_noun: str | None = None       # auxiliary noun; null chooses from a list
+    replace_noun: str | None = None       # auxiliary noun; null: from a list, auto: by the context
     guidance: str = "separate"            # separate | shared unconditional prediction
     noise: str = "independent"            # independent | common noise of the two branches
     match_cost: bool = False              # fewer steps, so that the work equals plain guidance with `steps`
@@ -250,6 +250,8 @@ def _unknown_keys(part: DictConfig, schema: DictConfig, path: str = "") -> Itera
         value = part._get_node(key)
         node = schema._get_node(key)
         if isinstance(node, DictConfig):
+            if OmegaConf.get_type(node) is dict:      # its keys are the user's to name
+                continue
             if not isinstance(value, DictConfig):
                 raise TypeError(f"'{full}' must hold keys and values.")
             yield from _unknown_keys(value, node, f"{full}.")

@@ -24,6 +24,7 @@ class Written:
     folder: Path
     pictures: int
     sheets: list[Path]
+    files: list[Path]
 
 
 def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...] = (),
@@ -56,10 +57,11 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     rows = generator.plan(prompts, config)
     number = {prompt: index for index, prompt in enumerate(prompts)}
     drawn: dict[Row, Image.Image] = {}
+    files = []
     with tqdm(total=len(rows), desc="sampling", unit="picture") as bar:
         for sample in generator.generate(prompts, config, bar.update):
             name = file_name(number[sample.row.prompt], sample, config.seed)
-            save_png(sample.image, outdir / "samples" / name, sample.settings)
+            files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
             drawn[sample.row] = sample.image
     if isinstance(config, DictConfig):
         save_config(config, outdir / "config.yaml")
@@ -69,7 +71,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
         sheets.append(save_png(page, outdir / "grid.png"))
     if masks:
         sheets += draw_masks(generator, config, rows, outdir)
-    return Written(outdir, len(drawn), sheets)
+    return Written(outdir, len(drawn), sheets, files)
 
 
 def reference_picture(concept_path: Path | None) -> list[Image.Image]:

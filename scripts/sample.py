@@ -31,7 +31,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--plms", action="store_true", help="sample with PLMS")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++(2M)")
     parser.add_argument("--use_dci", type=cli.yes_or_no, help="true or false (dci.use)")
-    parser.add_argument("--replace_noun", help="auxiliary noun (dci.replace_noun)")
+    parser.add_argument("--replace_noun", help="auxiliary noun, or auto: by the context (dci.replace_noun)")
     parser.add_argument("--agg_lambda", type=float, nargs="+", help="injection strengths (dci.agg_lambda)")
     parser.add_argument("--agg_time", type=float, help="share of steps with two branches (dci.agg_time)")
     parser.add_argument("--share_guidance", type=cli.yes_or_no, help="one unconditional prediction for both branches")

@@ -16,9 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm import cli
-from ldm.checkpoint import save_safetensors
+from ldm.checkpoint import load_state, save_safetensors
 from ldm.config import SampleConfig, TrainConfig, merge
+from ldm.evaluation.judge import Court, Judge, save_court
+from ldm.evaluation.small_clip import TEXT_PREFIX, SmallCLIP, embedded, pack_small_clip
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.pipeline import build_model
 from ldm.training import Run, fine_tune
 from ldm.util import instantiate_from_config
@@ -40,8 +43,12 @@ device: cpu
 dci: {agg_lambda: [1.0], agg_time: 0.5}
 """
 
+LABELS = {"noun": ("cat", "fish"), "scene": ("snow", "beach"), "style": ("photo",), "colour": ("red", "green")}
+PHRASES = {"scene": {"snow": ["in the snow"], "beach": ["on the beach"]}, "style": {}, "colour": {"red": ["red"]}}
+TEXT = {"version": "tiny", "width": 256, "layers": 4, "heads": 4}
+
 SCRIPTS = {name: importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-           for name in ("train", "sample", "retrieve")}
+           for name in ("train", "sample", "retrieve", "evaluate", "tradeoff")}
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"      # the processes that tests start compute with one thread too
@@ -141,6 +148,24 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
 def small_run(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of two steps on the small world."""
     return fine_tune(small_world.train_config(tmp_path_factory.mktemp("small_run")))
+
+
+@pytest.fixture(scope="session")
+def metric_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A judge and a small CLIP with random weights, the CLIP's text tower being the embedded model's."""
+    folder = tmp_path_factory.mktemp("metrics")
+    torch.manual_seed(3)
+    judge = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.5}, 4), folder / "judge.safetensors")
+    clip = SmallCLIP(FrozenCLIPEmbedder("tiny", width=256, layers=1, heads=4), 256, dim=8)
+    state = {key: value for key, value in clip.state_dict().items() if not key.startswith("text.")}
+    shipped = load_state(embedded("model.safetensors"))
+    state |= {key.replace(TEXT_PREFIX, "text."): value for key, value in shipped.items() if key.startswith(TEXT_PREFIX)}
+    return {"judge": judge, "small_clip": pack_small_clip(state, TEXT, folder / "clip.safetensors")}
+
+
+@pytest.fixture
+def metric_options(metric_files: dict[str, Path]) -> list[str]:
+    return ["--metrics", "judge", "small_clip", "--metric_weights", *(f"{k}={v}" for k, v in metric_files.items())]
 
 
 @dataclass(frozen=True)

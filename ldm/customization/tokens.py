@@ -14,6 +14,10 @@ from ldm.util import UserError
 
 # Common nouns tried in this order; the paper presets such a list without printing it (section 5, "limitations").
 AUXILIARY_NOUNS = ("cat", "dog", "man", "car", "toy", "bag")
+# Among these the text encoder chooses where it is asked to; all are one token or two in both vocabularies.
+CONTEXT_NOUNS = ("cat", "dog", "car", "backpack", "house", "fish", "penguin", "boat", "mug", "teapot", "robot",
+                 "snowman", "umbrella", "guitar", "rocket", "rabbit")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,24 @@ def auxiliary_noun(class_noun: str, pieces: Sequence[str], wanted: str | None) -
     return wanted.strip()
 
 
+@torch.no_grad()
+def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str]) -> str:
+    """Returns the noun of CONTEXT_NOUNS whose caption is nearest to what the prompt says after the concept.
+
+    Nearness is the cosine of the text encoder's states at the end token. The paper chooses by hand a noun that is
+    likely in the context (section 4.5).
+    """
+    taken = set(re.findall(r"\w+", f"{class_noun} {' '.join(pieces)}".lower()))
+    nouns = [noun for noun in CONTEXT_NOUNS if noun not in taken]
+    context = " ".join(" ".join(pieces[1:]).split()) or pieces[0].strip()
+    if not context:
+        return choose_auxiliary_noun(class_noun, pieces)
+    ids = embedder.tokenize([context, *(f"a photo of a {noun}" for noun in nouns)])         # (1 + N, T)
+    ends = (ids == embedder.tokenizer.eos_token_id).int().argmax(dim=1)                     # (1 + N,)
+    states = embedder.transformer(ids)[torch.arange(len(ids)), ends]                        # (1 + N, D)
+    return nouns[int(torch.cosine_similarity(states[:1], states[1:]).argmax())]
+
+
 def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str) -> TokenSets:
     """Marks S^c, every token of every mention of "V noun" (Eq 3)."""
     return token_sets(embedder, [join_pieces(split_at_concept(prompt, concept), concept, articles=False)
@@ -122,7 +144,9 @@ def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], conc
                       wanted: str | None = None) -> TokenSets:
     """Makes the auxiliary prompts, "V noun" replaced throughout; `others` of the result is S^a (Eq 3)."""
     pieces = [split_at_concept(prompt, concept) for prompt in prompts]
-    return token_sets(embedder, [join_pieces(row, auxiliary_noun(class_noun, row, wanted)) for row in pieces])
+    nouns = [noun_for_context(embedder, class_noun, row) if wanted == AUTO else auxiliary_noun(class_noun, row, wanted)
+             for row in pieces]
+    return token_sets(embedder, [join_pieces(row, noun) for row, noun in zip(pieces, nouns, strict=True)])
 
 
 def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],

@@ -14,8 +14,12 @@ from world import REFERENCE_SCENES
 from ldm.checkpoint import load_file, save_safetensors, write_atomically
 from ldm.data.regularization import write_regularization
 from ldm.data.small_world import CONCEPTS, NOUNS, SmallWorld
+from ldm.evaluation.judge import load_court
+from ldm.evaluation.small_clip import pack_small_clip
 from ldm.pictures import save_png
 from ldm.util import instantiate_from_config
+
+HELD_OUT_SCENES = ("meadow", "room", "city street", "mountains", "sunset")    # where fidelity is measured, not taught
 
 
 def pack_model(state: Path, config_path: Path, out: Path) -> None:
@@ -37,8 +41,21 @@ def pack_model(state: Path, config_path: Path, out: Path) -> None:
     print(f"{out / 'model.safetensors'}: {size:.1f} MB, scale_factor {scale:.5f}, {saved['step']} steps")
 
 
+def pack_metrics(state: Path, config_path: Path, out: Path) -> None:
+    """Writes clip.safetensors and, where one was trained, judge.safetensors: what evaluations measure with."""
+    text_config = OmegaConf.to_container(OmegaConf.load(config_path).model.params.cond_stage_config.params)
+    path = pack_small_clip(load_file(state / "text_encoder.pt")["averaged"], text_config, out / "clip.safetensors")
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    if not (state / "judge.safetensors").exists():
+        print(f"no judge in {state}; train one with scripts/pretrain/judge.py")
+        return
+    right = load_court(state / "judge.safetensors").accuracy
+    shutil.copyfile(state / "judge.safetensors", out / "judge.safetensors")
+    print("judge: " + ", ".join(f"{head} {100 * share:.1f} %" for head, share in right.items()))
+
+
 def draw_examples(assets: Path, out: Path, regularization: Path, pictures: int, nouns: int) -> None:
-    """Draws five references of each example concept whose noun is known, and a regularisation set of its class."""
+    """Draws five references and five held-out pictures of each concept whose noun is known, and sets of the classes."""
     world, known = SmallWorld(assets), list(NOUNS)[:nouns]
     concepts = {name: concept for name, concept in CONCEPTS.items() if concept.noun in known}
     for name, concept in concepts.items():
@@ -46,6 +63,8 @@ def draw_examples(assets: Path, out: Path, regularization: Path, pictures: int, 
         for index, scene in enumerate(REFERENCE_SCENES):
             picture = world.draw_concept(name, 1000 + index, scene=scenes[scene % len(scenes)])
             save_png(Image.fromarray(picture.image), out / "concepts" / name / f"{index}.png")
+            unseen = world.draw_concept(name, 2000 + index, scene=HELD_OUT_SCENES[index])
+            save_png(Image.fromarray(unseen.image), out / "held_out" / name / f"{index}.png")
     for noun in sorted({concept.noun for concept in concepts.values()}):
         drawn = [world.draw(7000 + seed, noun=noun, style="photo", relation="") for seed in range(pictures)]
         folder = regularization / f"samples_{noun.replace(' ', '_')}"
@@ -67,6 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
     draw_examples(args.assets, args.out, args.regularization, args.pictures, args.nouns)
     pack_model(args.state, args.config, args.out)
+    pack_metrics(args.state, args.config, args.out)
 
 
 if __name__ == "__main__":

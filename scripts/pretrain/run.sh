@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> pack.
+# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack.
 # Every stage goes on where it was stopped; its state lies in pretrain_state/, which git ignores.
 #
 # ASSETS   the assets folder of the npm package @lobehub/fluent-emoji-3d 1.1.0; empty: fetched with npm, once
-# MINUTES_AUTOENCODER, MINUTES_TEXT, MINUTES_DIFFUSION   time budgets, resumed runs included
+# MINUTES_AUTOENCODER, MINUTES_TEXT, MINUTES_DIFFUSION, MINUTES_JUDGE   time budgets, resumed runs included
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -21,4 +21,5 @@ fi
 "$PYTHON" scripts/pretrain/autoencoder.py --workers 2 --threads 1 --minutes "${MINUTES_AUTOENCODER:-60}"
 "$PYTHON" scripts/pretrain/text_encoder.py --minutes "${MINUTES_TEXT:-15}"
 "$PYTHON" scripts/pretrain/diffusion.py --workers 2 --threads 1 --minutes "${MINUTES_DIFFUSION:-240}" --nouns 11
+"$PYTHON" scripts/pretrain/judge.py "$ASSETS" --minutes "${MINUTES_JUDGE:-45}"
 "$PYTHON" scripts/pretrain/pack.py "$ASSETS"

@@ -11,41 +11,8 @@ from common import from_pictures, save_sheet, stage_parser, train
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.evaluation.small_clip import SmallCLIP
 from ldm.util import instantiate_from_config
-
-
-class ImageTower(nn.Sequential):
-    """Strided convolutions from a 64x64 picture to one vector."""
-
-    def __init__(self, dim: int, width: int = 32):
-        layers: list[nn.Module] = []
-        channels = 3
-        for mult in (1, 2, 4, 6):
-            layers += [nn.Conv2d(channels, width * mult, 3, stride=2, padding=1), nn.GroupNorm(8, width * mult),
-                       nn.SiLU(), nn.Conv2d(width * mult, width * mult, 3, padding=1, groups=mult), nn.SiLU()]
-            channels = width * mult
-        super().__init__(*layers, nn.Flatten(), nn.Linear(channels * 16, dim))
-
-
-class SmallCLIP(nn.Module):
-    """The text tower that ships, an image tower and the two projections into one space (Radford et al. 2021)."""
-
-    def __init__(self, text: FrozenCLIPEmbedder, width: int, dim: int = 128):
-        super().__init__()
-        self.text = text.transformer.requires_grad_(True)
-        self.image = ImageTower(dim)
-        self.text_projection = nn.Linear(width, dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(2.0))
-
-    def encode_text(self, ids: Tensor, end: Tensor) -> Tensor:
-        """Unit vectors (B, dim) from the states at the end tokens; ids may stop at the batch's longest text."""
-        states = self.text(ids)                                                     # (B, T, D)
-        return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
-
-    def encode_image(self, pictures: Tensor) -> Tensor:
-        """Unit vectors (B, dim)."""
-        return F.normalize(self.image(pictures), dim=-1)
 
 
 def main() -> None:

@@ -1,0 +1,189 @@
+"""The paper's claims as experiments: which points each needs, and what is compared with what."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
+from ldm.util import UserError
+
+ABLATIONS = {"no masks": "no_mask", "no entire prompt": "no_full_prompt", "no deep aggregation": "last_layer"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points that belong together, in order; one point is a line too.
+
+    Attributes:
+        points: jobs without a concept.
+        marks: what each point is, as plots say it.
+        baseline: label of the line that this one is compared with.
+    """
+
+    label: str
+    points: tuple[Job, ...]
+    marks: tuple[str, ...]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A named experiment.
+
+    Attributes:
+        source: figure or section of the paper.
+        question: what it decides.
+        lines: its points, for a sweep's configuration.
+        masks: whether DBIM's masks are drawn too.
+    """
+
+    name: str
+    source: str
+    question: str
+    lines: Callable[[SweepConfig], list[Line]]
+    masks: bool = False
+
+
+def _alone(label: str, job: Job, baseline: str | None = None) -> Line:
+    """A line of one point."""
+    return Line(label, (job,), ("",), baseline)
+
+
+def _chosen(config: SweepConfig, strength: float | None, *settings: str, words: str | None = None) -> Job:
+    """The model that claims about sampling use, drawn in some way."""
+    return Job("", config.method, config.step, strength, settings, words)
+
+
+def _curve(config: SweepConfig, label: str, method: str, strength: float | None = None, *settings: str,
+           baseline: str | None = None) -> Line:
+    """A line over fine-tuning steps."""
+    points = tuple(Job("", method, step, strength, settings) for step in config.steps)
+    return Line(label, points, tuple(f"{step} steps" for step in config.steps), baseline)
+
+
+def schemes(config: SweepConfig) -> list[str]:
+    """Returns the methods that make curves."""
+    return list(config.methods if config.schemes is None else config.schemes)
+
+
+def like_with_like(config: SweepConfig) -> dict[str, str]:
+    """Pairs each ICO scheme with the manual template of as many concept words: their number alone moves curves."""
+    methods = {name: training_of(config, name).method for name in schemes(config)}
+    manual = {len(method.words): name for name, method in methods.items() if not (method.prefix or method.suffix)}
+    return {name: manual[len(method.words)] for name, method in methods.items()
+            if (method.prefix or method.suffix) and len(method.words) in manual}
+
+
+def tradeoff(config: SweepConfig) -> list[Line]:
+    """Curves over fine-tuning steps, without DCI."""
+    baselines = like_with_like(config)
+    return [_curve(config, name, name, baseline=baselines.get(name)) for name in schemes(config)]
+
+
+def sweep(config: SweepConfig) -> list[Line]:
+    """All that is configured: every scheme over its steps, plain and with DCI at each lambda."""
+    lines = tradeoff(config) if config.plain else []
+    for name in schemes(config):
+        lines += [_curve(config, f"{name} + DCI, lambda {strength:g}", name, strength,
+                         baseline=name if config.plain else None) for strength in config.strengths]
+    return lines
+
+
+def dci(config: SweepConfig) -> list[Line]:
+    """DCI with fewer steps, so that its U-Net work equals the raw model's."""
+    return [_curve(config, "raw model", config.method),
+            _curve(config, f"+ DCI, lambda {config.strength:g}", config.method, config.strength, "dci.match_cost=true",
+                   baseline="raw model")]
+
+
+def lambdas(config: SweepConfig) -> list[Line]:
+    """From hardly any injection to too much."""
+    points = tuple(_chosen(config, strength) for strength in config.lambdas)
+    return [_alone("raw model", _chosen(config, None)),
+            Line("DCI over lambda", points, tuple(f"{strength:g}" for strength in config.lambdas), "raw model")]
+
+
+def ablations(config: SweepConfig) -> list[Line]:
+    """Each part of DCI taken out."""
+    return [_alone("DCI", _chosen(config, config.strength)),
+            _alone("raw model", _chosen(config, None), "DCI"),
+            *(_alone(label, _chosen(config, config.strength, f"dci.ablation={key}"), "DCI")
+              for label, key in ABLATIONS.items())]
+
+
+def masks(config: SweepConfig) -> list[Line]:
+    """One point, whose masks are drawn."""
+    return [_alone("DCI", _chosen(config, config.strength))]
+
+
+def auxiliary_nouns(config: SweepConfig) -> list[Line]:
+    """Ways to choose the auxiliary noun; the first is compared with."""
+    lines: list[Line] = []
+    for name, noun in config.nouns.items():
+        settings = () if noun is None else (f"dci.replace_noun={noun}",)
+        lines.append(_alone(name, _chosen(config, config.strength, *settings), lines[0].label if lines else None))
+    return [*lines, _alone("raw model", _chosen(config, None), lines[0].label if lines else None)]
+
+
+def phase(config: SweepConfig) -> list[Line]:
+    """The share T_a of the steps that have two branches."""
+    points = tuple(_chosen(config, config.strength, f"dci.agg_time={share}") for share in config.agg_times)
+    return [_alone("raw model", _chosen(config, None)),
+            Line("DCI over T_a", points, tuple(f"{share:g}" for share in config.agg_times), "raw model")]
+
+
+def guidance(config: SweepConfig) -> list[Line]:
+    """How the branches share guidance and noise."""
+    ways = [(shared, noise) for shared in ("separate", "shared") for noise in ("independent", "common")]
+    labels = [f"{shared} guidance, {noise} noise" for shared, noise in ways]
+    return [_alone(label, _chosen(config, config.strength, f"dci.guidance={shared}", f"dci.noise={noise}"),
+                   labels[0] if label != labels[0] else None)
+            for label, (shared, noise) in zip(labels, ways, strict=True)]
+
+
+def replaced(config: SweepConfig) -> list[Line]:
+    """The fine-tuned weights with other words in the concept's place, beside the base model."""
+    tuned = "tuned, concept words"
+    base = [Job("", BASE, 0, words=words) for words in (NOUN, AUXILIARY)]
+    return [_alone(tuned, _chosen(config, None)),
+            _alone("tuned, class noun", _chosen(config, None, words=NOUN), tuned),
+            _alone("tuned, auxiliary noun", _chosen(config, None, words=AUXILIARY), tuned),
+            _alone("base model, class noun", base[0], tuned), _alone("base model, auxiliary noun", base[1], tuned)]
+
+
+def gains(config: SweepConfig) -> list[Line]:
+    """DBIM's constant 500, which the release set for SD v1."""
+    points = tuple(_chosen(config, config.strength, f"dci.mask_sum={gain}") for gain in config.gains)
+    return [_alone("raw model", _chosen(config, None)),
+            Line("DCI over mask_sum", points, tuple(f"{gain:g}" for gain in config.gains), "raw model")]
+
+
+CLAIMS = {claim.name: claim for claim in (
+    Claim("tradeoff", "Fig. 6, 8", "Is ICO's trade-off curve above the manual templates' with as many concept words?",
+          tradeoff),
+    Claim("dci", "Fig. 6", "Does DCI beat the raw model of the same concept file at equal U-Net work?", dci),
+    Claim("lambda", "Fig. 9", "Does more injection buy prompt agreement for little fidelity, until it is too much?",
+          lambdas),
+    Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts and aggregation in every layer?", ablations),
+    Claim("masks", "Fig. 11", "What do the masks look like at each resolution?", masks, masks=True),
+    Claim("nouns", "Fig. 12", "Does an auxiliary noun that is likely in the context help, and a bad one harm?",
+          auxiliary_nouns),
+    Claim("phase", "section 3.3", "How long should the stage with two branches be?", phase),
+    Claim("guidance", "release", "Which is better: guidance of their own or shared, noise independent or common?",
+          guidance),
+    Claim("replaced", "section 3.3", "Does editability come back when the concept words are replaced?", replaced),
+    Claim("gains", "eq 3, 4", "Do the release's constants suit a model of fewer pixels?", gains))}
+SWEEP = Claim("sweep", "Fig. 6", "How do the configured methods trade fidelity for editability?", sweep)
+
+
+def find_claims(names: list[str]) -> list[Claim]:
+    """Returns claims by name; `all` is every one.
+
+    Raises:
+        UserError: a name is unknown, or none is given.
+    """
+    unknown = [name for name in names if name not in (*CLAIMS, "all")]
+    if unknown or not names:
+        what = f"claim '{unknown[0]}' is unknown" if unknown else "no claim is named"
+        raise UserError(f"{what}; claims: {', '.join(CLAIMS)}, all.")
+    return list(CLAIMS.values()) if "all" in names else [CLAIMS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,130 @@
+"""One evaluation: a folder of pictures, or pictures drawn for it, to rows, tables and a sheet."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.data.images import list_images, open_image
+from ldm.evaluation.layouts import Found
+from ldm.evaluation.report import (
+    as_numbers,
+    grouped,
+    open_cell,
+    summarise,
+    table,
+    way,
+    write_json,
+    write_rows,
+    write_text,
+)
+from ldm.evaluation.scoring import Scorer
+from ldm.pictures import save_png, sheet
+from ldm.util import UserError
+
+SHEET_ROWS = 16
+PASSED_ON = ("seed", "strength", "steps", "sampler", "scale", "text", "auxiliary_text")    # of a picture's settings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found and where it lies."""
+
+    rows: list[dict[str, Any]]
+    table: str
+    notes: list[str]
+    folder: Path
+
+
+def open_pictures(folder: Path) -> list[Image.Image]:
+    """Opens every usable picture of a folder or list."""
+    return [open_image(path) for path in list_images(folder)[0]]
+
+
+def class_noun_of(found: Sequence[Found], wanted: str) -> str:
+    """Returns the class noun: the wanted one, or what the pictures themselves say.
+
+    Raises:
+        UserError: a prompt has {} and nobody says what it stands for.
+    """
+    nouns = {item.settings.get("concept", {}).get("class_noun", "") for item in found} - {""}
+    noun = wanted or (nouns.pop() if len(nouns) == 1 else "")
+    if not noun and any(item.prompt and "{}" in item.prompt for item in found):
+        raise UserError("the prompts have {} and the pictures do not say which class noun that is; give it with "
+                        "--class_noun.")
+    return noun
+
+
+def names_of(found: Sequence[Found]) -> list[str]:
+    """Returns file names, with their folders where the same name occurs in several."""
+    names = [item.path.name for item in found]
+    return names if len(set(names)) == len(names) else [f"{item.path.parent.name}/{item.path.name}" for item in found]
+
+
+def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: Path | None = None,
+             class_noun: str = "", real: Path | None = None, concept: str | None = None) -> Evaluation:
+    """Measures pictures and writes rows.jsonl, rows.csv, summary.json, table.md and sheet.png into `outdir`.
+
+    Args:
+        references: the concept's pictures, for fidelity.
+        real: pictures that KID compares with; None is `references`.
+        concept: its name, for the rows.
+
+    Raises:
+        UserError: pictures cannot be read, or two of them contradict each other about the class noun.
+    """
+    noun = class_noun_of(found, class_noun)
+    pictures = [open_image(item.path) for item in found]
+    known = open_pictures(references) if references else []
+    compared = open_pictures(real) if real else known
+    features, references_seen = scorer.features(pictures), scorer.features(known) if known else None
+    measured = scorer.rows(pictures, [item.prompt for item in found], noun, references_seen, features)
+    compared_seen = scorer.features(compared) if real else references_seen
+    rows = [{"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
+             **{name: item.settings[name] for name in PASSED_ON if name in item.settings}, **values}
+            for name, item, values in zip(names_of(found), found, measured, strict=True)]
+    notes = [f"skipped {reason}" for reason in scorer.skipped]
+    notes += ["skipped image alignment: there are no references; give them with --references"] * (not known)
+    notes += ["skipped text alignment: the pictures do not say their prompts; give them with --prompts"] * (
+        not any(item.prompt for item in found))
+    groups, sets = grouped(rows, way), {}
+    for name in groups:
+        drawn = [index for index, row in enumerate(rows) if way(row) == name]
+        sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
+        notes += [f"skipped {reason} ({name})"] if (reason := scorer.why_no_kid(len(drawn), len(compared))) else []
+    return _write(Evaluation(rows, "", notes, outdir), groups, sets, found, scorer, known)
+
+
+def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
+           found: Sequence[Found], scorer: Scorer, known: Sequence[Image.Image]) -> Evaluation:
+    """Puts an evaluation on disk."""
+    estimates = {name: summarise(rows, list(scorer.titles)) for name, rows in groups.items()}
+    text = table(estimates, scorer.titles, f"mean [95 % interval], {len(result.rows)} pictures")
+    of_sets = [f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
+               for name, values in sets.items() if any(value is not None for value in values.values())]
+    write_rows(result.rows, result.folder)
+    write_json(result.folder / "summary.json", {"metrics": as_numbers(estimates), "sets": sets,
+                                                "measured_by": scorer.record, "notes": result.notes})
+    text = "\n\n".join([text, *of_sets])
+    write_text(result.folder / "table.md", "\n\n".join([text, *result.notes]) + "\n")
+    paths = {name: item.path for name, item in zip(names_of(found), found, strict=True)}
+    save_png(_sheet(groups, paths, known), result.folder / "sheet.png")
+    return Evaluation(result.rows, text, result.notes, result.folder)
+
+
+def _sheet(groups: Mapping[str, list], paths: Mapping[str, Path], known: Sequence[Image.Image]) -> Image.Image:
+    """Lays the pictures out: a row per prompt and seed, a column per way, a reference in front."""
+    places: dict[tuple[object, object], dict[str, Image.Image]] = {}
+    for name, rows in groups.items():
+        for index, row in enumerate(rows):
+            place = (row["prompt"] or row["picture"], row.get("seed", index))
+            if place in places or len(places) < SHEET_ROWS:
+                places.setdefault(place, {})[name] = open_cell(paths[row["picture"]])
+    lines = []
+    for index, ((prompt, seed), cells) in enumerate(places.items()):
+        reference = [known[index % len(known)]] if known else []
+        lines.append((f"{prompt} ({seed})", [*reference, *(cells.get(name) for name in groups)]))
+    return sheet([*(["reference"] if known else []), *groups], lines)

@@ -1,0 +1,223 @@
+"""One experiment from claim to report: jobs, points with intervals, comparisons, areas, plot, sheet, masks."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.evaluation.claims import Claim, Line
+from ldm.evaluation.evaluate import open_pictures
+from ldm.evaluation.plan import Job, spread
+from ldm.evaluation.plots import Curve, tradeoff_plot
+from ldm.evaluation.report import as_numbers, open_cell, summarise, table, write_json, write_rows, write_text
+from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
+from ldm.evaluation.sweep import Sweep, points
+from ldm.pictures import mask_panel, save_png, sheet
+from ldm.pipeline import Row
+from ldm.util import UserError
+
+Rows = Sequence[Mapping[str, Any]]
+SHEET_ROWS, SHEET_COLUMNS = 12, 9
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired differences of one point from another: editability and fidelity, and in how many concepts each rose."""
+
+    name: str
+    baseline: str
+    editability: Estimate
+    fidelity: Estimate
+    rose: tuple[int, int]
+    concepts: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an experiment found."""
+
+    folder: Path
+    text: str
+    comparisons: list[Comparison]
+    areas: Areas | None
+
+
+def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
+    """Carries an experiment out and writes rows.jsonl, rows.csv, summary.json, plot.png, sheet.png and report.md.
+
+    Raises:
+        UserError: the sweep lacks what the experiment needs, or no metric measures one of its two sides.
+    """
+    axes = (sweep.scorer.editability, sweep.scorer.fidelity)
+    if None in axes:
+        raise UserError("a trade-off needs a metric of prompt agreement (judge or a CLIP) and one of images; give more "
+                        "--metrics.")
+    lines = claim.lines(sweep.config)
+    needed = list(dict.fromkeys(point for line in lines for point in line.points))
+    if not needed:
+        raise UserError(f"experiment '{claim.name}' has no points; its list in the sweep's configuration is empty.")
+    jobs = [Job(name, point.method, point.step, point.strength, point.settings, point.words)
+            for point in needed for name in sweep.subjects]
+    rows = points(sweep.run(jobs))
+    for axis in axes:
+        if not any(row.get(axis) is not None for found in rows.values() for row in found):
+            raise UserError(f"'{sweep.scorer.titles[axis]}' can be said of no prompt of this sweep; give other "
+                            "prompts, or other --metrics.")
+    comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
+    folder = sweep.outdir / claim.name
+    write_rows([row for point in needed for row in rows[point]], folder)
+    titles = sweep.scorer.titles
+    estimates = {_name(line, index): summarise(rows[point], list(titles))
+                 for line in lines for index, point in enumerate(line.points)}
+    minutes = sweep.seconds(jobs) / 60
+    text = "\n\n".join(filter(None, [
+        f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
+        "![plot](plot.png)", "![pictures](sheet.png)", table(estimates, titles, "mean [95 % interval]"),
+        comparison_table(comparisons, titles, axes), area_table(areas)]))
+    if claim.masks:
+        text += "\n\n" + draw_masks(sweep, lines[0].points[0], jobs, folder)
+    write_json(folder / "summary.json", {
+        "points": as_numbers(estimates), "comparisons": [_as_json(item) for item in comparisons],
+        "areas": _areas_as_json(areas), "minutes": minutes, "measured_by": sweep.scorer.record, "command": command})
+    write_text(folder / "report.md", text + "\n")
+    curves = [Curve(line.label, [(*(estimates[_name(line, index)][axis] for axis in axes), mark)
+                                 for index, mark in enumerate(line.marks)]) for line in lines]
+    tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], f"{claim.name} ({claim.source})", folder / "plot.png")
+    save_png(experiment_sheet(sweep, lines, rows), folder / "sheet.png")
+    return Report(folder, text, comparisons, areas)
+
+
+def _name(line: Line, index: int) -> str:
+    """Names a point in tables."""
+    return f"{line.label}, {line.marks[index]}".removesuffix(", ")
+
+
+def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
+    """Says in a line what was measured and how long it took."""
+    subjects = list(sweep.subjects.values())
+    prompts = sorted({len(subject.prompts) for subject in subjects})
+    return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
+            f"point; {minutes:.1f} minutes, with the fine-tuning that these points were the first to need."
+            + (f" Command: `{command}`" if command else ""))
+
+
+def by_unit(rows: Rows, column: str) -> dict[object, float]:
+    """A column's means per prompt of a concept."""
+    return unit_means([row.get(column) for row in rows], [(row["concept"], row["prompt"]) for row in rows])
+
+
+def compare(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, str]) -> list[Comparison]:
+    """Compares each point with its counterpart on the baseline's line, the same in order or the only one."""
+    known, found = {line.label: line for line in lines}, []
+    for line in lines:
+        if line.baseline is None:
+            continue
+        base = known[line.baseline]
+        for index, point in enumerate(line.points):
+            other = min(index, len(base.points) - 1)
+            pairs = [(by_unit(rows[point], axis), by_unit(rows[base.points[other]], axis)) for axis in axes]
+            per_concept = [_concept_differences(*pair) for pair in pairs]
+            found.append(Comparison(
+                _name(line, index), _name(base, other), difference(*pairs[0]), difference(*pairs[1]),
+                tuple(sum(value > 0 for value in values) for values in per_concept), len(per_concept[0])))
+    return found
+
+
+def _concept_differences(first: Mapping[Any, float], second: Mapping[Any, float]) -> list[float]:
+    """Differences of the concepts' means over prompts."""
+    shared = [unit for unit in first if unit in second]
+    return list(unit_means([first[unit] - second[unit] for unit in shared], [unit[0] for unit in shared]).values())
+
+
+def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, str]) -> Areas | None:
+    """Areas under the lines that have as many points as the longest, and of each less its baseline's."""
+    longest = max(len(line.points) for line in lines)
+    curves = {line.label: line for line in lines if len(line.points) == longest}
+    if longest < 2 or len(curves) < 2:
+        return None
+    values = {line.label: [[by_unit(rows[point], axis) for axis in axes] for point in line.points]
+              for line in curves.values()}
+    shared = [unit for unit in next(iter(values.values()))[0][0]
+              if all(unit in axis for points_ in values.values() for point in points_ for axis in point)]
+    arrays = {label: np.array([[[axis[unit] for unit in shared] for axis in point] for point in points_])
+              for label, points_ in values.items()}                                 # (points, 2, units) each
+    pairs = [(line.label, line.baseline) for line in curves.values() if line.baseline in curves]
+    return compare_areas(arrays, pairs)
+
+
+def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str], axes: tuple[str, str]) -> str:
+    """A markdown table of paired differences."""
+    if not comparisons:
+        return ""
+    lines = [f"| difference [95 % interval] | {titles[axes[0]]} | rose in | {titles[axes[1]]} | rose in |",
+             "|---|---|---|---|---|"]
+    lines += [f"| {item.name} - {item.baseline} | {item.editability} | {item.rose[0]} of {item.concepts} concepts | "
+              f"{item.fidelity} | {item.rose[1]} of {item.concepts} |" for item in comparisons]
+    return "\n".join(lines)
+
+
+def area_table(areas: Areas | None) -> str:
+    """A markdown table of areas under curves."""
+    if areas is None:
+        return ""
+    lines = ["| area under the curve, share of the box around all points | [95 % interval] | excludes zero |",
+             "|---|---|---|", *(f"| {name} | {value} | |" for name, value in areas.areas.items())]
+    lines += [f"| {name} - {base} | {value} | {'yes' if value.excludes_zero else 'no'} |"
+              for (name, base), value in areas.differences.items()]
+    return "\n".join(lines)
+
+
+def _as_json(item: Comparison) -> dict[str, Any]:
+    """A comparison for JSON."""
+    return {"point": item.name, "baseline": item.baseline, "rose": item.rose, "concepts": item.concepts,
+            **as_numbers({"": {"editability": item.editability, "fidelity": item.fidelity}})[""]}
+
+
+def _areas_as_json(areas: Areas | None) -> dict[str, Any] | None:
+    """Areas for JSON."""
+    if areas is None:
+        return None
+    named = {f"{name} - {base}": value for (name, base), value in areas.differences.items()}
+    return {"corner": areas.corner, "box": areas.box,
+            **as_numbers({"areas": areas.areas, "differences": named})}
+
+
+def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Rows]) -> Image.Image:
+    """Lays out prompts of all concepts in rows, points in columns, the first seed of each."""
+    places = spread([(line, index) for line in lines for index in range(len(line.points))], SHEET_COLUMNS)
+    first = {point: {(row["concept"], row["prompt"]): row for row in reversed(found)} for point, found in rows.items()}
+    # Prompts of the concepts in turn, so that a short sheet shows them all.
+    units = [(subject.name, prompt) for index in range(max(len(subject.prompts) for subject in sweep.subjects.values()))
+             for subject in sweep.subjects.values() for prompt in subject.prompts[index:index + 1]]
+    references = {name: open_pictures(subject.references)[0] for name, subject in sweep.subjects.items()}
+    shown = []
+    for concept, prompt in spread(units, SHEET_ROWS):
+        rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]
+        cells = [open_cell(sweep.outdir / row["picture"]) for row in rows_shown]
+        shown.append((f"{prompt.replace('{}', '[' + concept + ']')}", [references[concept], *cells]))
+    return sheet(["reference", *(_name(line, index) for line, index in places)], shown, 128)
+
+
+def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> str:
+    """Draws DBIM's masks for one prompt of each concept; returns a table of their mean and spread per resolution."""
+    numbers: dict[int, list[np.ndarray]] = {}
+    for index, (name, subject) in enumerate(sweep.subjects.items()):
+        job = Job(name, point.method, point.step, point.strength, point.settings)
+        generator, settings = sweep.ready(job, jobs), job.sampling(sweep.config)
+        prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
+        record = generator.masks(Row(prompt, sweep.config.first_seed, point.strength), settings)
+        if not record:
+            raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")
+        layers = len({layer for layer, _ in record})
+        save_png(mask_panel(record, len(record) // layers), folder / "masks" / f"{name}.png")
+        for _, masks in record:
+            numbers.setdefault(math.isqrt(masks.shape[-1]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
+    lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]
+    lines += [f"| {side} x {side} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
+              for side, maps in sorted(numbers.items(), reverse=True)]
+    return "\n".join([*lines, "", *(f"![masks](masks/{name}.png)" for name in sweep.subjects)])

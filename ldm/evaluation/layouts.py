@@ -1,0 +1,150 @@
+"""Which pictures belong to which prompts: our own folders, and the layouts of CustomConcept101 and DreamBooth."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.data.images import list_images, read_lines
+from ldm.pictures import read_settings
+from ldm.util import UserError
+
+LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their own for them
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture file, its prompt where it is known, and what its file says of how it was drawn."""
+
+    path: Path
+    prompt: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetConcept:
+    """One concept of a data set: its folder of photos, its class noun, its prompts with {} for the concept."""
+
+    name: str
+    images: Path
+    class_noun: str
+    prompts: tuple[str, ...]
+    regularization: Path | None = None
+
+
+def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
+    """Finds a folder's pictures and their prompts.
+
+    Prompts come from the file `prompts`: JSON {file name without suffix: prompt}, or text with a line per picture in
+    order of names. Without it they come from prompts.json beside the pictures or beside their folder samples/
+    (CustomConcept101), from the names of sub-folders, one per prompt (as DreamBooth results are often kept), or from
+    our pictures' own settings.
+
+    Raises:
+        UserError: nothing is there, or prompts and pictures do not match.
+    """
+    if not folder.is_dir():
+        raise UserError(f"picture folder '{folder}' does not exist; give the folder that holds the pictures.")
+    inner = folder / "samples" if (folder / "samples").is_dir() else folder
+    beside = [path / "prompts.json" for path in (inner, folder) if (path / "prompts.json").is_file()]
+    source = prompts or next(iter(beside), None)
+    if source is None and (found := _by_folder(inner)):
+        return found
+    paths, _ = list_images(inner)
+    if source is None:
+        return drawn_pictures(paths)
+    texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
+    return [Found(path, text, read_settings(path)) for path, text in zip(paths, texts, strict=True)]
+
+
+def drawn_pictures(paths: Sequence[Path]) -> list[Found]:
+    """Reads the prompts of pictures that were drawn here from the pictures themselves."""
+    settings = [read_settings(path) for path in paths]
+    return [Found(path, values.get("prompt"), values) for path, values in zip(paths, settings, strict=True)]
+
+
+def _by_folder(folder: Path) -> list[Found]:
+    """Reads sub-folders named by prompts, underscores for spaces; none where the folder holds pictures itself."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not entries or not all(path.is_dir() for path in entries):
+        return []
+    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in list_images(entry)[0]]
+
+
+def _table(source: Path, paths: Sequence[Path]) -> list[str]:
+    """Looks up each picture's prompt in a JSON file."""
+    table = _read_json(source, dict)
+    texts = [table.get(path.stem, table.get(path.name)) for path in paths]
+    lonely = [path.name for path, text in zip(paths, texts, strict=True) if not isinstance(text, str)]
+    unused = set(table) - {path.stem for path in paths} - {path.name for path in paths}
+    if lonely or unused:
+        what = f"no prompt for picture '{lonely[0]}'" if lonely else f"no picture for entry '{sorted(unused)[0]}'"
+        raise UserError(f"'{source}' does not match the pictures of '{paths[0].parent}': {what} "
+                        f"({len(lonely)} pictures without prompt, {len(unused)} prompts without picture); mend it.")
+    return texts
+
+
+def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
+    """Reads one prompt per picture."""
+    texts = read_lines(source, "prompt file")
+    if len(texts) != len(paths):
+        raise UserError(f"prompt file '{source}' has {len(texts)} lines but '{paths[0].parent}' holds {len(paths)} "
+                        "pictures; give one line per picture, in order of the pictures' names.")
+    return texts
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """Reads a JSON file that must hold a dict or a list."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"file '{path}' does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is no JSON file ({error}).") from error
+    if not isinstance(content, kind):
+        raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}.")
+    return content
+
+
+def read_dataset(path: Path) -> list[DatasetConcept]:
+    """Reads CustomConcept101's dataset.json, or DreamBooth's folder with its prompts_and_classes.txt.
+
+    Raises:
+        UserError: it is neither, or a part of it is missing.
+    """
+    if path.suffix == ".json":
+        return _custom_concept_101(path)
+    if (path / "prompts_and_classes.txt").is_file():
+        return _dreambooth(path)
+    raise UserError(f"'{path}' is no data set known here; give CustomConcept101's dataset.json or DreamBooth's folder "
+                    "with prompts_and_classes.txt.")
+
+
+def _custom_concept_101(path: Path) -> list[DatasetConcept]:
+    concepts = []
+    for index, entry in enumerate(_read_json(path, list)):
+        try:
+            images, prompts = path.parent / entry["instance_data_dir"], path.parent / entry["prompt_filename"]
+            real = path.parent / entry["class_data_dir"] if "class_data_dir" in entry else None
+            noun = entry["class_prompt"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"'{path}': entry {index} lacks {error}; is it CustomConcept101's dataset.json?") from error
+        texts = tuple(line for line in read_lines(prompts, "prompt file") if line)
+        concepts.append(DatasetConcept(images.name, images, noun, texts, real if real and real.exists() else None))
+    return concepts
+
+
+def _dreambooth(folder: Path) -> list[DatasetConcept]:
+    source = folder / "prompts_and_classes.txt"
+    text = source.read_text("utf-8")
+    classes = re.findall(r"^([\w-]+),([\w -]+)$", text, flags=re.MULTILINE)[1:]         # the first line is a heading
+    lists = [tuple(" ".join(prompt.format("{}", "").split()) for prompt in re.findall(r"'([^']*\{0\}[^']*)'", part))
+             for part in text.split("prompt_list")[1:]]
+    if not classes or len(lists) != 2 or not all(lists):
+        raise UserError(f"'{source}' is not as DreamBooth's data set has it: a table of classes and two prompt lists.")
+    objects, live = lists
+    return [DatasetConcept(name, folder / name, noun.strip(), live if noun.strip() in LIVE_CLASSES else objects)
+            for name, noun in classes]

@@ -1,0 +1,205 @@
+"""What a sweep is made of: its typed configuration, its concepts, its jobs."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm.config import SampleConfig, TrainConfig, merge
+from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
+from ldm.data.images import read_lines
+from ldm.evaluation.layouts import read_dataset
+from ldm.util import UserError
+
+BASE = "base model"                          # the method of jobs that draw with the untuned network
+NOUN, AUXILIARY = "{noun}", "{auxiliary}"    # what may take the concept's place in prompts
+
+
+@dataclass
+class SweepConfig:
+    """A sweep: configs/sweep/*.yaml."""
+
+    model_files: list[str] = field(default_factory=list)
+    training_files: list[str] = field(default_factory=list)
+    training: list[str] = field(default_factory=list)         # key=value overrides of all methods
+    sampling_files: list[str] = field(default_factory=list)
+    sampling: list[str] = field(default_factory=list)         # key=value overrides of all pictures
+    concept_files: list[str] = field(default_factory=list)
+    dataset: str | None = None            # instead: CustomConcept101's dataset.json, or DreamBooth's folder
+    dataset_concepts: list[str] = field(default_factory=list)  # which of its concepts; none named is all
+    held_out: str | None = None           # a folder per concept: what fidelity is measured on; null: the references
+    prompts: str | None = None            # file of prompts with {}; null: the data set's own
+    max_concepts: int | None = None       # the first so many
+    max_prompts: int | None = None        # so many, spread evenly
+    seeds: int = 4                        # pictures per prompt
+    first_seed: int = 1000
+    methods: dict[str, list[str]] = field(default_factory=dict)   # overrides of the training files, by name
+    schemes: list[str] | None = None      # which methods make curves; null: all
+    steps: list[int] = field(default_factory=lambda: [100, 200])  # fine-tuning steps: the points of a curve
+    plain: bool = True                    # curves of the fine-tuned models
+    strengths: list[float] = field(default_factory=list)          # curves with DCI at each lambda
+    method: str = ""                      # claims about sampling: which method,
+    step: int = 200                       # after how many steps,
+    strength: float = 1.0                 # with which lambda where it is held fixed
+    lambdas: list[float] = field(default_factory=list)            # of the sweep over lambda
+    agg_times: list[float] = field(default_factory=list)          # of the sweep over T_a
+    nouns: dict[str, str | None] = field(default_factory=dict)    # ways to choose auxiliary nouns: name, replace_noun
+    gains: list[float] = field(default_factory=list)              # of the sweep over DBIM's spatial mask sum
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A concept as a sweep sees it: how it is taught, what is asked of it, what it is compared with."""
+
+    name: str
+    class_noun: str
+    prompts: tuple[str, ...]
+    references: Path
+    files: tuple[str, ...] = ()
+    entry: tuple[tuple[str, str], ...] = ()
+
+    def training(self, config: SweepConfig, method: str, *overrides: str) -> Any:
+        """Merges the training configuration of a method."""
+        extra = OmegaConf.create({"concepts": [dict(self.entry)]}) if self.entry else None
+        return merge(TrainConfig, [*config.model_files, *config.training_files, *self.files],
+                     [*config.training, *config.methods[method], "preview.prompts=[]", *overrides], extra)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point's pictures of one concept.
+
+    Attributes:
+        method, step: which fine-tuned model; BASE and 0 for none.
+        strength: lambda, or None without DCI.
+        settings: key=value overrides of the sampling configuration.
+        words: text in the concept's place, drawn without any concept word; NOUN and AUXILIARY stand for the class noun
+            and the preset auxiliary noun. None draws the concept.
+    """
+
+    concept: str
+    method: str
+    step: int
+    strength: float | None = None
+    settings: tuple[str, ...] = ()
+    words: str | None = None
+
+    @property
+    def point(self) -> Job:
+        """The same for all concepts."""
+        return Job("", self.method, self.step, self.strength, self.settings, self.words)
+
+    def prompts(self, subject: Subject) -> list[str]:
+        """Returns what is drawn for each of the subject's prompts."""
+        if self.words is None:
+            return list(subject.prompts)
+        texts = []
+        for prompt in subject.prompts:
+            pieces = split_at_concept(prompt, "{}")
+            noun = auxiliary_noun(subject.class_noun, pieces, None) if self.words == AUXILIARY else \
+                self.words.replace(NOUN, subject.class_noun)
+            texts.append("".join(join_pieces(pieces, noun)))
+        return texts
+
+    def sampling(self, config: SweepConfig) -> Any:
+        """Merges the sampling configuration."""
+        ways = [f"dci.use={'false' if self.strength is None else 'true'}", "plain=false"]
+        ways += [] if self.strength is None else [f"dci.agg_lambda=[{self.strength}]"]
+        return merge(SampleConfig, [*config.model_files, *config.sampling_files],
+                     [*config.sampling, *self.settings, *ways, f"n_samples={config.seeds}", "n_iter=1",
+                      f"seed={config.first_seed}"])
+
+
+def digest(content: Any) -> str:
+    """Returns 10 hex digits that name JSON-like content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Reads a file of prompts, one per line, each of which must mention the concept as {}.
+
+    Raises:
+        UserError: the file is missing or empty, or a prompt lacks {}.
+    """
+    prompts = tuple(dict.fromkeys(line for line in read_lines(path, "prompt file") if line))
+    if not prompts:
+        raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise UserError(f"prompt file '{path}': '{prompt}' does not name the concept; write {{}} where it stands.")
+    return prompts
+
+
+def spread(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:
+    """Picks `count` items, evenly spread; all where there are no more."""
+    if count is None or count >= len(items):
+        return tuple(items)
+    return tuple(items[index * len(items) // count] for index in range(count))
+
+
+def subjects(config: SweepConfig) -> list[Subject]:
+    """Reads the concepts of a sweep.
+
+    Raises:
+        UserError: none is configured, or what a file says is missing.
+    """
+    shared = read_prompts(Path(config.prompts)) if config.prompts else None
+    found = _from_dataset(config, shared) if config.dataset else _from_files(config, shared)
+    if not found:
+        raise UserError("the sweep has no concepts; list them under concept_files, or give a dataset.")
+    return found[:config.max_concepts]
+
+
+def _from_files(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Subject]:
+    if prompts is None:
+        raise UserError("the sweep has no prompts; give a file with prompts=FILE.")
+    found = []
+    for file in config.concept_files:
+        concept = merge(TrainConfig, [file]).concepts[0]
+        found.append(Subject(concept.name, concept.class_noun, spread(prompts, config.max_prompts),
+                             _references(config, concept.name, Path(concept.images)), files=(str(file),)))
+    return found
+
+
+def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Subject]:
+    concepts = {concept.name: concept for concept in read_dataset(Path(config.dataset))}
+    for name in config.dataset_concepts:
+        if name not in concepts:
+            raise UserError(f"data set '{config.dataset}' has no concept '{name}'; it has {', '.join(concepts)}.")
+    found = []
+    for name in config.dataset_concepts or concepts:
+        concept = concepts[name]
+        entry = {"name": name, "images": str(concept.images), "class_noun": concept.class_noun}
+        if concept.regularization:
+            entry["regularization"] = str(concept.regularization)
+        found.append(Subject(name, concept.class_noun, spread(prompts or concept.prompts, config.max_prompts),
+                             _references(config, name, concept.images), entry=tuple(entry.items())))
+    return found
+
+
+def _references(config: SweepConfig, name: str, images: Path) -> Path:
+    """Returns the pictures fidelity is measured on: unseen ones where they exist."""
+    unseen = Path(config.held_out) / name if config.held_out else None
+    return unseen if unseen and unseen.is_dir() else images
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """A job's fields for rows of results."""
+    return {**asdict(job), "settings": list(job.settings)}
+
+
+def training_of(config: SweepConfig, method: str) -> Any:
+    """Merges what is the same for all concepts of a method's training configuration.
+
+    Raises:
+        UserError: the method is unknown or its overrides are wrong.
+    """
+    if method not in config.methods:
+        raise UserError(f"method '{method}' is unknown; methods: {', '.join(config.methods)}.")
+    files = [*config.model_files, *config.training_files]
+    return merge(TrainConfig, files, [*config.training, *config.methods[method]])

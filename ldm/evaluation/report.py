@@ -1,0 +1,100 @@
+"""Results on disk and on screen: JSON rows, CSV, tables with intervals, sheets of pictures."""
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.checkpoint import write_atomically
+from ldm.evaluation.metrics import SCALES
+from ldm.evaluation.statistics import Estimate, estimate, unit_means
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def units_of(rows: Rows) -> list[object]:
+    """Names what is resampled: the prompt of a concept; the picture where there are no two prompts."""
+    units = [(row.get("concept"), row.get("prompt")) for row in rows]
+    return units if len(set(units)) > 1 else list(range(len(rows)))
+
+
+def summarise(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
+    """Means with bootstrap intervals of the columns that hold numbers."""
+    units, found = units_of(rows), {}
+    for column in columns:
+        means = unit_means([row.get(column) for row in rows], units)
+        if means:
+            found[column] = estimate(means)
+    return found
+
+
+def grouped(rows: Rows, key: Callable[[Mapping[str, Any]], str]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by a name, in order of appearance."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def way(row: Mapping[str, Any]) -> str:
+    """How a picture was drawn, as headings say it."""
+    if "strength" not in row:
+        return "pictures"
+    return "fine-tuned" if row["strength"] is None else f"DCI, lambda {row['strength']:g}"
+
+
+def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "") -> str:
+    """A markdown table: a line per metric, a column per group; CLIP-T on every scale in use, each by its name."""
+    names = [name for name in titles if any(name in group for group in groups.values())]
+    lines = [f"| {first} | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for name in names:
+        for scale in SCALES if name.endswith("_t") else ("cosine",):
+            title = titles[name] + (f", {scale}" if name.endswith(("_t", "_i")) else "")
+            cells = [str(_scaled(group[name], scale)) if name in group else "-" for group in groups.values()]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _scaled(value: Estimate, scale: str) -> Estimate:
+    """Puts an estimate on another scale; they are monotone, so that the bounds stay bounds."""
+    change = SCALES[scale]
+    bounds = (None if bound is None else change(bound) for bound in (value.low, value.high))
+    return Estimate(change(value.mean), *bounds, value.units)
+
+
+def write_rows(rows: Rows, folder: Path) -> tuple[Path, Path]:
+    """Writes rows.jsonl, a JSON object per picture, and the same as rows.csv."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_text(folder / "rows.jsonl", text), write_text(folder / "rows.csv", buffer.getvalue())
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes JSON a reader can read."""
+    return write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file atomically."""
+    return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
+    """The same as `table`, for JSON."""
+    return {group: {name: {"mean": value.mean, "low": value.low, "high": value.high, "units": value.units}
+                    for name, value in values.items()} for group, values in groups.items()}
+
+
+def open_cell(path: Path) -> Image.Image:
+    """Opens a picture for a sheet."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

@@ -1,0 +1,191 @@
+"""All metrics of a set of pictures: one row of numbers per picture, and numbers of the whole set."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.checkpoint import weights_hash
+from ldm.customization.contexts import PLACEHOLDER
+from ldm.customization.tokens import join_pieces
+from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
+from ldm.evaluation.judge import Court, load_court
+from ldm.evaluation.metrics import KID_LEAST, diversity, image_alignment, kid, text_alignment
+from ldm.evaluation.small_clip import embedded
+from ldm.modules.encoders.modules import NEW_WORD
+from ldm.util import UserError
+
+METRICS = (*LOADERS, "judge", "kid")
+
+
+def plain_text(prompt: str, class_noun: str) -> str:
+    """Returns a prompt without the concept words "V": {} becomes the class noun (paper section 4.1)."""
+    filled = "".join(join_pieces(prompt.split(PLACEHOLDER), class_noun))
+    return " ".join(NEW_WORD.sub(" ", filled).split())
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """The metrics that could be loaded.
+
+    Attributes:
+        extractors: networks for alignment.
+        court: the judge, or None.
+        kid: whether sets are compared by KID.
+        skipped: why each missing metric is missing.
+    """
+
+    extractors: tuple[Extractor, ...]
+    court: Court | None
+    kid: bool
+    skipped: tuple[str, ...]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What each column of `rows` is, in words, in the order of tables."""
+        titles: dict[str, str] = {}
+        if self.court:
+            titles |= {"judge_edit": "prompt's scene, style, colour right", "judge_scene": "scene right",
+                       "judge_style": "style right", "judge_colour": "colour right", "judge_noun": "class noun right"}
+        titles |= {f"{extractor.name}_t": f"CLIP-T, {extractor.title}" for extractor in self.extractors
+                   if extractor.encode_texts}
+        return titles | {f"{extractor.name}_i": f"CLIP-I, {extractor.title}" if extractor.encode_texts else
+                         f"image similarity, {extractor.title}" for extractor in self.extractors}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What measured, for files of results."""
+        record: dict[str, Any] = {extractor.name: dict(extractor.record) for extractor in self.extractors}
+        if self.court:
+            record["judge"] = {"weights": weights_hash(self.court.judge.state_dict()),
+                               "accuracy": dict(self.court.accuracy), "held_out": self.court.held_out}
+        return record
+
+    @property
+    def editability(self) -> str | None:
+        """The column that stands for prompt agreement in trade-offs: of the largest CLIP given, else the judge's.
+
+        The judge and the small CLIP know the small world only; whoever gives the weights of another CLIP looks at more.
+        """
+        speaks = [extractor.name for extractor in self.extractors if extractor.encode_texts]
+        large = [f"{name}_t" for name in ("clip_l14", "clip_b32") if name in speaks]
+        return next(iter([*large, *(["judge_edit"] if self.court else []), *(f"{name}_t" for name in speaks)]), None)
+
+    @property
+    def fidelity(self) -> str | None:
+        """The column that stands for fidelity in trade-offs: of a network nobody here trained, where there is one."""
+        names = [extractor.name for extractor in self.extractors]
+        best = next((name for name in ("dino", "efficientnet", "clip_l14", "clip_b32") if name in names), None)
+        return f"{best or names[0]}_i" if names else None
+
+    def features(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Vectors (N, D) of pictures by extractor."""
+        return {extractor.name: extractor.images(pictures) for extractor in self.extractors}
+
+    def rows(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None], class_noun: str,
+             references: Mapping[str, Tensor] | None,
+             features: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
+        """Measures pictures one by one; what cannot be measured (no prompt, no references) is None.
+
+        Args:
+            prompts: with {} or concept words; the words are taken out.
+            references: features of the reference pictures, as `features` gives them.
+            features: the pictures' own, where they are known already.
+        """
+        features = features or self.features(pictures)
+        texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
+        spoken = [index for index, text in enumerate(texts) if text is not None]
+        rows: list[dict[str, Any]] = [{} for _ in pictures]
+        for extractor in self.extractors:
+            own = features[extractor.name]                                          # (N, D)
+            if extractor.encode_texts:
+                vectors = extractor.texts([texts[index] for index in spoken]) if spoken else own[:0]
+                _fill(rows, f"{extractor.name}_t", spoken, text_alignment(own[spoken], vectors))
+            if references:
+                alignment = image_alignment(own, references[extractor.name])
+                _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
+        if self.court:
+            verdicts = self.court.rows(pictures, [text or "" for text in texts], class_noun)
+            rows = [{**row, **verdict} for row, verdict in zip(rows, verdicts, strict=True)]
+        return [{name: row.get(name) for name in (*self.titles, *row)} for row in rows]
+
+    def of_set(self, features: Mapping[str, Tensor], real: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Measures a set of pictures by its features: diversity, and KID against real ones' where both are enough."""
+        values: dict[str, Any] = {}
+        for name, own in features.items():
+            values[f"diversity_{name}"] = diversity(own)
+            if self.kid and real and min(len(own), len(real[name])) >= KID_LEAST:
+                values[f"kid_{name}"] = kid(own, real[name])
+        return values
+
+    def why_no_kid(self, pictures: int, real: int) -> str | None:
+        """Says why `of_set` gives no KID, or None where it does."""
+        if not self.kid or min(pictures, real) >= KID_LEAST:
+            return None
+        return f"kid: needs {KID_LEAST} pictures on each side, here are {pictures} drawn and {real} to compare with"
+
+
+def _fill(rows: list[dict[str, Any]], name: str, indices: Sequence[int], values: Tensor) -> None:
+    """Writes one column."""
+    for index, value in zip(indices, values.tolist(), strict=True):
+        rows[index][name] = value
+
+
+def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | None = None,
+                device: torch.device | str = "cpu") -> Scorer:
+    """Loads metrics by name; None takes all there are, leaving out what has no weights here.
+
+    Args:
+        names: of METRICS.
+        files: weights that do not ship, by metric.
+
+    Raises:
+        UserError: a name is unknown, a given file is bad, or a metric asked for by name has no weights.
+    """
+    files = dict(files or {})
+    for name in (*(names or ()), *files):
+        if name not in METRICS:
+            raise UserError(f"metric '{name}' is unknown; use some of {', '.join(METRICS)}.")
+    for name in sorted(set(files) & {"kid"}):
+        raise UserError(f"metric '{name}' has no weights of its own; leave them out.")
+    wanted, insist = tuple(names or METRICS), set(names or ()) | set(files)
+    extractors, court, skipped = [], None, []
+    for name in METRICS:
+        if name == "kid" or name not in {*wanted, *files}:
+            continue
+        try:
+            if name == "judge":
+                court = _load_judge(files.get(name))
+                court.judge.to(device)
+            else:
+                extractors.append(LOADERS[name](files.get(name), torch.device(device)))
+        except MissingWeights as error:
+            if name in insist:
+                raise
+            skipped.append(f"{name}: {re.sub(r'[.]$', '', str(error))}")
+    if not extractors and court is None:
+        raise UserError("no metric can be measured here: " + "; ".join(skipped or ["kid needs an image metric"]) + ".")
+    return Scorer(tuple(extractors), court, "kid" in wanted, tuple(skipped))
+
+
+def read_weights(entries: Sequence[str]) -> dict[str, Path]:
+    """Reads METRIC=FILE entries."""
+    pairs = [entry.partition("=") for entry in entries]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UserError(f"--metric_weights '{name}' must be written METRIC=FILE, as in dino=dino.safetensors.")
+    return {name: Path(path) for name, _, path in pairs}
+
+
+def _load_judge(path: Path | None) -> Court:
+    """Reads the judge that ships, or another."""
+    path = path or embedded("judge.safetensors")
+    if not path.is_file():
+        raise MissingWeights(f"the judge is not there ('{path}'); train it with scripts/pretrain/judge.py.")
+    return load_court(path)

@@ -1,0 +1,216 @@
+"""Carries out a sweep's jobs: teaches, draws, measures; whatever is on disk already is not done again."""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.customization.delta import load_concept
+from ldm.evaluation.evaluate import open_pictures
+from ldm.evaluation.plan import BASE, Job, SweepConfig, describe, digest, subjects
+from ldm.evaluation.report import open_cell, write_json
+from ldm.evaluation.scoring import Scorer
+from ldm.pictures import save_png
+from ldm.pipeline import Generator, build_model, check_settings, choose_device
+from ldm.training import fine_tune
+from ldm.util import UserError
+
+VOLATILE = ("device", "batch_size")       # sampling settings that do not change pictures
+
+
+class Sweep:
+    """A folder of results and what is needed to complete it.
+
+    Layout: runs/ (fine-tuning), pictures/ and points/ (one folder and one JSON file per job).
+    """
+
+    def __init__(self, config: SweepConfig, outdir: Path, scorer: Scorer):
+        """Reads the concepts; refuses mistakes before any work."""
+        self.config, self.outdir, self.scorer = config, outdir, scorer
+        self.subjects = {subject.name: subject for subject in subjects(config)}
+        self._references: dict[str, dict[str, Tensor]] = {}
+        self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The base model, built when the first picture is due."""
+        settings = Job("", BASE, 0).sampling(self.config)
+        return Generator(*build_model(settings.model, settings.base), choose_device(settings.device))
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuses jobs that cannot be carried out, before any work.
+
+        Raises:
+            UserError: a method is unknown, a configuration is wrong, or a prompt cannot be drawn.
+        """
+        for method in dict.fromkeys(job.method for job in jobs):
+            if method != BASE and method not in self.config.methods:
+                raise UserError(f"method '{method}' is unknown; methods: {', '.join(self.config.methods)}.")
+        for point in dict.fromkeys(job.point for job in jobs):
+            check_settings(point.sampling(self.config))
+            if point.method != BASE:
+                next(iter(self.subjects.values())).training(self.config, point.method)
+        for subject in self.subjects.values():
+            if not subject.references.exists():
+                raise UserError(f"'{subject.name}': the pictures '{subject.references}' do not exist.")
+
+    def run(self, jobs: Sequence[Job]) -> dict[Job, list[dict[str, Any]]]:
+        """Carries out what is not on disk and returns every job's rows; the bar counts U-Net rows, so its ETA holds."""
+        self.check(jobs)
+        self._reported.clear()
+        order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
+        with tqdm(total=sum(map(self.work, order)) + self.training_work(order), desc="sweep", unit="row",
+                  unit_scale=True) as bar:
+            try:
+                return {job: self._rows(job, order, bar) for job in order}
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped.") from interrupt
+
+    def _rows(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> list[dict[str, Any]]:
+        """Reads a job's rows, or makes them."""
+        path = self.path(job)
+        bar.set_postfix_str(f"{job.concept}, {job.method} {job.step or ''}".strip(), refresh=False)
+        if not path.is_file():
+            start = time.monotonic()
+            rows = self.measure(job, self.draw(job, jobs, bar))
+            write_json(path, {"job": describe(job), "seconds": time.monotonic() - start, "rows": rows})
+        else:
+            bar.update(self.work(job))
+        if (job.concept, job.method) not in self._reported:
+            self._reported.add((job.concept, job.method))
+            bar.update(self.run_work(job, jobs))
+        return json.loads(path.read_text("utf-8"))["rows"]
+
+    def seconds(self, jobs: Sequence[Job]) -> float:
+        """Returns the time that these jobs took when they were carried out."""
+        return sum(json.loads(self.path(job).read_text("utf-8"))["seconds"] for job in dict.fromkeys(jobs))
+
+    def key(self, job: Job) -> str:
+        """Names a job's pictures by everything that decides them."""
+        subject = self.subjects[job.concept]
+        sampling = OmegaConf.to_container(job.sampling(self.config))
+        sampling = {name: value for name, value in sampling.items() if name not in VOLATILE}
+        content = [describe(job), job.prompts(subject), sampling, self.training_key(job), self.generator.identity]
+        strength = "" if job.strength is None else f"-lambda{job.strength:g}"
+        name = f"{job.concept}-{job.method}-{job.step}{strength}".replace(" ", "_").replace("/", ".").replace("=", "")
+        return f"{name}-{digest(content)}"
+
+    def training_key(self, job: Job) -> str:
+        """Names a fine-tuning run by everything that decides it; its length does not: step k is step k of any."""
+        if job.method == BASE:
+            return BASE
+        content = OmegaConf.to_container(self.subjects[job.concept].training(self.config, job.method))
+        del content["method"]["steps"], content["trainer"]["logdir"], content["trainer"]["save_every"]
+        return digest([content, self.generator.identity])
+
+    def path(self, job: Job) -> Path:
+        """Where a job's rows are; measured by other metrics they would lie elsewhere."""
+        measured = digest([self.scorer.record, str(self.subjects[job.concept].references)])[:6]
+        return self.outdir / "points" / f"{self.key(job)}-{measured}.json"
+
+    def picture(self, job: Job, prompt: int, sample: int) -> Path:
+        """Where a picture is."""
+        return self.outdir / "pictures" / self.key(job) / f"{prompt:03d}-{sample:02d}.png"
+
+    def work(self, job: Job) -> int:
+        """U-Net rows of a job's pictures: guided ones have two a step, joint steps four (three where shared)."""
+        settings = job.sampling(self.config)
+        joint = 0.0 if job.strength is None or settings.dci.match_cost else settings.dci.agg_time
+        rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
+        return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
+
+    def training_work(self, jobs: Sequence[Job]) -> int:
+        """U-Net rows of all fine-tuning: a row of a training step costs about three, backwards included."""
+        return sum(self.run_work(job, jobs) for job in {(job.concept, job.method): job for job in jobs}.values())
+
+    def run_work(self, job: Job, jobs: Sequence[Job]) -> int:
+        """U-Net rows of one fine-tuning run."""
+        if job.method == BASE:
+            return 0
+        batch = self.subjects[job.concept].training(self.config, job.method).method.batch_size
+        return 3 * 2 * batch * max(self.steps(job, jobs))
+
+    @staticmethod
+    def steps(job: Job, jobs: Sequence[Job]) -> list[int]:
+        """The steps at which jobs need the model that this job uses."""
+        return sorted({other.step for other in jobs if (other.concept, other.method) == (job.concept, job.method)})
+
+    def concept_file(self, job: Job, jobs: Sequence[Job]) -> Path:
+        """Returns the concept file of a job's step, teaching or going on with the run if need be."""
+        subject, steps = self.subjects[job.concept], self.steps(job, jobs)
+        logdir = self.outdir / "runs" / f"{job.concept}-{self.training_key(job)}"
+        runs = sorted(path.parent.parent for path in logdir.glob("*/checkpoints/last.ckpt"))
+        name = f"step-{job.step:06d}.safetensors"
+        found = next((path for run in runs if (path := run / "checkpoints" / name).is_file()), None)
+        if found is None:
+            every = math.gcd(*steps)
+            config = subject.training(self.config, job.method, f"method.steps={max(steps)}",
+                                      f"trainer.save_every={every}", f"trainer.logdir={logdir}")
+            done = max((int(path.stem[5:]) for run in runs[-1:] for path in run.glob("checkpoints/step-*")), default=0)
+            logdir.mkdir(parents=True, exist_ok=True)
+            with (logdir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                # A step that a longer run passed without saving is only reached from the start.
+                run = fine_tune(config, runs[-1] if runs and done < job.step else None)
+            found = run.folder / "checkpoints" / name
+        return found
+
+    def draw(self, job: Job, jobs: Sequence[Job], bar: tqdm | None = None) -> list[Image.Image]:
+        """Draws the pictures that are missing; returns all, by prompt and seed."""
+        subject, config = self.subjects[job.concept], self.config
+        paths = [[self.picture(job, prompt, sample) for sample in range(config.seeds)]
+                 for prompt in range(len(subject.prompts))]
+        missing = [index for index, row in enumerate(paths) if not all(path.is_file() for path in row)]
+        per_picture = self.work(job) / (len(subject.prompts) * config.seeds)
+        if bar is not None:
+            bar.update(per_picture * config.seeds * (len(paths) - len(missing)))
+        if missing:
+            generator = self.ready(job, jobs)
+            texts = job.prompts(subject)
+            places = iter([(index, sample) for index in missing for sample in range(config.seeds)])
+            for drawn in generator.generate([texts[index] for index in missing], job.sampling(config)):
+                index, sample = next(places)
+                save_png(drawn.image, paths[index][sample], drawn.settings)
+                if bar is not None:
+                    bar.update(per_picture)
+        return [open_cell(path) for row in paths for path in row]
+
+    def ready(self, job: Job, jobs: Sequence[Job]) -> Generator:
+        """Returns a generator that draws as the job says."""
+        if job.method == BASE:
+            self.generator.load(None)
+            return self.generator
+        self.generator.load(load_concept(self.concept_file(job, jobs)))
+        # Over the same tuned network, but told of no concept: its prompts are plain texts.
+        return self.generator if job.words is None else Generator(self.generator.model, self.generator.identity,
+                                                                  self.generator.model.device)
+
+    def measure(self, job: Job, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Measures a job's pictures; a row per picture, with what it is and its seed."""
+        subject = self.subjects[job.concept]
+        if job.concept not in self._references:
+            self._references[job.concept] = self.scorer.features(open_pictures(subject.references))
+        prompts = [prompt for prompt in subject.prompts for _ in range(self.config.seeds)]
+        seeds = [self.config.first_seed + index for index in range(self.config.seeds)] * len(subject.prompts)
+        values = self.scorer.rows(pictures, prompts, subject.class_noun, self._references[job.concept])
+        return [{**describe(job), "class_noun": subject.class_noun, "prompt": prompt, "seed": seed,
+                 "picture": str(self.picture(job, index // self.config.seeds, index % self.config.seeds)
+                                .relative_to(self.outdir)), **row}
+                for index, (prompt, seed, row) in enumerate(zip(prompts, seeds, values, strict=True))]
+
+
+def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
+    """Joins the concepts' rows of each point."""
+    joined: dict[Job, list[dict[str, Any]]] = {}
+    for job, found in rows.items():
+        joined.setdefault(job.point, []).extend(found)
+    return joined

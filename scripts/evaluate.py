@@ -1,0 +1,70 @@
+"""Measures pictures, of a folder or drawn with a concept file: JSON rows, CSV, a table with intervals, a sheet."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import cli
+from ldm.config import SampleConfig, merge
+from ldm.util import UserError
+
+EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
+
+
+def parser() -> cli.Parser:
+    """Makes the parser."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--pictures", type=Path, help="folder of pictures, any known layout")
+    parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per picture")
+    parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
+    parser.add_argument("--from_file", type=Path, default=Path("configs/prompts/evaluation.txt"),
+                        help="what to draw with it, a prompt per line; CustomConcept101's files fit")
+    parser.add_argument("--ckpt", help="SD v1 checkpoint it belongs to (base.ckpt)")
+    parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds")
+    parser.add_argument("--seed", type=int, help="the first seed")
+    parser.add_argument("--references", type=Path, help="the concept's pictures; default: beside the concept file")
+    parser.add_argument("--class_noun", default="", help="what the thing is, where pictures do not say it")
+    parser.add_argument("--kid_references", type=Path, help="real pictures for KID; default: the references")
+    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge kid; "
+                        "default: all that can be loaded")
+    parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
+                        help="weights that do not ship: clip_b32, clip_l14, dino")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluation"), help="where results go")
+    return parser
+
+
+def draw(options) -> list:
+    """Draws with the concept file into the output folder and returns the pictures."""
+    from ldm.evaluation.layouts import drawn_pictures
+    from ldm.evaluation.plan import read_prompts
+    from ldm.sampling import draw_run, load_generator
+    flags = cli.set_options(base__ckpt=options.ckpt, n_samples=options.n_samples, seed=options.seed)
+    config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
+    prompts = read_prompts(options.from_file)
+    generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun)
+    return drawn_pictures(draw_run(generator, config, prompts, options.outdir, grid=False).files)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser().parse_command(arguments)
+    if (options.pictures is None) == (options.delta_ckpt is None):
+        raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
+    from ldm.evaluation.evaluate import evaluate  # torch loads only when there is work for it
+    from ldm.evaluation.layouts import read_pictures
+    from ldm.evaluation.scoring import load_scorer, read_weights
+    if options.pictures and options.overrides:
+        raise UserError(f"'{options.overrides[0]}' changes how pictures are drawn, but --pictures are drawn already.")
+    found = read_pictures(options.pictures, options.prompts) if options.pictures else []
+    scorer = load_scorer(options.metrics, read_weights(options.metric_weights))
+    found = found or draw(options)
+    beside = options.delta_ckpt.parent.parent / "images" / "references" if options.delta_ckpt else None
+    references = options.references or (beside if beside and beside.is_dir() else None)
+    result = evaluate(found, scorer, options.outdir, references, options.class_noun, options.kid_references)
+    print(result.table)
+    for note in result.notes:
+        print(note)
+    print(f"rows, table and sheet: {result.folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,155 @@
+"""Stage 6: trains the judge of evaluations on renders of its own, in which scenes do not betray nouns."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import from_pictures, save_sheet, stage_parser, train
+from torch import Tensor, nn
+from world import draw_range
+
+from ldm.checkpoint import write_atomically
+from ldm.data.small_world import NOUNS, WorldConfig
+from ldm.data.small_world_scenes import SCENES, STYLES
+from ldm.data.small_world_sprites import COLOURS
+from ldm.evaluation.judge import HEADS, Court, Judge, save_court
+
+FIRST_SEED = 50_000_000     # far from the seeds of the pictures the generator learns from
+HELD_OUT = 2_000
+UNNAMED = -1                # a colour that the picture does not name, so that any answer would be right
+
+
+def labels(nouns: int) -> dict[str, tuple[str, ...]]:
+    """Returns the labels of each head for a world of so many nouns."""
+    return dict(zip(HEADS, (tuple(NOUNS)[:nouns], tuple(SCENES), tuple(STYLES), tuple(COLOURS)), strict=True))
+
+
+def phrases() -> dict[str, dict[str, list[str]]]:
+    """Returns the wordings that ask for a scene, a painted style or a colour."""
+    styles = {name: [re.sub(r"^an? | of$", "", prefix) for prefix in style.prefixes]
+              for name, style in STYLES.items() if name != "photo"}     # "a photo of" asks for nothing
+    return {"scene": {name: list(scene.phrases) for name, scene in SCENES.items()},
+            "style": styles, "colour": {name: [name] for name in COLOURS}}
+
+
+def draw(assets: Path, state: Path, nouns: int, pictures: int, workers: int) -> None:
+    """Draws the renders once, with every noun in every scene alike and many styles and colours."""
+    if (state / "judge_pictures.npy").exists():
+        return
+    config = WorldConfig(nouns=nouns, typical=0.0, p_style=0.4, p_colour=0.45, p_pattern=0.25, p_pair=0.06)
+    last = FIRST_SEED + pictures
+    jobs = [(assets, config, first, min(first + 500, last)) for first in range(FIRST_SEED, last, 500)]
+    with ProcessPoolExecutor(workers) as pool:
+        parts = list(pool.map(draw_range, jobs))
+    truths = [truth for part in parts for truth in part[2]]
+    write_atomically(state / "judge_truths.json", lambda part: part.write_text(json.dumps(truths)))
+    drawn = np.concatenate([part[0] for part in parts])
+    write_atomically(state / "judge_pictures.npy", lambda part: _save(part, drawn))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Saves under exactly this name (numpy.save would add a suffix)."""
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def targets(truths: list[dict], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Returns label numbers (N,) of noun, scene and style, and (N, 2) of colours, the second like the first for one.
+
+    Colours count only where they cover the thing: a cat with red stripes is its own colour too.
+    """
+    numbers = {head: torch.tensor([names[head].index(truth[head]) for truth in truths])
+               for head in ("noun", "scene", "style")}
+    colours = []
+    for truth in truths:
+        named = [names["colour"].index(colour) for colour in truth["colours"]]
+        covered = len(named) == 2 or (named and truth["pattern"] is None)
+        colours.append([named[0], named[-1]] if covered else [UNNAMED, UNNAMED])
+    return {**numbers, "colour": torch.tensor(colours)}
+
+
+def weathered(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Mirrors, shifts, blurs and roughens pictures (B, 3, H, W): a generator's are never as crisp as renders."""
+    if torch.rand((), generator=rng) < 0.5:
+        x = x.flip(3)
+    top, left = torch.randint(0, 5, (2,), generator=rng).tolist()
+    x = F.pad(x, (2, 2, 2, 2), mode="replicate")[:, :, top:top + x.shape[2], left:left + x.shape[3]]
+    blur = 0.8 * torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device)
+    smooth = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    noise = torch.randn(x.shape, generator=rng).to(x.device)
+    return x + blur * (smooth - x) + 0.04 * noise
+
+
+def colour_loss(logits: Tensor, colours: Tensor) -> Tensor:
+    """Cross-entropy with the probability shared by the named colours; pictures without a named colour do not count."""
+    named = colours[:, 0] != UNNAMED
+    if not named.any():
+        return logits.sum() * 0.0
+    spread = 0.5 * (F.one_hot(colours[named, 0], logits.shape[1]) + F.one_hot(colours[named, 1], logits.shape[1]))
+    return F.cross_entropy(logits[named], spread)
+
+
+@torch.no_grad()
+def accuracies(judge: Judge, x: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the share of right answers per head on pictures (N, 3, H, W)."""
+    outputs = [judge(part) for part in x.split(250)]
+    logits = {head: torch.cat([output[head] for output in outputs]).cpu() for head in HEADS}
+    right = {head: (logits[head].argmax(1) == truth[head]).float().mean().item() for head in ("noun", "scene", "style")}
+    named = truth["colour"][:, 0] != UNNAMED
+    best, colours = logits["colour"][named].argsort(dim=1, descending=True)[:, :2], truth["colour"][named]
+    one = colours[:, 0] == colours[:, 1]
+    single = best[:, 0] == colours[:, 0]
+    pair = best.sort(dim=1).values.eq(colours.sort(dim=1).values).all(dim=1)
+    right["colour"] = torch.where(one, single, pair).float().mean().item()
+    return right
+
+
+def main() -> None:
+    parser = stage_parser(__doc__, minutes=30)
+    parser.add_argument("assets", type=Path, help="the assets folder of the npm package @lobehub/fluent-emoji-3d")
+    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--nouns", type=int, default=len(NOUNS), help="how many of the world's nouns to tell apart")
+    parser.add_argument("--batch", type=int, default=64)
+    work(parser.parse_args())
+
+
+def work(args: argparse.Namespace) -> None:
+    """Draws what is missing, trains, and leaves the judge with its accuracy in the state folder."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.state.mkdir(parents=True, exist_ok=True)
+    draw(args.assets, args.state, args.nouns, args.pictures, args.threads)
+    names = labels(args.nouns)
+    pictures = np.load(args.state / "judge_pictures.npy", mmap_mode="r")
+    truth = targets(json.loads((args.state / "judge_truths.json").read_text()), names)
+    judge = Judge(names).to(args.device)
+    forward = torch.compile(judge) if args.compile else judge
+    held_out = from_pictures(pictures[:HELD_OUT])
+
+    def loss_of(step: int) -> Tensor:
+        rng = torch.Generator().manual_seed(step)          # a resumed run goes on as if it had never stopped
+        rows = (torch.randperm(len(pictures) - HELD_OUT, generator=rng)[:args.batch] + HELD_OUT).sort().values
+        logits = forward(weathered(from_pictures(pictures[rows.numpy()]).to(args.device), rng))
+        answers = {head: truth[head][rows].to(args.device) for head in HEADS}
+        losses = [F.cross_entropy(logits[head], answers[head], label_smoothing=0.05)
+                  for head in ("noun", "scene", "style")]
+        return sum(losses) + colour_loss(logits["colour"], answers["colour"])
+
+    def sheet(averaged: nn.Module, path: Path) -> str:
+        right = accuracies(averaged, held_out.to(args.device), {head: truth[head][:HELD_OUT] for head in HEADS})
+        save_sheet([pictures[:12], pictures[12:24]], path)
+        save_court(Court(averaged, phrases(), right, HELD_OUT), args.state / "judge.safetensors")
+        shares = ", ".join(f"{head} {100 * right[head]:.1f} %" for head in HEADS)
+        return f"right on {HELD_OUT} held-out renders: {shares}"
+
+    train("judge", judge, loss_of, args, peak_lr=2e-3, sheet=sheet, weight_decay=0.02)
+
+
+if __name__ == "__main__":
+    main()

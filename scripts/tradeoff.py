@@ -1,0 +1,63 @@
+"""Fidelity against editability: concepts x methods x steps x lambda to curves, and the paper's claims one by one.
+
+python scripts/tradeoff.py                      all that configs/sweep/tiny.yaml lists
+python scripts/tradeoff.py claim dci --quick    one claim on fewer concepts, prompts and seeds
+An interrupted sweep goes on where it was when the same command is given again.
+"""
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import cli
+from ldm.config import merge
+from ldm.util import UserError
+
+EMBEDDED, QUICK = ("configs/sweep/tiny.yaml",), "configs/sweep/quick.yaml"
+
+
+def parser() -> cli.Parser:
+    """Makes the parser; words that are no overrides name claims."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"merge {QUICK}: the same comparisons on less")
+    parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: "
+                        "all that can be loaded")
+    parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
+                        help="weights that do not ship: clip_b32, clip_l14, dino")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs/tradeoff"), help="where everything goes")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser().parse_command(arguments)
+    words = [item for item in (*options.overrides, *(options.base or ())) if item == "claim" or "=" not in item]
+    names, files = read_words(words, options.base)
+    from ldm.evaluation.claims import SWEEP, find_claims
+    from ldm.evaluation.plan import SweepConfig
+    from ldm.evaluation.scoring import load_scorer, read_weights
+    claims = [SWEEP] if names is None else find_claims(names)
+    overrides = [item for item in options.overrides if "=" in item]
+    config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
+    from ldm.evaluation.experiment import run_claim
+    from ldm.evaluation.sweep import Sweep
+    sweep = Sweep(config, options.outdir, load_scorer(options.metrics, read_weights(options.metric_weights)))
+    for reason in sweep.scorer.skipped:
+        print(f"skipped {reason}")
+    for claim in claims:
+        report = run_claim(claim, sweep, "python " + shlex.join(["scripts/tradeoff.py", *sys.argv[1:]]))
+        print(f"{report.text}\n\nreport: {report.folder / 'report.md'}", flush=True)
+
+
+def read_words(words: Sequence[str], base: Sequence[str] | None) -> tuple[list[str] | None, Sequence[str]]:
+    """Tells claims' names from configuration files, which -b takes together; None is the sweep, not a claim."""
+    files = [word for word in words if word.endswith((".yaml", ".yml"))]
+    rest = [word for word in words if word not in files]
+    if rest and rest[0] != "claim":
+        raise UserError(f"'{rest[0]}' is neither 'claim' nor an override; write: claim NAME, or key=value.")
+    return (rest[1:] if rest else None), (files if base is not None else EMBEDDED)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,165 @@
+"""Tests of the judge: labels in order, what prompts ask for, when a wish is granted, files, the training targets."""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+from ldm.evaluation.judge import HEADS, Court, Judge, Wish, grant, load_court, read_wish, save_court
+from ldm.util import UserError
+
+LABELS = {"noun": ("cat", "fish"), "scene": ("snow", "beach", "night"), "style": ("photo", "oil painting"),
+          "colour": ("red", "green", "blue")}
+PHRASES = {"scene": {"snow": ["in the snow", "on the snow"], "beach": ["on the beach"], "night": ["at night"]},
+           "style": {"oil painting": ["oil painting"]}, "colour": {name: [name] for name in LABELS["colour"]}}
+
+
+class MeanColour(nn.Module):
+    """Logits that rank labels by how much of the first, second, ... channel a picture has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.labels = LABELS
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        channels = x.mean(dim=(2, 3))
+        return {head: channels[:, :len(names)] for head, names in LABELS.items()}
+
+    ranked = Judge.ranked
+
+
+def plain(*colours: str) -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30), colour) for colour in colours]
+
+
+def test_labels_come_in_the_order_of_the_logits() -> None:
+    ranked = MeanColour().ranked(plain("#ff8000", "#0080ff"), batch=1)
+    assert ranked[0] == {"noun": ["cat", "fish"], "scene": ["snow", "beach", "night"],
+                         "style": ["photo", "oil painting"], "colour": ["red", "green", "blue"]}
+    assert ranked[1]["noun"] == ["fish", "cat"] and ranked[1]["colour"] == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize(("prompt", "scene", "style", "colour"), [
+    ("a photo of a {} in the snow", {"snow"}, (), ()),
+    ("An OIL painting of a red and  blue cat, on the beach.", {"beach"}, {"oil painting"}, {"red", "blue"}),
+    ("a cat in the snowy predawn", (), (), ()),                   # neither "in the snow" nor "red"
+    ("a cat", (), (), ())])
+def test_what_a_prompt_asks_for(prompt: str, scene, style, colour) -> None:
+    assert read_wish(prompt, PHRASES) == Wish(frozenset(scene), frozenset(style), frozenset(colour))
+
+
+def test_wishes_granted() -> None:
+    ranked = {"noun": ["cat"], "scene": ["snow", "beach"], "style": ["photo", "oil painting"],
+              "colour": ["red", "blue", "green"]}
+    assert grant(Wish(), ranked) == {}
+    assert grant(Wish(scene=frozenset({"snow"}), style=frozenset({"oil painting"})), ranked) == {"scene": 1, "style": 0}
+    for colours, right in (({"red"}, 1), ({"blue"}, 0), ({"red", "blue"}, 1), ({"red", "green"}, 0)):
+        assert grant(Wish(colour=frozenset(colours)), ranked) == {"colour": right}
+
+
+def test_rows_of_a_court() -> None:
+    court = Court(MeanColour(), PHRASES, {"noun": 0.9}, 10)
+    rows = court.rows(plain("#ff8000", "#0080ff", "#ff8000"),
+                      ["a red cat in the snow", "a red cat at night", "a cat"], "cat")
+    assert [row["judge_edit"] for row in rows] == [1.0, 0.5, None]
+    assert [row["judge_noun"] for row in rows] == [1.0, 0.0, 1.0]
+    assert (rows[1]["judge_scene"], rows[1]["judge_colour"], rows[1]["judge_style"]) == (1.0, 0.0, None)
+    assert [rows[1][f"saw_{head}"] for head in HEADS] == ["fish", "night", "oil painting", "blue"]
+    assert court.rows(plain("red"), ["a teapot"], "teapot")[0]["judge_noun"] is None      # no such label
+
+
+def test_a_judge_on_disk_judges_alike(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    court = Court(Judge(LABELS, widths=(8, 16), depths=(1, 1)).half().float(), PHRASES, {"noun": 0.96}, 500)
+    with pytest.raises(UserError, match="does not fit"):
+        load_court(save_court(court, tmp_path / "odd.safetensors"))       # another architecture than ships
+    torch.manual_seed(0)
+    court = Court(Judge(LABELS).half().float(), PHRASES, {"noun": 0.96}, 500)
+    loaded = load_court(save_court(court, tmp_path / "judge.safetensors"))
+    pictures = plain("red", "navy", "white")
+    assert loaded.judge.ranked(pictures) == court.judge.ranked(pictures)
+    assert (loaded.phrases, loaded.accuracy, loaded.held_out) == (PHRASES, {"noun": 0.96}, 500)
+    assert loaded.judge.labels == LABELS
+
+
+def test_a_judge_ships_small() -> None:
+    names = {"noun": range(48), "scene": range(16), "style": range(7), "colour": range(10)}
+    judge = Judge({head: [str(index) for index in labels] for head, labels in names.items()})
+    assert 2 * sum(parameter.numel() for parameter in judge.parameters()) < 3e6
+
+
+@pytest.mark.parametrize("content", [b"", b"no judge at all"])
+def test_other_files_are_no_judges(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "judge.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="judge"):
+        load_court(tmp_path / "judge.safetensors")
+
+
+# How it is trained.
+
+@pytest.fixture(scope="module")
+def stage() -> ModuleType:
+    pytest.importorskip("cv2")
+    folder = ROOT / "scripts" / "pretrain"
+    sys.path.insert(0, str(folder))                # stages import each other, as scripts do
+    try:
+        spec = importlib.util.spec_from_file_location("stage_judge", folder / "judge.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        for name in ("common", "world", "muon"):
+            sys.modules.pop(name, None)
+    return module
+
+
+def test_targets_count_colours_only_where_they_cover_the_thing(stage: ModuleType) -> None:
+    def truth(colours: list[str], pattern: str | None) -> dict:
+        return {"noun": "fish", "scene": "beach", "style": "photo", "colours": colours, "pattern": pattern}
+
+    found = stage.targets([truth(["blue"], None), truth(["red", "blue"], "striped"), truth(["red"], "striped"),
+                           truth([], None)], LABELS)
+    assert found["noun"].tolist() == [1, 1, 1, 1] and found["scene"].tolist() == [1, 1, 1, 1]
+    assert found["colour"].tolist() == [[2, 2], [0, 2], [-1, -1], [-1, -1]]
+
+
+def test_colour_loss_by_hand(stage: ModuleType) -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
+    colours = torch.tensor([[0, 0], [0, 1], [-1, -1]])
+    expected = -(torch.tensor(0.5).log() + 0.5 * torch.tensor(0.25).log() + 0.5 * torch.tensor(0.5).log()) / 2
+    assert stage.colour_loss(logits, colours).item() == pytest.approx(expected.item())
+    assert stage.colour_loss(logits, torch.full((3, 2), -1)).item() == 0
+
+
+def test_accuracies_by_hand(stage: ModuleType) -> None:
+    x = torch.zeros(4, 3, 64, 64)
+    x[:, 0], x[:, 2] = 1.0, 0.5                                      # seen: cat, snow, photo, red then blue
+    truth = {"noun": torch.tensor([0, 0, 0, 1]), "scene": torch.tensor([0, 0, 1, 1]),
+             "style": torch.tensor([0, 0, 0, 0]), "colour": torch.tensor([[0, 0], [2, 2], [2, 0], [-1, -1]])}
+    found = stage.accuracies(MeanColour(), x, truth)
+    assert found == pytest.approx({"noun": 0.75, "scene": 0.5, "style": 1.0, "colour": 2 / 3})
+
+
+def test_phrases_ask_for_painted_styles_only(stage: ModuleType) -> None:
+    phrases = stage.phrases()
+    assert "photo" not in phrases["style"] and "pencil sketch" in phrases["style"]["pencil sketch"]
+    labels = stage.labels(5)
+    assert len(labels["noun"]) == 5 and set(phrases["scene"]) == set(labels["scene"])
+    wish = read_wish("a watercolour painting of a green {} on a table", phrases)
+    assert wish == Wish(frozenset({"wooden table"}), frozenset({"watercolour"}), frozenset({"green"}))
+    evaluation = (ROOT / "configs" / "prompts" / "evaluation.txt").read_text().splitlines()
+    assert len(evaluation) == 16 and all(read_wish(prompt, phrases) != Wish() for prompt in evaluation)
+
+
+def test_weathering_keeps_pictures_pictures(stage: ModuleType) -> None:
+    x = torch.full((2, 3, 16, 16), 0.25)
+    y = stage.weathered(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape and abs(y.mean() - 0.25) < 0.01 and y.std() < 0.06

@@ -1,0 +1,135 @@
+"""Tests of ldm/evaluation/{statistics,metrics}.py against numbers worked out by hand."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.evaluation import statistics
+from ldm.evaluation.metrics import SCALES, diversity, image_alignment, kid, text_alignment, unit
+from ldm.evaluation.statistics import Estimate, area, compare_areas, difference, estimate, frontier, unit_means
+
+ORIGIN = np.zeros(2)
+
+
+# The area under a trade-off curve.
+
+def test_only_undominated_points_make_the_curve() -> None:
+    points = np.array([[2, 1.9], [1, 3], [3, 1], [1, 2], [2, 2], [1.5, 1], [0.5, 3]])
+    assert frontier(points).tolist() == [[1, 3], [2, 2], [3, 1]]
+
+
+@pytest.mark.parametrize(("points", "corner", "expected"), [
+    ([[1, 3], [2, 2], [3, 1]], (0, 0), 1 * 3 + 2.5 + 1.5),       # a level part, two slopes, a straight fall
+    ([[2, 3]], (0, 0), 6.0),
+    ([[2, 3]], (1, 1), 2.0),
+    ([[2, 3], [1, 1]], (0, 0), 6.0),                             # a dominated point adds nothing
+    ([[1, 3], [2, 2], [3, 1]], (1, 1), 0 + 1.5 + 0.5),
+    ([[1, 3], [2, 0.5]], (0, 1), 2 + 1.0)])                      # below the corner counts as on it
+def test_area_under_a_curve(points: list, corner: tuple, expected: float) -> None:
+    assert area(np.array(points, float), np.array(corner, float)) == pytest.approx(expected)
+    assert area(np.array(points[::-1], float), np.array(corner, float)) == pytest.approx(expected)
+
+
+def test_areas_are_shares_of_the_common_box() -> None:
+    # Two curves of two points, the same for both units: no spread, so that the interval is the value.
+    low = np.array([[[0.0, 0.0], [2.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])             # (0, 2), (1, 1)
+    high = np.array([[[1.0, 1.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0]]])            # (1, 3), (2, 2)
+    result = compare_areas({"low": low, "high": high}, [("high", "low")])
+    assert result.corner == (0, 1) and result.box == (2, 2)
+    # In units of the box: low (0, .5), (.5, 0) has 0.5 x 0.5 / 2; high (.5, 1), (1, .5) has 0.5 x 1 + 0.5 x 0.75.
+    assert result.areas["low"].mean == pytest.approx(0.125) and result.areas["high"].mean == pytest.approx(0.875)
+    gain = result.differences["high", "low"]
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((0.75, 0.75, 0.75)) and gain.excludes_zero
+
+
+def test_areas_are_resampled_together() -> None:
+    # Units differ wildly, but one curve is the other moved: the difference is nearly the same in every resampling.
+    rng = np.random.default_rng(0)
+    curve = rng.normal(0, 1, (3, 2, 40))
+    result = compare_areas({"a": curve, "b": curve + 0.5}, [("b", "a")])
+    spread = result.areas["a"].high - result.areas["a"].low
+    gain = result.differences["b", "a"]
+    assert gain.excludes_zero and gain.mean > 0 and gain.units == 40 and spread > 0.2
+    same = compare_areas({"a": curve, "b": curve}, [("b", "a")]).differences["b", "a"]
+    assert (same.mean, same.low, same.high) == (0, 0, 0) and not same.excludes_zero
+
+
+def test_curves_of_different_lengths_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare_areas({"a": np.zeros((2, 2, 3)), "b": np.zeros((3, 2, 3))}, [])
+
+
+# Bootstrap.
+
+def test_bootstrap_intervals_by_hand() -> None:
+    # Of the 27 resamplings of three units one has the mean 0 and one 5; three have 1/3 and three 11/3.
+    values = np.array([0.0, 1.0, 5.0])
+    result = estimate(dict(enumerate(values)), draws=20_000)
+    assert (result.mean, result.units) == (2, 3)
+    assert (result.low, result.high) == pytest.approx((0, 5))                       # 1/27 is more than 2.5 %
+    drawn = statistics.resamplings(3, 20_000) @ values
+    assert statistics.interval(drawn, 0.9) == pytest.approx((1 / 3, 11 / 3))        # and less than 5 %
+
+
+def test_the_unit_is_the_prompt_not_the_picture() -> None:
+    means = unit_means([1.0, 3.0, 10.0, None], ["snow", "snow", "moon", "moon"])
+    assert means == {"snow": 2.0, "moon": 10.0}
+    assert estimate(means).mean == 6
+    assert unit_means([None], ["snow"]) == {}
+
+
+def test_one_unit_has_no_interval_and_none_is_an_error() -> None:
+    assert estimate({"snow": 2.0}) == Estimate(2.0, units=1)
+    assert str(Estimate(2.0)) == "2.000" and str(Estimate(2.0, 1.0, 3.0)) == "2.000 [1.000, 3.000]"
+    assert not Estimate(2.0).excludes_zero and Estimate(-2.0, -3.0, -1.0).excludes_zero
+    with pytest.raises(ValueError, match="nothing"):
+        estimate({})
+
+
+def test_differences_are_paired() -> None:
+    first, second = {"a": 10.0, "b": 0.0, "c": 7.0}, {"b": -1.0, "a": 9.0, "d": 3.0}
+    result = difference(first, second)
+    assert (result.mean, result.low, result.high, result.units) == (1.0, 1.0, 1.0, 2)
+
+
+def test_resamplings_are_the_same_every_time() -> None:
+    weights = statistics.resamplings(5, 7, seed=3)
+    assert np.array_equal(weights, statistics.resamplings(5, 7, seed=3)) and weights.shape == (7, 5)
+    assert np.allclose(weights.sum(axis=1), 1)
+
+
+# Metrics.
+
+def test_alignments() -> None:
+    images, texts = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [5.0, 5.0]])
+    assert text_alignment(images, texts).tolist() == pytest.approx([0.0, 1.0])
+    references = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+    assert image_alignment(images, references).tolist() == pytest.approx([0.5, 0.5 ** 0.5])     # means of cosines
+
+
+def test_scales_by_name() -> None:
+    values = {name: (change(0.3), change(-0.3)) for name, change in SCALES.items()}
+    assert values == {"cosine": (0.3, -0.3), "2.5 max(cosine, 0)": (0.75, 0.0), "100 max(cosine, 0)": (30.0, 0.0)}
+
+
+def test_kid_by_hand() -> None:
+    # D = 1, so k(x, y) = (x y + 1)^3. x: k(0, 1) = 1. y: k(1, 2) = 27. Across: 1, 1, 8, 27, of which the mean is 9.25.
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    assert kid(x, y) == pytest.approx(1 + 27 - 2 * 9.25)
+
+
+def test_kid_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, 6, generator=generator, dtype=torch.float64) + shift for shift in (0.0, 0.4))
+    assert kid(x, y) == pytest.approx(float(poly_mmd(x, y)), rel=1e-6)
+    assert kid(x, y[:13]) == pytest.approx(kid(y[:13], x))
+    assert abs(kid(x[:10], x[10:])) < kid(x, y + 2)
+
+
+def test_diversity() -> None:
+    assert diversity(torch.tensor([[1.0, 0.0]])) is None
+    assert diversity(torch.tensor([[1.0, 0.0], [2.0, 0.0]])) == pytest.approx(0.0)
+    assert diversity(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])) == pytest.approx(2 / 3)
+    assert unit(torch.tensor([[3.0, 4.0]])).tolist() == [pytest.approx([0.6, 0.8])]

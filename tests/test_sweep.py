@@ -1,0 +1,317 @@
+"""Tests of sweeps and claims: what is on disk is not done again, comparisons and areas with known answers."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Call, SmallWorld, contents
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.config import merge
+from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
+from ldm.evaluation import experiment
+from ldm.evaluation import sweep as sweep_module
+from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like
+from ldm.evaluation.experiment import compare, compare_curves, run_claim
+from ldm.evaluation.features import Extractor, _transform
+from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
+from ldm.evaluation.scoring import Scorer, load_scorer
+from ldm.evaluation.sweep import Sweep, points
+from ldm.pipeline import Generator
+from ldm.util import UserError
+
+MEAN = Extractor("mean", "mean colour", _transform(8, 8, (0, 0, 0), (1, 1, 1)), lambda x: x.mean(dim=(2, 3)),
+                 lambda texts: torch.tensor([[1.0, 0.0, 0.0]]).expand(len(texts), 3), {"weights": "none"})
+SCORER = Scorer((MEAN,), None, False, ())
+AXES = ("mean_t", "mean_i")
+
+
+def sweep_file(world: SmallWorld, folder: Path, **changes: object) -> Path:
+    """Writes the configuration of a sweep over the small world's one concept."""
+    (folder / "prompts.txt").write_text("a {} in the snow\na {} on the beach\n")
+    manual = ['method.prefix=""', 'method.suffix=""', "method.template=photo of a {}"]
+    content = {"model_files": [str(world.folder / "model.yaml")], "sampling": ["steps=2", "batch_size=1"],
+               "training_files": [str(world.folder / "method.yaml")], "prompts": str(folder / "prompts.txt"),
+               "sampling_files": [str(world.folder / "sampling.yaml")], "methods": {"manual": manual, "ICO": []},
+               "concept_files": [str(world.folder / "concept.yaml")], "seeds": 1,
+               "steps": [1, 2], "method": "ICO", "step": 2, "strength": 1.0, "strengths": [1.0], "lambdas": [0, 1],
+               "agg_times": [0.5, 1.0], "nouns": {"preset": None, "by context": "auto"}, "gains": [500], **changes}
+    OmegaConf.save(OmegaConf.create(content), folder / "sweep.yaml")
+    return folder / "sweep.yaml"
+
+
+@pytest.fixture
+def config(small_world: SmallWorld, tmp_path: Path) -> SweepConfig:
+    return merge(SweepConfig, [sweep_file(small_world, tmp_path)])
+
+
+JOBS = [Job("thing", "ICO", 1), Job("thing", "ICO", 1, 1.0), Job("thing", "ICO", 2)]
+
+
+# Resuming.
+
+def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: SweepConfig, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Sweep(config, tmp_path / "whole", SCORER).run(JOBS)
+    generate, taught = Generator.generate, []
+
+    def interrupted(self: Generator, *arguments: object) -> Iterator:
+        for number, sample in enumerate(generate(self, *arguments)):
+            if number:
+                raise KeyboardInterrupt
+            yield sample
+
+    fine_tune = sweep_module.fine_tune
+    monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: taught.append(given[1]) or fine_tune(*given))
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        Sweep(config, tmp_path / "cut", SCORER).run(JOBS)
+    (first,) = (tmp_path / "cut" / "pictures").rglob("*.png")
+    stamp = first.stat().st_mtime_ns
+    assert not (tmp_path / "cut" / "points").exists() and taught == [None]
+    monkeypatch.setattr(Generator, "generate", generate)
+    resumed = Sweep(config, tmp_path / "cut", SCORER).run(JOBS)
+    assert first.stat().st_mtime_ns == stamp and taught == [None]          # neither drawn nor taught twice
+    assert resumed == whole
+    images = [{name: data for name, data in contents(tmp_path / run / "pictures").items()} for run in ("whole", "cut")]
+    assert images[0] == images[1] and len(images[0]) == 6
+
+    monkeypatch.setattr(Sweep, "draw", None)                               # all that is left is reading
+    assert Sweep(config, tmp_path / "cut", SCORER).run(JOBS) == whole
+    monkeypatch.undo()
+    other = Scorer((Extractor(**{**MEAN.__dict__, "name": "other"}),), None, False, ())
+    monkeypatch.setattr(Generator, "generate", None)                       # other metrics measure the same pictures
+    assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
+
+
+def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed, fine_tune = [], sweep_module.fine_tune
+    monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: resumed.append(given[1]) or fine_tune(*given))
+    sweep = Sweep(config, tmp_path / "out", SCORER)
+    short = sweep.concept_file(Job("thing", "ICO", 1), [Job("thing", "ICO", 1)])
+    long = sweep.concept_file(Job("thing", "ICO", 3), [Job("thing", "ICO", 3)])
+    assert (short.name, long.name) == ("step-000001.safetensors", "step-000003.safetensors")
+    assert resumed == [None, short.parent.parent] and long.parent == short.parent
+    # Step 2 was passed without being kept (both runs saved every 1 and 3 steps): only a new run reaches it.
+    assert sweep.concept_file(Job("thing", "ICO", 2), [Job("thing", "ICO", 2)]).is_file()
+    assert resumed[2] is None
+
+
+def test_pictures_are_named_by_what_decides_them(config: SweepConfig, tmp_path: Path) -> None:
+    sweep = Sweep(config, tmp_path, SCORER)
+    keys = [sweep.key(job) for job in (JOBS[0], JOBS[1], JOBS[2], Job("thing", "manual", 1),
+                                       Job("thing", "ICO", 1, 1.0, ("dci.agg_time=1.0",)),
+                                       Job("thing", "ICO", 1, words=NOUN), Job("thing", BASE, 0, words=NOUN))]
+    assert len(set(keys)) == 7
+    faster = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=2,batch_size=2]'])
+    slower = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=3,batch_size=1]'])
+    assert Sweep(faster, tmp_path, SCORER).key(JOBS[0]) == keys[0] != Sweep(slower, tmp_path, SCORER).key(JOBS[0])
+
+
+def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
+    sweep = Sweep(config, tmp_path, SCORER)                    # 2 prompts, 1 seed, 2 steps, half of them joint
+    assert [sweep.work(job) for job in JOBS] == [2 * 2 * 2, 2 * 2 * (2 + 0.5 * 2), 2 * 2 * 2]
+    shared = Job("thing", "ICO", 1, 1.0, ("dci.guidance=shared",))
+    matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
+    assert (sweep.work(shared), sweep.work(matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
+    assert sweep.training_work(JOBS) == 3 * 2 * 1 * 2                      # 2 steps of a picture and a class picture
+    assert sweep.steps(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
+
+
+# What is drawn.
+
+def test_other_words_in_the_concepts_place() -> None:
+    subject = Subject("s", "owl", ("a {} in the snow", "{}"), Path("."))
+    assert Job("s", "m", 1).prompts(subject) == ["a {} in the snow", "{}"]
+    assert Job("s", "m", 1, words=NOUN).prompts(subject) == ["an owl in the snow", "owl"]
+    assert Job("s", "m", 1, words=AUXILIARY).prompts(subject) == ["a cat in the snow", "cat"]
+
+
+def test_tuned_weights_draw_plain_texts_and_the_base_is_restored(config: SweepConfig, tmp_path: Path) -> None:
+    sweep = Sweep(config, tmp_path / "out", SCORER)
+    jobs = [Job("thing", "ICO", 2, words=NOUN), Job("thing", BASE, 0, words=NOUN)]
+    rows = sweep.run(jobs)
+    pictures = [(tmp_path / "out" / rows[job][0]["picture"]).read_bytes() for job in jobs]
+    assert pictures[0] != pictures[1]
+    assert rows[jobs[0]][0]["prompt"] == "a {} in the snow" and rows[jobs[0]][0]["seed"] == config.first_seed
+    assert sweep.generator.concept is None
+
+
+def test_subjects(config: SweepConfig, small_world: SmallWorld, tmp_path: Path) -> None:
+    (subject,) = subjects(config)
+    assert (subject.name, subject.class_noun, subject.references) == ("thing", "cat", small_world.photos)
+    (tmp_path / "unseen" / "thing").mkdir(parents=True)
+    (subject,) = subjects(merge(SweepConfig, [tmp_path / "sweep.yaml"], [f"held_out={tmp_path / 'unseen'}"]))
+    assert subject.references == tmp_path / "unseen" / "thing"
+    entry = {"instance_data_dir": str(small_world.photos), "class_prompt": "cat", "prompt_filename": "prompts.txt"}
+    (tmp_path / "dataset.json").write_text(json.dumps([entry]))
+    (subject,) = subjects(merge(SweepConfig, [tmp_path / "sweep.yaml"],
+                                [f"dataset={tmp_path / 'dataset.json'}", "prompts=null", "concept_files=[]"]))
+    training = subject.training(config, "ICO")
+    assert subject.prompts == ("a {} in the snow", "a {} on the beach")
+    assert (training.concepts[0].name, training.concepts[0].images) == ("photos", str(small_world.photos))
+
+
+# Comparisons with known answers.
+
+def made_rows(point: Job, values: dict[tuple[str, str], tuple[float, float]]) -> list[dict]:
+    return [{"concept": concept, "prompt": prompt, "mean_t": x, "mean_i": y}
+            for (concept, prompt), (x, y) in values.items()]
+
+
+def test_comparisons_by_hand() -> None:
+    raw, joint = Job("", "ICO", 1), Job("", "ICO", 1, 1.0)
+    units = [("a", "snow"), ("a", "beach"), ("b", "snow")]
+    rows = {raw: made_rows(raw, dict(zip(units, [(0.2, 0.9), (0.4, 0.9), (0.6, 0.9)], strict=True))),
+            joint: made_rows(joint, dict(zip(units, [(0.5, 0.8), (0.7, 0.8), (0.6, 0.8)], strict=True)))}
+    lines = [Line("raw", (raw,), ("",)), Line("DCI", (joint,), ("x",), "raw")]
+    (found,) = compare(lines, rows, AXES)
+    assert (found.name, found.baseline) == ("DCI, x", "raw")
+    assert found.editability.mean == pytest.approx(0.2) and found.fidelity.mean == pytest.approx(-0.1)
+    assert found.fidelity.excludes_zero and (found.fidelity.low, found.fidelity.high) == pytest.approx((-0.1, -0.1))
+    assert (found.rose, found.concepts) == ((1, 0), 2)                     # concept b did not rise
+    assert compare_curves(lines, rows, AXES) is None                       # points are no curves
+
+
+def test_areas_of_lines() -> None:
+    lines, rows = [], {}
+    for label, shift in (("manual", 0.0), ("ICO", 0.5)):
+        jobs = tuple(Job("", label, step) for step in (1, 2))
+        lines.append(Line(label, jobs, ("1", "2"), "manual" if shift else None))
+        for job, (x, y) in zip(jobs, ((0.0, 1.0), (1.0, 0.0)), strict=True):
+            rows[job] = made_rows(job, {("a", "snow"): (x + shift, y + shift), ("a", "moon"): (x + shift, y + shift)})
+    lines.append(Line("single", (Job("", "ICO", 1),), ("",)))
+    areas = compare_curves(lines, rows, AXES)
+    assert areas.box == (1.5, 1.5) and list(areas.areas) == ["manual", "ICO"]
+    # manual: a triangle of sides 2/3; ICO: level to 1/3 at height 1, then down to 1/3 at 1.
+    assert areas.areas["manual"].mean == pytest.approx(2 / 9)
+    assert areas.areas["ICO"].mean == pytest.approx(1 / 3 + 2 / 3 * (1 + 1 / 3) / 2)
+    assert areas.differences["ICO", "manual"].excludes_zero
+
+
+def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
+    config = merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml", ROOT / "configs" / "sweep" / "quick.yaml"])
+    for claim in (*CLAIMS.values(), SWEEP):
+        lines = claim.lines(config)
+        labels = [line.label for line in lines]
+        assert len(set(labels)) == len(labels) and all(line.baseline in (None, *labels) for line in lines), claim.name
+        for point in {point for line in lines for point in line.points}:
+            settings = point.sampling(config)
+            assert settings.dci.use == (point.strength is not None) and not settings.plain
+            assert point.method == BASE or point.method in config.methods
+    assert like_with_like(config) == {"ICO 1/1/3": "manual n=3"}
+    whole = merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"])
+    assert like_with_like(whole) == {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2", "ICO 3/1/1": "manual n=1"}
+    raw, joint = CLAIMS["dci"].lines(config)
+    assert all(point.sampling(config).dci.match_cost for point in joint.points) and raw.points[0].strength is None
+    found = {concept.class_noun for concept in subjects(config)}
+    assert len(found) == 3 and all(len(subject.prompts) == 8 for subject in subjects(config))
+    assert len(subjects(merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"]))) >= 6
+
+
+def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(self: Sweep, job: Job, jobs: object, bar: object = None) -> list[Image.Image]:
+        """Paints solid pictures instead of sampling them."""
+        found = []
+        for prompt in range(len(self.subjects[job.concept].prompts)):
+            shade = hash((job.method, job.step, job.strength, job.settings)) % 200
+            picture = Image.new("RGB", (8, 8), (200 - prompt, shade, 30))
+            path = self.picture(job, prompt, 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            found.append(picture)
+        return found
+
+    monkeypatch.setattr(Sweep, "draw", draw)
+    monkeypatch.setattr(experiment, "draw_masks", lambda *given: "| masks |")
+    sweep = Sweep(config, tmp_path / "out", SCORER)
+    for claim in (*CLAIMS.values(), SWEEP):
+        report = run_claim(claim, sweep, "the command")
+        files = set(contents(tmp_path / "out" / claim.name))
+        assert files == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md"}
+        summary = json.loads((report.folder / "summary.json").read_text())
+        assert summary["command"] == "the command" and summary["minutes"] >= 0
+        assert claim.question in report.text and ("| masks |" in report.text) == claim.masks
+        assert len(report.comparisons) == sum(len(line.points) for line in claim.lines(config) if line.baseline)
+    rows = (tmp_path / "out" / "dci" / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == 2 * 2 * 2 and {json.loads(row)["seed"] for row in rows} == {1000}
+
+
+def test_points_join_concepts() -> None:
+    jobs = [Job("a", "ICO", 1), Job("b", "ICO", 1), Job("a", "ICO", 2)]
+    assert points({job: [{"n": index}] for index, job in enumerate(jobs)}) == {
+        Job("", "ICO", 1): [{"n": 0}, {"n": 1}], Job("", "ICO", 2): [{"n": 2}]}
+
+
+# The command.
+
+def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld, metric_options: list[str],
+                                      tmp_path: Path) -> None:
+    file = sweep_file(small_world, tmp_path)
+    command = ["tradeoff", "claim", "masks", "-b", file, "seeds=1", *metric_options, "--outdir", tmp_path / "out"]
+    outcome = call_script(*command)
+    assert outcome.status == 0, outcome.err
+    folder = tmp_path / "out" / "masks"
+    assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md",
+                                     "masks/thing.png"}
+    text = (folder / "report.md").read_text()
+    assert "1 concepts x 2 prompts x 1 seeds" in text and "| 8 x 8 |" in text and "![masks](masks/thing.png)" in text
+    assert "sweep: 100%" in outcome.err and f"report: {folder / 'report.md'}" in outcome.out
+    again = call_script(*command)
+    assert again.status == 0 and "fine-tuning" not in again.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["claim"], "no claim is named; claims: tradeoff, dci"), (["claim", "nothing"], "claim 'nothing' is unknown"),
+    (["dci"], "'dci' is neither 'claim' nor an override"),
+    (["claim", "dci", "method=none"], "method 'none' is unknown"),
+    (["claim", "dci", "strenght=1"], "did you mean 'strength'"), (["claim", "dci", "concept_files=[]"], "no concepts"),
+    (["claim", "dci", "prompts=null"], "has no prompts"),
+    (["claim", "dci", "sampling=[steps=0]"], "steps is 0"), (["--metrics", "dino"], "DINO ViT-S/16's weights")])
+def test_bad_input(call_script: Call, small_world: SmallWorld, metric_options: list[str], tmp_path: Path,
+                   arguments: list[str], message: str) -> None:
+    options = [] if "--metrics" in arguments else metric_options
+    outcome = call_script("tradeoff", *arguments, "-b", sweep_file(small_world, tmp_path), *options, "--outdir",
+                          tmp_path / "out")
+    assert message in outcome.error
+
+
+def test_two_sides_are_needed(config: SweepConfig, tmp_path: Path) -> None:
+    blind = Scorer((Extractor(**{**MEAN.__dict__, "encode_texts": None}),), None, False, ())
+    with pytest.raises(UserError, match="needs a metric of prompt agreement"):
+        run_claim(CLAIMS["dci"], Sweep(config, tmp_path, blind))
+    assert [claim.name for claim in find_claims(["all"])] == list(CLAIMS)
+
+
+def test_prompts_that_ask_nothing_the_judge_knows(config: SweepConfig, tmp_path: Path, metric_files: dict[str, Path],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("a {} of stone\n")
+    court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
+    sweep = Sweep(config, tmp_path / "out", Scorer((MEAN,), court, False, ()))
+    monkeypatch.setattr(Sweep, "draw", lambda *given: [Image.new("RGB", (8, 8))])
+    with pytest.raises(UserError, match="can be said of no prompt"):
+        run_claim(CLAIMS["masks"], sweep)
+
+
+# The automatic auxiliary noun.
+
+def test_auto_chooses_another_noun_by_context(small_world: SmallWorld) -> None:
+    model, _ = small_world.build()
+    embedder = model.cond_stage_model
+    chosen = noun_for_context(embedder, "cat", ["a photo of a ", " in the snow"])
+    assert chosen in CONTEXT_NOUNS and chosen != "cat"
+    states = {}
+    for text in ["in the snow", *(f"a photo of a {noun}" for noun in CONTEXT_NOUNS)]:
+        ids = embedder.tokenize([text])
+        end = ids[0].tolist().index(embedder.tokenizer.eos_token_id)
+        states[text] = torch.nn.functional.normalize(embedder([text])[0, end], dim=0)
+    near = {noun: float(states["in the snow"] @ states[f"a photo of a {noun}"])
+            for noun in CONTEXT_NOUNS if noun != "cat"}
+    assert near[chosen] == pytest.approx(max(near.values()), abs=1e-6)
+    assert noun_for_context(embedder, chosen, ["a photo of a ", " in the snow"]) != chosen
+    assert noun_for_context(embedder, "cat", ["", ""]) == "dog"           # nothing to go by: the preset's
