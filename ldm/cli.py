@@ -12,18 +12,25 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.util import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes --from-file for --from_file, gathers overrides and errs in a sentence."""
+class Options(argparse.ArgumentParser):
+    """An argument parser that shows defaults and errs in a sentence."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML",
-                          help="configuration files, merged left to right; key=value overrides may follow")
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")
+
+
+class Parser(Options):
+    """The parser of scripts that read configuration: takes --from-file for --from_file and gathers overrides."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description)
+        self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML",
+                          help="configuration files, merged left to right; key=value overrides may follow")
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
 
     def parse_command(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses a command line; `overrides` also holds what --base swallowed of them, and --a.b=c forms."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ class CaptionedImages:
         return len(self.images)
 
 
+class Picture(NamedTuple):
+    """Which picture a row shows: of the references (0) or the regularisation set (1), which one, mirrored or not."""
+
+    source: int
+    item: int
+    flipped: bool
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
     """One device's share of one batch.
@@ -31,6 +40,7 @@ class TrainingRows:
         weights: (n,) the rows' weights in the loss.
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
         concept_images: indices of the reference pictures in the whole batch, all devices together.
+        pictures: n times, which picture it is.
     """
 
     images: Tensor
@@ -38,6 +48,7 @@ class TrainingRows:
     weights: Tensor
     seeds: list[int]
     concept_images: frozenset[int]
+    pictures: Sequence[Picture] = ()
 
 
 def shuffled(count: int, position: int, seed: int) -> int:
@@ -74,27 +85,33 @@ class TrainingPlan(IterableDataset):
 
     def rows(self, micro_step: int) -> TrainingRows:
         """Returns this device's rows of a micro-step."""
+        pictures, seeds = self.pictures(micro_step)
         total = self.batch_size * self.world_size
-        mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        start = micro_step * total
-        picks = [shuffled(len(self.concept), start + row, self.seed) for row in range(total)]
-        images, captions, weights, seeds = [], [], [], []
+        everyone = frozenset(shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total))
+        captions = [self._source(picture).captions[picture.item] for picture in pictures]
+        weights = torch.tensor([self.prior_weight if picture.source else 1.0 for picture in pictures])
+        images = torch.stack([self.image(picture) for picture in pictures])
+        return TrainingRows(images, captions, weights, seeds, everyone, pictures)
 
-        def take(source: CaptionedImages, item: int, weight: float, row_seed: int) -> None:
-            image = source.images[item]
-            flipped = self.flip and bool(np.random.default_rng(row_seed).integers(2))
-            images.append((image.flip(1) if flipped else image).float() / 127.5 - 1.0)
-            captions.append(source.captions[item])
-            weights.append(weight)
-            seeds.append(row_seed)
+    def pictures(self, micro_step: int) -> tuple[list[Picture], list[int]]:
+        """Returns which pictures this device's rows of a micro-step show, references first, and the rows' seeds."""
+        start = micro_step * self.batch_size * self.world_size + self.rank * self.batch_size
+        pictures, seeds = [], []
+        for source, images in enumerate((self.concept, self.regularization)):
+            for position in range(start, start + self.batch_size) if images is not None else ():
+                seed = self.row_seed(position, source)
+                flipped = self.flip and bool(np.random.default_rng(seed).integers(2))
+                pictures.append(Picture(source, shuffled(len(images), position, self.seed + source), flipped))
+                seeds.append(seed)
+        return pictures, seeds
 
-        for row in mine:
-            take(self.concept, picks[row], 1.0, self.row_seed(start + row, 0))
-        if self.regularization is not None:
-            for row in mine:
-                item = shuffled(len(self.regularization), start + row, self.seed + 1)
-                take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
-        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks))
+    def image(self, picture: Picture) -> Tensor:
+        """Returns a picture (H, W, 3) float32 in [-1, 1]."""
+        image = self._source(picture).images[picture.item]
+        return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
+
+    def _source(self, picture: Picture) -> CaptionedImages:
+        return self.regularization if picture.source else self.concept
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""
