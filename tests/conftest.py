@@ -41,7 +41,7 @@ dci: {agg_lambda: [1.0], agg_time: 0.5}
 """
 
 SCRIPTS = {name: importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-           for name in ("train", "sample")}
+           for name in ("train", "sample", "convert", "benchmark")}
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"      # the processes that tests start compute with one thread too

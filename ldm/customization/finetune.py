@@ -61,7 +61,7 @@ class ConceptFinetune(pl.LightningModule):
         self.captions: list[str] = []                   # P_i of each reference picture (Eq 2)
         self._seen: frozenset[int] = frozenset()        # reference pictures since the last optimizer step
         self.posteriors: Posteriors | None = None       # of all pictures, where they are kept
-        self._text = partial(model.cond_stage_model, strict=True)
+        self.text = partial(model.cond_stage_model, strict=True)
         self._add_words(image_counts, torch.Generator().manual_seed(seed))
 
     def _add_words(self, image_counts: Sequence[int], generator: torch.Generator) -> None:
@@ -101,13 +101,13 @@ class ConceptFinetune(pl.LightningModule):
         """
         pictures = {picture for step in micro_steps for picture in plan.pictures(step)[0]}
         self.posteriors = Posteriors(pictures, plan.image, lambda image: self._moments(image[None])[0], quiet)
-        self._text = CaptionFeatures(self._text)
+        self.text = CaptionFeatures(self.text)
         self.model.first_stage_model.release(decoder)
         self.model.first_stage_model.cpu()
 
     def training_step(self, batch: TrainingRows, batch_idx: int) -> Tensor:
         latents, t, noise = self._noised_inputs(batch)                                   # (B, C, h, w), (B,), same
-        cond = self._text(batch.captions)                                                # (B, T, D)
+        cond = self.text(batch.captions)                                                # (B, T, D)
         unet = self.model.model.diffusion_model
         with stopped_first_token(unet) if self.method.detach_first_token else nullcontext():
             error = self.model.p_losses(latents, cond, t, noise).mean(dim=(1, 2, 3))     # (B,)

@@ -102,7 +102,8 @@ class CrossAttention(nn.Module):
         self.index: int | None = None
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects text features (B, T, D) to keys and values (B, H, T, d)."""
+        """Projects text features (B, T, D) of any floating format to keys and values (B, H, T, d)."""
+        context = context.to(self.to_k.weight.dtype)
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def _split(self, y: Tensor) -> Tensor:

@@ -210,7 +210,6 @@ class UNetModel(nn.Module):
 
     def project_text(self, context: Tensor, latents: tuple[int, ...] = ()) -> ProjectedText:
         """Projects text features (R, T, D) for every layer; `latents` as in `ProjectedText`."""
-        context = context.to(self.dtype)
         return ProjectedText(tuple(layer.keys_values(context) for layer in self._cross_attention()), latents)
 
     def time_table(self, timesteps: Tensor) -> list[StepShifts]:
@@ -237,7 +236,6 @@ class UNetModel(nn.Module):
         """
         layer_control = None if control is not None and control.last_layer_only else control
         emb = timesteps if isinstance(timesteps, StepShifts) else self._embed_time(timesteps)    # (B, emb_channels)
-        context = context.to(self.dtype) if isinstance(context, Tensor) else context
         h, skips = x.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context, layer_control)
