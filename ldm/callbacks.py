@@ -54,9 +54,7 @@ class KeepConstants(Callback):
         self.decoder = decoder
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        share = trainer.accumulate_grad_batches
-        micro_steps = range(trainer.global_step * share, trainer.max_steps * share)
-        module.keep_constants(trainer.train_dataloader.dataset, micro_steps, self.decoder, not trainer.is_global_zero)
+        module.keep_constants(trainer.train_dataloader.dataset, self.decoder, quiet=not trainer.is_global_zero)
 
 
 class Progress(Callback):

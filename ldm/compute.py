@@ -49,6 +49,12 @@ def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None
         part.to(dtype=dtype, memory_format=torch.contiguous_format if plain else torch.channels_last)
 
 
+def weights_precision(model: LatentDiffusion) -> str:
+    """Names the format of the U-Net's weights, bf16 or fp16; full where they are in float32 or of several formats."""
+    formats = {value.dtype for value in model.model.diffusion_model.parameters()}
+    return next((name for name, dtype in FORMATS.items() if formats == {dtype}), "full")
+
+
 def compile_network(model: LatentDiffusion, backend: str = "inductor") -> None:
     """Compiles the U-Net: one graph with DBIM and one without, for any strength, time step and prompt.
 

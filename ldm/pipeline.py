@@ -16,7 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import load_state, load_weights
-from ldm.compute import FORMATS, PRECISIONS, compile_network, decode, set_format, supported_precision
+from ldm.compute import (
+    FORMATS,
+    PRECISIONS,
+    compile_network,
+    decode,
+    set_format,
+    supported_precision,
+    weights_precision,
+)
 from ldm.config import BaseConfig, DCIConfig, SampleConfig
 from ldm.customization import tokens
 from ldm.customization.delta import AppliedConcept, Concept, base_identity
@@ -154,8 +162,8 @@ class Generator:
                  precision: str = "full", compiled: bool = False):
         self.model, self.identity = model.to(device).eval(), identity
         precision = supported_precision(precision, self.model.device)
-        self.precision = precision if precision in ("bf16", "fp16") else "full"        # of the weights
-        set_format(self.model, None if self.precision == "full" else FORMATS[precision])
+        set_format(self.model, FORMATS[precision] if precision in ("bf16", "fp16") else None)
+        self.precision = weights_precision(self.model)
         if compiled:
             compile_network(self.model)
         self._texts: dict[tuple[str, torch.dtype], Tensor] = {}     # prompts encoded with the present concept

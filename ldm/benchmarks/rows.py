@@ -200,8 +200,7 @@ def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator
     mixed = None if bench.dtype == torch.float32 else bench.dtype
     module, plan = _finetune(bench, mixed)
     optimizer = module.configure_optimizers()
-    kept = Posteriors(plan(1).pictures(0)[0] + plan(2).pictures(0)[0], plan(1).image,
-                      lambda image: module._moments(image[None])[0])
+    kept = Posteriors(plan(1).pictures(), plan(1).image, lambda image: module._moments(image[None])[0])
     plain_text, fixed_text = module.text, CaptionFeatures(module.text)
     unet = bench.model.model.diffusion_model
 

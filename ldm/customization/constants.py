@@ -19,7 +19,6 @@ class Posteriors:
 
     def __init__(self, pictures: Iterable[Picture], image: Callable[[Picture], Tensor],
                  encode: Callable[[Tensor], Tensor], quiet: bool = True):
-        pictures = sorted(set(pictures))
         self._moments = {picture: encode(image(picture)).cpu()
                          for picture in tqdm(pictures, desc="encoding the pictures", unit="picture", disable=quiet)}
 

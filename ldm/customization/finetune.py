@@ -1,7 +1,7 @@
 """ConceptFinetune: the one training step of every method, its optimizer groups, what a checkpoint holds."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -92,15 +92,14 @@ class ConceptFinetune(pl.LightningModule):
             cast_frozen(self.model.model.diffusion_model, dtype)
             cast_frozen(self.model.cond_stage_model, dtype)
 
-    def keep_constants(self, plan: TrainingPlan, micro_steps: Iterable[int], decoder: bool, quiet: bool = True) -> None:
+    def keep_constants(self, plan: TrainingPlan, decoder: bool, quiet: bool = True) -> None:
         """Computes once what the steps of a plan would compute again and again, and gives the encoder's memory back.
 
         Args:
             decoder: keeps the decoder, on the CPU, for previews.
             quiet: shows no progress.
         """
-        pictures = {picture for step in micro_steps for picture in plan.pictures(step)[0]}
-        self.posteriors = Posteriors(pictures, plan.image, lambda image: self._moments(image[None])[0], quiet)
+        self.posteriors = Posteriors(plan.pictures(), plan.image, lambda image: self._moments(image[None])[0], quiet)
         self.text = CaptionFeatures(self.text)
         self.model.first_stage_model.release(decoder)
         self.model.first_stage_model.cpu()

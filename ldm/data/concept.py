@@ -40,7 +40,7 @@ class TrainingRows:
         weights: (n,) the rows' weights in the loss.
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
         concept_images: indices of the reference pictures in the whole batch, all devices together.
-        pictures: n times, which picture it is.
+        pictures: which n pictures these are.
     """
 
     images: Tensor
@@ -85,33 +85,39 @@ class TrainingPlan(IterableDataset):
 
     def rows(self, micro_step: int) -> TrainingRows:
         """Returns this device's rows of a micro-step."""
-        pictures, seeds = self.pictures(micro_step)
         total = self.batch_size * self.world_size
-        everyone = frozenset(shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total))
-        captions = [self._source(picture).captions[picture.item] for picture in pictures]
-        weights = torch.tensor([self.prior_weight if picture.source else 1.0 for picture in pictures])
-        images = torch.stack([self.image(picture) for picture in pictures])
-        return TrainingRows(images, captions, weights, seeds, everyone, pictures)
+        mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        start = micro_step * total
+        picks = [shuffled(len(self.concept), start + row, self.seed) for row in range(total)]
+        images, captions, weights, seeds = [], [], [], []
+        pictures: list[Picture] = []
 
-    def pictures(self, micro_step: int) -> tuple[list[Picture], list[int]]:
-        """Returns which pictures this device's rows of a micro-step show, references first, and the rows' seeds."""
-        start = micro_step * self.batch_size * self.world_size + self.rank * self.batch_size
-        pictures, seeds = [], []
-        for source, images in enumerate((self.concept, self.regularization)):
-            for position in range(start, start + self.batch_size) if images is not None else ():
-                seed = self.row_seed(position, source)
-                flipped = self.flip and bool(np.random.default_rng(seed).integers(2))
-                pictures.append(Picture(source, shuffled(len(images), position, self.seed + source), flipped))
-                seeds.append(seed)
-        return pictures, seeds
+        def take(source: CaptionedImages, item: int, weight: float, row_seed: int) -> None:
+            flipped = self.flip and bool(np.random.default_rng(row_seed).integers(2))
+            pictures.append(Picture(int(source is self.regularization), item, flipped))
+            images.append(self.image(pictures[-1]))
+            captions.append(source.captions[item])
+            weights.append(weight)
+            seeds.append(row_seed)
+
+        for row in mine:
+            take(self.concept, picks[row], 1.0, self.row_seed(start + row, 0))
+        if self.regularization is not None:
+            for row in mine:
+                item = shuffled(len(self.regularization), start + row, self.seed + 1)
+                take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
+        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks), pictures)
 
     def image(self, picture: Picture) -> Tensor:
         """Returns a picture (H, W, 3) float32 in [-1, 1]."""
-        image = self._source(picture).images[picture.item]
+        image = (self.concept, self.regularization)[picture.source].images[picture.item]
         return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
 
-    def _source(self, picture: Picture) -> CaptionedImages:
-        return self.regularization if picture.source else self.concept
+    def pictures(self) -> list[Picture]:
+        """Lists every picture the plan can show, mirrored ones apart."""
+        return [Picture(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
+                for item in range(len(images) if images is not None else 0)
+                for flipped in ((False, True) if self.flip else (False,))]
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""
