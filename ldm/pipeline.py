@@ -74,6 +74,7 @@ def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dic
         raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
     load_weights(model, state, path, assign=True)
     name = base.name or ("embedded" if embedded else path.stem)
+    model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
     return model.eval().requires_grad_(False), base_identity(model, name)
 
 
@@ -259,8 +260,12 @@ class Generator:
             group = [row for row in rows if (row.strength is not None) == joint]
             for first in range(0, len(group), settings.batch_size):
                 batch = group[first:first + settings.batch_size]
-                with self._lock:
-                    images = to_images(decode(self.model, self.latents(batch, settings)))
+                try:
+                    with self._lock:
+                        images = to_images(decode(self.model, self.latents(batch, settings)))
+                except torch.OutOfMemoryError as error:
+                    raise UserError(f"the GPU's memory does not hold {len(batch)} pictures at once; try batch_size=1, "
+                                    "then --precision bf16.") from error
                 record = _record(settings, self.size(settings), self.identity, self.concept)
                 yield from (Sample(image, row, {**record, **asdict(row), **texts})
                             for image, row, texts in zip(images, batch, self._texts_of(batch, settings), strict=True))

@@ -25,6 +25,7 @@ def parser() -> cli.Options:
     parser.add_argument("--steps", type=int, default=50, help="steps S of the whole runs")
     parser.add_argument("--agg_time", type=float, default=0.3, help="share of them with two branches")
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's own choice")
+    parser.add_argument("--compile", action="store_true", help="time our U-Net compiled as well, in the run row")
     parser.add_argument("--ours_only", action="store_true", help="leave diffusers out")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark.json"), help="JSON file to write")
     return parser
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     if there is not None and there < need:
         raise UserError(f"the comparison needs {need / 1e9:.1f} GB on '{device}', and {there / 1e9:.1f} GB are free; "
                         "give --ours_only, --small, or another --device.")
-    bench = make_bench(node, device, precision, options.repeats, options.steps, options.agg_time, options.ours_only)
+    bench = make_bench(node, device, precision, options.repeats, options.steps, options.agg_time, options.ours_only,
+                       options.compile)
     findings = []
     for name in options.rows or ROWS:
         findings += ROWS[name](bench)

@@ -38,7 +38,7 @@ def build_random(model_node: DictConfig) -> LatentDiffusion:
     for part, width in ((model.model, params.unet_config.params.model_channels),
                         (model.first_stage_model, 2 * params.first_stage_config.params.ddconfig.ch)):
         _one_group_count(part, width)
-    return model.eval().requires_grad_(False)
+    return model.to("cpu").eval().requires_grad_(False)      # Lightning has "meta" noted as its place
 
 
 def _one_group_count(module: nn.Module, width: int) -> None:

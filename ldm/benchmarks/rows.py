@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm.benchmarks.contestants import build_random, theirs
 from ldm.benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors, write_atomically
-from ldm.compute import FORMATS, set_format
+from ldm.compute import FORMATS, compile_network, set_format
 from ldm.config import MethodConfig
 from ldm.customization.constants import CaptionFeatures, Posteriors
 from ldm.customization.finetune import ConceptFinetune, make_scheme
@@ -39,6 +39,7 @@ class Bench:
         theirs: diffusers' U-Net and autoencoder with the same weights; None leaves them out.
         precision: full, bf16 or fp16, of the weights.
         steps, agg_time: of the whole runs.
+        compiled: the U-Net is compiled; only the contestants that say so use it.
     """
 
     model: LatentDiffusion
@@ -49,6 +50,7 @@ class Bench:
     repeats: int
     steps: int
     agg_time: float
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +58,10 @@ class Bench:
         return FORMATS[self.precision]
 
     def time(self, row: str, contestants: dict[str, Contestant]) -> list[Finding]:
-        """Times contestants without gradients."""
+        """Times contestants without gradients; what is compiled runs compiled only where a name says so."""
+        if self.compiled:
+            contestants = {name: contestant if "compiled" in name else replace(contestant, run=_eager(contestant.run))
+                           for name, contestant in contestants.items()}
         with torch.no_grad():
             return interleave(row, contestants, self.repeats, self.device)
 
@@ -76,15 +81,26 @@ class Bench:
 
 
 def make_bench(node: DictConfig, device: torch.device, precision: str, repeats: int, steps: int, agg_time: float,
-               ours_only: bool) -> Bench:
+               ours_only: bool, compiled: bool = False) -> Bench:
     """Builds the models on the device."""
     model = build_random(node)
     others = None if ours_only else theirs(model, node)
-    bench = Bench(model.to(device), node, others, device, precision, repeats, steps, agg_time)
+    bench = Bench(model.to(device), node, others, device, precision, repeats, steps, agg_time, compiled)
     set_format(bench.model, bench.dtype)
+    if compiled:
+        compile_network(bench.model)
     for network in others or ():
         network.to(device, bench.dtype)
     return bench
+
+
+def _eager(run: Callable[[], object]) -> Callable[[], object]:
+    """Runs a compiled network as it is written."""
+    def eagerly() -> object:
+        with torch.compiler.set_stance("force_eager"):
+            return run()
+
+    return eagerly
 
 
 class Plain:
@@ -127,22 +143,21 @@ def unet_rows(bench: Bench) -> Iterator[Finding]:
     best = partial(set_format, bench.model)
     unet = bench.model.model.diffusion_model
     other = torch.contiguous_format if _channels_last(unet) else torch.channels_last
-    with torch.no_grad():
-        for rows in (2, 3):
-            x, text, t = bench.latents(rows), bench.text(rows), torch.full((rows,), STEP, device=bench.device)
-            contestants = {}
-            if bench.theirs:
-                x_half, text_half = x.to(bench.dtype), text.to(bench.dtype)
-                for layout, name in LAYOUTS.items():
-                    contestants[f"diffusers, {name}"] = Contestant(
-                        partial(bench.theirs[0], x_half, t, text_half), in_format(bench.theirs[0], layout))
-            contestants["ours, every row in full"] = Contestant(partial(unet, x, t, text), best)
-            contestants[f"ours, every row in full, {LAYOUTS[other]}"] = Contestant(
-                partial(unet, x, t, text), in_format(unet, other))
-            if rows == 2:
-                contestants["ours, as sampled"] = Contestant(guided(bench, bench.model, False), best)
-            yield from bench.time(f"U-Net, {rows} rows", contestants)
-        yield from dbim_rows(bench)
+    for rows in (2, 3):
+        x, text, t = bench.latents(rows), bench.text(rows), torch.full((rows,), STEP, device=bench.device)
+        contestants = {}
+        if bench.theirs:
+            x_half, text_half = x.to(bench.dtype), text.to(bench.dtype)
+            for layout, name in LAYOUTS.items():
+                contestants[f"diffusers, {name}"] = Contestant(
+                    partial(bench.theirs[0], x_half, t, text_half), in_format(bench.theirs[0], layout))
+        contestants["ours, every row in full"] = Contestant(partial(unet, x, t, text), best)
+        contestants[f"ours, every row in full, {LAYOUTS[other]}"] = Contestant(
+            partial(unet, x, t, text), in_format(unet, other))
+        if rows == 2:
+            contestants["ours, as sampled"] = Contestant(guided(bench, bench.model, False), best)
+        yield from bench.time(f"U-Net, {rows} rows", contestants)
+    yield from dbim_rows(bench)
 
 
 def _channels_last(network: nn.Module) -> bool:
@@ -166,12 +181,15 @@ def run_rows(bench: Bench) -> Iterator[Finding]:
     kinds = {(prepared, joint): Contestant(guided(bench, model, joint), best)
              for prepared, model in ((True, bench.model), (False, Plain(bench.model))) for joint in (True, False)}
     names = {key: f"{'ours' if key[0] else 'ours, nothing prepared'}, {3 if key[1] else 2} rows" for key in kinds}
-    found = {finding.contestant: finding for finding in bench.time(
-        "guided step", {names[key]: contestant for key, contestant in kinds.items()})}
+    contestants = {names[key]: contestant for key, contestant in kinds.items()}
+    if bench.compiled:
+        contestants |= {f"ours, compiled, {3 if joint else 2} rows": Contestant(guided(bench, bench.model, joint), best)
+                        for joint in (True, False)}
+    found = {finding.contestant: finding for finding in bench.time("guided step", contestants)}
     yield from found.values()
     joint_steps = round(bench.steps * bench.agg_time)
-    for prepared, label in ((True, "ours"), (False, "ours, nothing prepared")):
-        three, two = (found[names[prepared, joint]].seconds for joint in (True, False))
+    for label in ("ours", "ours, nothing prepared", *(["ours, compiled"] if bench.compiled else [])):
+        three, two = (found[f"{label}, {rows} rows"].seconds for rows in (3, 2))
         row = f"guided run, S={bench.steps}"
         note = "extrapolated from steps; without decoding"
         yield Finding(row, f"{label}, plain guidance", bench.steps * two, None, bench.repeats, note)
@@ -197,12 +215,12 @@ def vae_rows(bench: Bench) -> Iterator[Finding]:
 
 def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator[Finding]:
     """A training step of ICO, with its savings switched off one by one, and a step as diffusers' users take it."""
+    unet = bench.model.model.diffusion_model
     mixed = None if bench.dtype == torch.float32 else bench.dtype
     module, plan = _finetune(bench, mixed)
     optimizer = module.configure_optimizers()
     kept = Posteriors(plan(1).pictures(), plan(1).image, lambda image: module._moments(image[None])[0])
     plain_text, fixed_text = module.text, CaptionFeatures(module.text)
-    unet = bench.model.model.diffusion_model
 
     def settle(cache: bool, checkpointing: bool) -> None:
         module.posteriors = kept if cache else None
@@ -223,9 +241,9 @@ def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator
         if bench.theirs:
             contestants["diffusers' U-Net and VAE, nothing kept"] = Contestant(_their_step(bench, batch, mixed))
         contestants |= {
-            "ours": Contestant(step, partial(settle, True, False)),
-            "ours, checkpointing": Contestant(step, partial(settle, True, True)),
-            "ours, nothing kept": Contestant(step, partial(settle, False, False))}
+            "ours": Contestant(_eager(step), partial(settle, True, False)),
+            "ours, checkpointing": Contestant(_eager(step), partial(settle, True, True)),
+            "ours, nothing kept": Contestant(_eager(step), partial(settle, False, False))}
         yield from interleave(f"training step, {size}+{size} images", contestants, bench.repeats, bench.device)
 
 
