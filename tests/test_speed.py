@@ -5,19 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SmallWorld
+from conftest import ROOT, SmallWorld
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import compute
 from ldm.compute import compile_network, decode, decode_at_once, set_format, supported_precision
+from ldm.config import BaseConfig
 from ldm.customization.delta import load_concept
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import DualBranch
+from ldm.models.diffusion.guidance import DualBranch, make_guidance
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.dbim import BranchLayout, DBIMControl
-from ldm.pipeline import Generator, Row
+from ldm.pipeline import Generator, Row, build_model
 from ldm.training import Run
 from ldm.util import UserError
 
@@ -26,7 +28,14 @@ TOKENS, STEPS = 77, 4
 
 @pytest.fixture(scope="module")
 def model(small_world: SmallWorld) -> LatentDiffusion:
-    return small_world.build()[0]
+    """The small world's, in float64: its random weights enlarge float32's rounding a thousandfold in a run."""
+    return small_world.build()[0].double()
+
+
+@pytest.fixture
+def embedded() -> LatentDiffusion:
+    """The embedded model: trained, so that rounding stays small."""
+    return build_model(OmegaConf.load(ROOT / "configs" / "model" / "tiny.yaml").model, BaseConfig())[0]
 
 
 class Plain:
@@ -54,12 +63,12 @@ def make_control(layout: BranchLayout, strength: float = 0.7) -> DBIMControl:
 
 def run(model: Any, sampler: type, layout: BranchLayout | None, scale: float) -> Tensor:
     """Samples two rows, two branches in the first half where there is a layout."""
-    text = drawn(6, TOKENS, 32, seed=1)
+    text = drawn(6, TOKENS, 32, seed=1).double()
     dual = None if layout is None else DualBranch(text[4:], make_control(layout), 0.5,
                                                   [torch.Generator().manual_seed(seed) for seed in (8, 9)])
     return sampler(model).sample(
         STEPS, 2, (4, 8, 8), conditioning=text[:2], unconditional_conditioning=text[2:4], verbose=False, dual=dual,
-        unconditional_guidance_scale=scale, x_T=drawn(2, 4, 8, 8, seed=2))[0]
+        unconditional_guidance_scale=scale, x_T=drawn(2, 4, 8, 8, seed=2).double())[0]
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -75,7 +84,20 @@ def relative(one: Tensor, other: Tensor) -> float:
 def test_a_prepared_run_gives_the_plain_runs_latents(model, sampler, layout, scale) -> None:
     plain = run(Plain(model), sampler, layout, scale)
     assert plain.isfinite().all() and plain.std() > 0.1
-    assert relative(run(model, sampler, layout, scale), plain) < 1e-5
+    assert relative(run(model, sampler, layout, scale), plain) < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [None, BranchLayout.SHARED, BranchLayout.SEPARATE])
+def test_a_prepared_step_equals_the_plain_one_in_float32(embedded: LatentDiffusion, layout) -> None:
+    text = embedded.get_learned_conditioning(["", "", "a red cat", "a dog", "a cat in the snow", "a dog on the beach"])
+    x, found = drawn(2 if layout is None else 4, 4, 16, 16, seed=2), []
+    for network in (embedded, Plain(embedded)):
+        dual = None if layout is None else DualBranch(text[4:], make_control(layout), 1.0)
+        guidance = make_guidance(network, text[2:4], text[:2], 3.0, None, dual)
+        guidance.plan([701, 301])
+        found.append(guidance.eps(x, 701))
+    assert relative(*found) < 1e-5
 
 
 def test_text_is_projected_once_and_rows_part_at_the_first_cross_attention(model) -> None:
@@ -105,14 +127,15 @@ def test_text_is_projected_once_and_rows_part_at_the_first_cross_attention(model
 
 @torch.no_grad()
 def test_a_time_table_holds_what_the_blocks_would_compute(model) -> None:
-    network, x, text = model.model.diffusion_model, drawn(2, 4, 8, 8, seed=3), drawn(2, TOKENS, 32, seed=4)
+    network, x = model.model.diffusion_model, drawn(2, 4, 8, 8, seed=3).double()
+    text = drawn(2, TOKENS, 32, seed=4).double()
     for t, entry in zip((1, 501, 999), model.prepare_steps([1, 501, 999]), strict=True):
-        assert relative(network(x, entry, text), network(x, torch.tensor([t, t]), text)) < 1e-6
-        assert relative(network(x, torch.tensor([t]), text), network(x, torch.tensor([t, t]), text)) < 1e-6
+        assert relative(network(x, entry, text), network(x, torch.tensor([t, t]), text)) < 1e-10
+        assert relative(network(x, torch.tensor([t]), text), network(x, torch.tensor([t, t]), text)) < 1e-10
 
 
 def test_conditioning_that_is_not_text_alone_is_left_to_the_wrapper(model, monkeypatch) -> None:
-    text = drawn(2, TOKENS, 32, seed=4)
+    text = drawn(2, TOKENS, 32, seed=4).double()
     halves = model.prepare_conditioning([text[:, :40], text[:, 40:]])["c_crossattn"][0]
     whole = model.prepare_conditioning(text)["c_crossattn"][0]
     assert all(torch.equal(a, b) for one, other in zip(halves.layers, whole.layers, strict=True)
@@ -138,10 +161,9 @@ def test_prompts_are_encoded_once_and_by_themselves(small_world: SmallWorld, sma
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_memory_formats_agree_and_stay(small_world: SmallWorld, layout) -> None:
-    model = small_world.build()[0]
-    x, text, t = drawn(2, 4, 8, 8, seed=3), drawn(2, TOKENS, 32, seed=4), torch.tensor([10, 900])
-    picture = drawn(1, 3, 32, 32, seed=5)
+def test_memory_formats_agree_and_stay(embedded: LatentDiffusion, layout) -> None:
+    model, text = embedded, embedded.get_learned_conditioning(["a cat", "a red ball"])
+    x, t, picture = drawn(2, 4, 16, 16, seed=3), torch.tensor([10, 900]), drawn(1, 3, 64, 64, seed=5)
     expected = [model.apply_model(x, t, text), model.decode_first_stage(x), model.encode_first_stage(picture).mean]
     for part in (model.model, model.first_stage_model):
         part.to(memory_format=layout)
@@ -154,18 +176,16 @@ def test_memory_formats_agree_and_stay(small_world: SmallWorld, layout) -> None:
 
 
 @torch.no_grad()
-def test_half_precision_is_near_and_comes_out_in_float32(small_world: SmallWorld) -> None:
-    """bf16 has 8 bits: one part in 256, which the layers of this network add up to a few hundredths."""
-    model = small_world.build()[0]
-    x, text, t = drawn(2, 4, 8, 8, seed=3), drawn(2, TOKENS, 32, seed=4), torch.tensor([500])
+def test_half_precision_is_near_and_comes_out_in_float32(embedded: LatentDiffusion) -> None:
+    """bf16 has 8 bits: one part in 256, which the layers add up to a few hundredths of the values' spread."""
+    model, text = embedded, embedded.get_learned_conditioning(["a cat", "a red ball"])
+    x, t = drawn(2, 4, 16, 16, seed=3), torch.tensor([500])
     expected = [model.apply_model(x, t, text), model.decode_first_stage(x)]
-    full = run(model, DDIMSampler, BranchLayout.SHARED, 3.0)
     set_format(model, torch.bfloat16)
     assert model.model.diffusion_model.dtype == model.first_stage_model.format == torch.bfloat16
     found = [model.apply_model(x, t, text), model.decode_first_stage(x)]
     for one, other in zip(found, expected, strict=True):
-        assert one.dtype == torch.float32 and 1e-5 < relative(one, other) < 0.1
-    assert relative(run(model, DDIMSampler, BranchLayout.SHARED, 3.0), full) < 0.5      # guidance triples the error
+        assert one.dtype == torch.float32 and 1e-4 < (one - other).std() / other.std() < 0.05
 
 
 @pytest.mark.parametrize(("name", "there", "message"), [
@@ -194,7 +214,7 @@ def test_weights_in_half_do_not_draw_in_full(small_world: SmallWorld, monkeypatc
 
 def test_decoding_in_parts_changes_nothing(model: LatentDiffusion) -> None:
     latents = drawn(3, 4, 8, 8, seed=6)
-    picture = 8 * 8 * 32 * 32 * 4                    # copies of 8 channels of 32 x 32 float32
+    picture = 8 * 8 * 32 * 32 * 8                    # copies of 8 channels of 32 x 32 float64
     sizes = [decode_at_once(model, latents, memory) for memory in (None, 1, 4 * picture, 100 * picture)]
     assert sizes == [3, 1, 2, 3]
     whole = decode(model, latents, memory=100 * picture)
@@ -239,7 +259,7 @@ def test_two_graphs_for_all_strengths_steps_and_prompts(small_world: SmallWorld,
             if generator is plain:
                 drawn[row] = latents
             else:
-                assert relative(latents, drawn[row]) < 1e-5
+                assert relative(latents, drawn[row]) < 1e-4      # the small world's, see `model`
                 assert counter.frame_count == 2                  # with DBIM and without, from the first run on
     assert len(compiled.masks(Row("a {}", 5, 0.5), small_world.sample_config())) == 20
     assert counter.frame_count == 2
