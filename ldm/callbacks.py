@@ -47,6 +47,16 @@ class SaveConcept(Callback):
         write_atomically(self.folder / "last.ckpt", lambda part: trainer.save_checkpoint(part))
 
 
+class KeepConstants(Callback):
+    """Computes what a run would compute in every step once, before its first, on the device it runs on."""
+
+    def __init__(self, decoder: bool):
+        self.decoder = decoder
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.keep_constants(trainer.train_dataloader.dataset, self.decoder, quiet=not trainer.is_global_zero)
+
+
 class Progress(Callback):
     """One bar with loss and remaining time."""
 
@@ -73,8 +83,8 @@ class Progress(Callback):
 class Preview(Callback):
     """Draws fixed prompts with fixed seeds, plain and with DCI, every k steps and at the end."""
 
-    def __init__(self, folder: Path, settings: PreviewConfig):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: PreviewConfig, precision: str = "full"):
+        self.folder, self.settings, self.precision = folder, settings, precision
         self.drawn: dict[int, Path] = {}
         self.start = 0
 
@@ -93,6 +103,7 @@ class Preview(Callback):
         """Returns how the grid is sampled."""
         chosen = self.settings
         return SampleConfig(model=None, steps=chosen.steps, scale=chosen.scale, eta=0.0, n_samples=1, seed=chosen.seed,
+                            precision=self.precision,
                             dci=DCIConfig(agg_lambda=list(chosen.agg_lambda), agg_time=chosen.agg_time))
 
     def generator(self, module: Any) -> Generator:
@@ -103,11 +114,12 @@ class Preview(Callback):
 
     def draw(self, module: Any, step: int) -> Path:
         """Writes images/preview-000123.png and returns its path; the model trains on unchanged."""
-        training = module.model.training
+        training, home = module.model.training, module.model.first_stage_model.device
         generator = self.generator(module)
         drawn = {sample.row: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}
         page = comparison_sheet(generator, self.settings.prompts, drawn, [], f"step {step}")
         module.model.train(training)
+        module.model.first_stage_model.to(home)     # where it waits while the rest trains
         return save_png(page, self.folder / f"preview-{step:06d}.png")
 
 

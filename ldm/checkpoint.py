@@ -162,10 +162,12 @@ def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: I
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike[str],
-                 accepted: Iterable[str] = OPTIONAL_KEYS) -> None:
+                 accepted: Iterable[str] = OPTIONAL_KEYS, assign: bool = False) -> None:
     """Loads `state` into `model`, complete and exact but for the `accepted` keys, or refuses in words.
 
     `model_ema.*` copies are left out unless the model keeps an EMA itself. The schedule stays the model's own.
+    `assign` makes the state's tensors the model's instead of copying them, as a model built on the meta device
+    needs; memory-mapped ones then occupy memory once, and only where they are used. Their format becomes the model's.
 
     Raises:
         UserError: keys are missing, unexpected or of another shape.
@@ -178,7 +180,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
     if problem:
         raise UserError(f"'{source}' does not fit this architecture: {problem}; check that the model configuration "
                         "belongs to this checkpoint.")
-    model.load_state_dict({key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}, strict=False)
+    weights = {key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}
+    if assign:
+        formats = {key: value.dtype for key, value in model.state_dict().items()}
+        weights = {key: value.to(formats[key]) for key, value in weights.items()}
+    model.load_state_dict(weights, strict=False, assign=assign)
 
 
 def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str, str]:

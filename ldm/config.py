@@ -69,6 +69,9 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     precision: str = "32-true"            # Lightning's names: 32-true, bf16-mixed, 16-mixed
+    cache: bool = True                    # encode pictures and fixed captions once, then drop the VAE's encoder
+    checkpointing: bool | None = None     # recompute activations in the backward pass; null is the model file's
+    memory_gb: float | None = None        # the GPU's memory: prints an estimate, and refuses what exceeds it
     seed: int = 23
     save_every: int = 100                 # steps between concept files
     save_dtype: str = "fp16"              # fp16 | fp32, of K/V in concept files
@@ -170,7 +173,8 @@ class SampleConfig:
     batch_size: int = 4                   # rows sampled together; does not change the pictures
     seed: int = 42
     plain: bool = True                    # draw the fine-tuned model without DCI too
-    precision: str = "full"               # full | bf16 | fp16
+    precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
+    compile: bool = False                 # compile the U-Net: minutes once, then faster; for many pictures of a size
     device: str = "auto"                  # auto | cpu | cuda
 
 

@@ -16,6 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import load_state, load_weights
+from ldm.compute import (
+    FORMATS,
+    PRECISIONS,
+    compile_network,
+    decode,
+    set_format,
+    supported_precision,
+    weights_precision,
+)
 from ldm.config import BaseConfig, DCIConfig, SampleConfig
 from ldm.customization import tokens
 from ldm.customization.delta import AppliedConcept, Concept, base_identity
@@ -31,6 +40,7 @@ from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.util import UserError, instantiate_from_config
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
 
 
@@ -55,14 +65,16 @@ def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dic
     path = Path(str(resources.files("ldm.tiny") / "model.safetensors")) if embedded else Path(base.ckpt)
     state = load_state(path)      # before the model is built: a missing or broken file should cost no time
     try:
-        model = instantiate_from_config(model_node)
+        with torch.device("meta"):       # weights come from the file; no time or memory goes into others
+            model = instantiate_from_config(model_node)
     except (KeyError, TypeError) as error:    # a key that is missing, or that the class does not have
         raise UserError(f"the model cannot be built from its configuration ({error}); "
                         "compare it with configs/model/.") from error
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
-    load_weights(model, state, path)
+    load_weights(model, state, path, assign=True)
     name = base.name or ("embedded" if embedded else path.stem)
+    model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
     return model.eval().requires_grad_(False), base_identity(model, name)
 
 
@@ -90,7 +102,7 @@ def check_settings(settings: SampleConfig) -> None:
     choices = (("sampler", settings.sampler, SAMPLERS), ("dci.guidance", dci.guidance, ("separate", "shared")),
                ("dci.noise", dci.noise, ("independent", "common")),
                ("dci.ablation", dci.ablation, ("none", "no_mask", "no_full_prompt", "last_layer")),
-               ("precision", settings.precision, ("full", "autocast", "bf16", "fp16")))
+               ("precision", settings.precision, PRECISIONS))
     for name, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{name} '{value}' is unknown; use one of {', '.join(allowed)}.")
@@ -143,10 +155,19 @@ class Generator:
         model: the base.
         identity: its name and hash, as `build_model` returns them.
         device: where to draw.
+        precision: the format U-Net and autoencoder are put into, bf16 or fp16; others leave them as they are.
+        compiled: compiles the U-Net.
     """
 
-    def __init__(self, model: LatentDiffusion, identity: dict[str, str], device: torch.device | str = "cpu"):
+    def __init__(self, model: LatentDiffusion, identity: dict[str, str], device: torch.device | str = "cpu",
+                 precision: str = "full", compiled: bool = False):
         self.model, self.identity = model.to(device).eval(), identity
+        precision = supported_precision(precision, self.model.device)
+        set_format(self.model, FORMATS[precision] if precision in ("bf16", "fp16") else None)
+        self.precision = weights_precision(self.model)
+        if compiled:
+            compile_network(self.model)
+        self._texts: dict[tuple[str, torch.dtype], Tensor] = {}     # prompts encoded with the present concept
         self.applied: AppliedConcept | None = None
         self._lock = threading.Lock()      # a concept changes the module, so requests take turns
 
@@ -158,6 +179,7 @@ class Generator:
     def load(self, concept: Concept | None) -> None:
         """Puts a concept in, in place of the one before; None restores the base."""
         with self._lock:
+            self._texts.clear()
             if self.applied:
                 self.applied.remove()
                 self.applied = None
@@ -238,8 +260,12 @@ class Generator:
             group = [row for row in rows if (row.strength is not None) == joint]
             for first in range(0, len(group), settings.batch_size):
                 batch = group[first:first + settings.batch_size]
-                with self._lock:
-                    images = self._decode(self.latents(batch, settings), settings)
+                try:
+                    with self._lock:
+                        images = to_images(decode(self.model, self.latents(batch, settings)))
+                except torch.OutOfMemoryError as error:
+                    raise UserError(f"the GPU's memory does not hold {len(batch)} pictures at once; try batch_size=1, "
+                                    "then --precision bf16.") from error
                 record = _record(settings, self.size(settings), self.identity, self.concept)
                 yield from (Sample(image, row, {**record, **asdict(row), **texts})
                             for image, row, texts in zip(images, batch, self._texts_of(batch, settings), strict=True))
@@ -258,17 +284,16 @@ class Generator:
     @torch.no_grad()
     def latents(self, rows: Sequence[Row], settings: SampleConfig) -> Tensor:
         """Samples latents (B, C, h, w) of rows that are all plain or all DCI."""
-        embed = self.model.cond_stage_model
         dual = None
         steps = settings.steps
         prompts = [row.prompt for row in rows]
         with self._autocast(settings):
-            unconditional = embed([""]).expand(len(rows), -1, -1)
+            unconditional = self._encode([""] * len(rows))                                     # (B, T, D)
             if rows[0].strength is None:
-                conditioning = embed(self.texts(prompts))                                      # (B, T, D)
+                conditioning = self._encode(self.texts(prompts))                               # (B, T, D)
             else:
                 concept_sets, auxiliary_sets = self.token_sets(prompts, settings.dci)
-                conditioning = embed(concept_sets.prompts)                                     # (B, T, D)
+                conditioning = self._encode(concept_sets.prompts)                              # (B, T, D)
                 dual = self._dual_branch(rows, settings, concept_sets, auxiliary_sets)
                 if settings.dci.match_cost:
                     steps = cost_matched_steps(steps, settings.dci.agg_time, settings.dci.guidance == "separate",
@@ -292,13 +317,25 @@ class Generator:
             last_layer_only=dci.ablation == "last_layer", token_gain=dci.token_gain,
             spatial_gain=dci.spatial_gain, mask_sum=dci.mask_sum)
         seeds = [int(np.random.SeedSequence([abs(row.seed), 1]).generate_state(1)[0]) for row in rows]
-        return DualBranch(self.model.cond_stage_model(auxiliary.prompts), control, dci.agg_time,
+        return DualBranch(self._encode(auxiliary.prompts), control, dci.agg_time,
                           [torch.Generator().manual_seed(seed) for seed in seeds], dci.noise == "common")
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Encodes texts to (B, T, D), each once and by itself, so that it is the same in any batch."""
+        kind = torch.get_autocast_dtype(self.model.device.type) if torch.is_autocast_enabled(self.model.device.type) \
+            else torch.float32
+        if len(self._texts) > MAX_TEXTS:
+            self._texts.clear()
+        for text in dict.fromkeys(texts):
+            if (text, kind) not in self._texts:
+                self._texts[text, kind] = self.model.cond_stage_model([text])[0]
+        return torch.stack([self._texts[text, kind] for text in texts])
 
     def masks(self, row: Row, settings: SampleConfig) -> list[tuple[str, Tensor]]:
         """Samples one DCI row and returns each integration's layer name and masks (2, 1, H, N), in order of time."""
         record: list[tuple[str, Tensor]] = []
-        with self._lock, record_masks(self.model.model.diffusion_model, record):
+        with self._lock, torch.compiler.set_stance("force_eager"), \
+                record_masks(self.model.model.diffusion_model, record):      # a compiled network cannot be watched
             self.latents([row], settings)
         return record
 
@@ -308,18 +345,18 @@ class Generator:
         return self.model.channels, height // factor, width // factor
 
     def _autocast(self, settings: SampleConfig) -> contextlib.AbstractContextManager[Any]:
-        kind = self.model.device.type
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16,
-                 "autocast": torch.float16 if kind == "cuda" else torch.bfloat16}.get(settings.precision)
-        if dtype is torch.float16 and kind == "cpu":
-            raise UserError("precision fp16 has no use on a CPU; use bf16 or full.")
-        return contextlib.nullcontext() if dtype is None else torch.autocast(kind, dtype)
-
-    def _decode(self, latents: Tensor, settings: SampleConfig) -> list[Image.Image]:
-        if not bool(latents.isfinite().all()):
-            raise UserError(f"the network produced values that are not finite; use --precision full instead of "
-                            f"{settings.precision}, or a smaller guidance scale.")
-        return to_images(self.model.decode_first_stage(latents.float()))
+        """Returns the context to compute in: none for weights in the format that is asked for."""
+        device = self.model.device
+        wanted = supported_precision(settings.precision, device)
+        if wanted == self.precision:
+            return contextlib.nullcontext()
+        if self.precision != "full":
+            raise UserError(f"these weights are in {self.precision} and cannot draw in precision {wanted}; load the "
+                            "model anew.")
+        half = self.model.model.diffusion_model.dtype
+        if wanted == "autocast" and half == torch.float32:
+            half = torch.float16 if device.type == "cuda" else torch.bfloat16
+        return torch.autocast(device.type, FORMATS.get(wanted, half))
 
 
 def _record(settings: SampleConfig, size: tuple[int, int], identity: dict[str, str],

@@ -35,7 +35,7 @@ def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None,
         raise UserError("no model is configured; add configs/model/*.yaml with -b.")
     device = choose_device(config.device)
     concept = load_concept(concept_path, words, class_noun) if concept_path else None
-    generator = Generator(*build_model(config.model, config.base), device)
+    generator = Generator(*build_model(config.model, config.base), device, config.precision, config.compile)
     generator.load(concept)
     return generator
 

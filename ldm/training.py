@@ -22,7 +22,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from ldm.callbacks import Preview, Progress, SaveConcept
+from ldm.callbacks import KeepConstants, Preview, Progress, SaveConcept
 from ldm.checkpoint import load_file, write_atomically
 from ldm.config import save_config
 from ldm.customization.contexts import PromptScheme, caption_template
@@ -30,13 +30,14 @@ from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, check_colour, load_framed
 from ldm.data.layouts import Captioned, captioned
+from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import build_model, choose_device, picture_side
 from ldm.prior import MODES, join_masks, load_prior
 from ldm.util import UserError
 
 RUN_VARIABLE = "DCI_ICO_RUN"   # tells the processes Lightning starts which folder the first one chose
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", *MIXED)
 
 
 @dataclass(frozen=True)
@@ -184,20 +185,28 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
     counts = [len(references.paths) for references in found]
     module = ConceptFinetune(model, config.method, schemes, counts, identity, learning_rate, config.trainer.seed,
                              {"config": shareable(config), "versions": versions()}, templates)
+    module.lighten(MIXED.get(config.trainer.precision), config.trainer.checkpointing)
+    check_memory(config, module, size)
     references = load_references(found, module.captions, framing(config, size))
     folder = resume or start_folder(config)
     report(config, module, references, regularization, learning_rate, folder)
     if not is_helper():
         save_references(references, counts, config, folder)
     save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype)
-    preview = Preview(folder / "images", config.preview)
-    trainer = make_trainer(config, folder, [save, preview, Progress()])
+    preview = Preview(folder / "images", config.preview,
+                      "autocast" if config.trainer.precision in MIXED else "full")
+    constants = [KeepConstants(decoder=bool(config.preview.prompts))] if config.trainer.cache else []
+    trainer = make_trainer(config, folder, [save, preview, Progress(), *constants])
     try:
         trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
                     weights_only=True)
     except SystemExit as exit:
         if trainer.interrupted:      # Lightning takes Ctrl-C for itself and leaves without a word
             raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; {way_on(folder)}") from exit
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise UserError(f"memory ran out at step {trainer.global_step}; {advice(config)}.") from error
         raise
     if trainer.is_global_zero and not save.path(config.method.steps).exists():
         raise UserError(f"the run in '{folder}' is at step {trainer.global_step} already; method.steps is "

@@ -28,6 +28,7 @@ def parser() -> cli.Parser:
                             ("n_samples", int, "n_samples"), ("n_iter", int, "n_iter"), ("H", int, "height"),
                             ("W", int, "width"), ("seed", int, "seed"), ("precision", str, "precision")):
         parser.add_argument(f"--{flag}", type=kind, help=f"configuration key {key}")
+    parser.add_argument("--compile", action="store_const", const=True, help="configuration key compile")
     parser.add_argument("--plms", action="store_true", help="sample with PLMS")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++(2M)")
     parser.add_argument("--use_dci", type=cli.yes_or_no, help="true or false (dci.use)")
@@ -51,9 +52,9 @@ def options_to_config(options) -> OmegaConf:
     return cli.set_options(
         base__ckpt=options.ckpt, steps=options.ddim_steps, eta=0.0 if sampler and options.ddim_eta is None else
         options.ddim_eta, scale=options.scale, n_samples=options.n_samples, n_iter=options.n_iter, height=options.H,
-        width=options.W, seed=options.seed, precision=options.precision, sampler=sampler, dci__use=options.use_dci,
-        dci__replace_noun=options.replace_noun, dci__agg_lambda=options.agg_lambda, dci__agg_time=options.agg_time,
-        dci__guidance=guidance)
+        width=options.W, seed=options.seed, precision=options.precision, compile=options.compile, sampler=sampler,
+        dci__use=options.use_dci, dci__replace_noun=options.replace_noun, dci__agg_lambda=options.agg_lambda,
+        dci__agg_time=options.agg_time, dci__guidance=guidance)
 
 
 def read_prompts(options) -> list[str]:

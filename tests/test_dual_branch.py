@@ -269,7 +269,7 @@ def test_only_the_concept_branch_is_returned_and_shown(sampler: type[Sampler], e
 
 def test_mask_keeps_the_picture_in_both_branches() -> None:
     model = LinearModel()
-    model.q_sample = lambda x0, t: x0 + t.reshape(-1, 1, 1, 1) / 1000
+    model.q_sample = lambda x0, t, noise: x0 + t.reshape(-1, 1, 1, 1) / 1000
     picture = states(4.0, 6.0)
     sample(DDIMSampler, model, dual_branch(SEPARATE), mask=torch.ones(2, 1, 8, 8), x0=picture)
     for call in model.calls:

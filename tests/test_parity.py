@@ -1,62 +1,16 @@
 """Tests that the networks compute what diffusers' and transformers' do, on the same random weights."""
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.convert.diffusers import unet_state, vae_state
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.clip_text import CLIPTextModel
-
-RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-          "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
-UNET_ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-             "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-             "middle_block.2": "mid_block.resnets.1"}
-VAE_PARTS = {"mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
-             "mid.attn_1.norm": "mid_block.attentions.0.group_norm", "mid.attn_1.q": "mid_block.attentions.0.to_q",
-             "mid.attn_1.k": "mid_block.attentions.0.to_k", "mid.attn_1.v": "mid_block.attentions.0.to_v",
-             "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", "norm_out": "conv_norm_out",
-             "nin_shortcut": "conv_shortcut"}
-
-
-def rename(key: str, table: dict[str, str]) -> str:
-    """Replaces the parts of a dotted key that stand in `table`."""
-    for ours, theirs in table.items():
-        key = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", key)
-    return key
-
-
-def unet_key(key: str, res_blocks: int) -> str:
-    """Names a U-Net weight as diffusers does: its levels count blocks and resamplers apart."""
-    per_level = res_blocks + 1
-    if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", key):
-        half, index, part, rest = match[1], int(match[2]), int(match[3]), match[4]
-        if half == "input" and index > 0:
-            level, position = divmod(index - 1, per_level)
-            place = "downsamplers.0" if rest.startswith("op.") else f"{('resnets', 'attentions')[part]}.{position}"
-            key = f"down_blocks.{level}.{place}.{rest.replace('op.', 'conv.')}"
-        elif half == "output":
-            level, position = divmod(index, per_level)
-            place = "upsamplers.0" if rest.startswith("conv.") else f"{('resnets', 'attentions')[part]}.{position}"
-            key = f"up_blocks.{level}.{place}.{rest}"
-    return rename(rename(key, UNET_ENDS), RESNET)
-
-
-def vae_key(key: str, levels: int) -> str:
-    """Names an autoencoder weight as diffusers does: its decoder counts levels from the coarsest."""
-    key = rename(key, VAE_PARTS)
-    key = re.sub(r"encoder\.down\.(\d)\.block", r"encoder.down_blocks.\1.resnets", key)
-    key = re.sub(r"encoder\.down\.(\d)\.downsample", r"encoder.down_blocks.\1.downsamplers.0", key)
-    key = re.sub(r"decoder\.up\.(\d)\.block", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.resnets", key)
-    return re.sub(r"decoder\.up\.(\d)\.upsample",
-                  lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.upsamplers.0", key)
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -95,7 +49,7 @@ def unet_pair(width: int, mults: list[int], res_blocks: int, attention: list[int
         down_block_types=["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in crossed],
         up_block_types=["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(crossed)])
     randomize(ours if groups is None else set_groups(ours, groups))
-    theirs.load_state_dict({unet_key(key, res_blocks): value for key, value in ours.state_dict().items()})
+    theirs.load_state_dict(unet_state(ours.state_dict(), res_blocks))
     return ours, theirs.eval()
 
 
@@ -147,9 +101,7 @@ def test_autoencoder_equals_diffusers(ch, mults, groups):
                     norm_num_groups=groups or 32, block_out_channels=[ch * mult for mult in mults],
                     down_block_types=["DownEncoderBlock2D"] * levels,
                     up_block_types=["UpDecoderBlock2D"] * levels).eval()
-    renamed = {vae_key(key, levels): value for key, value in ours.state_dict().items()}
-    theirs.load_state_dict({key: value.flatten(1) if ".to_" in key and value.ndim == 4 else value
-                            for key, value in renamed.items()})          # 1x1 convolutions are linear layers there
+    theirs.load_state_dict(vae_state(ours.state_dict(), levels))
     pictures = torch.rand(2, 3, 32, 48) * 2 - 1
     posterior, reference = ours.encode(pictures), theirs.encode(pictures).latent_dist
     assert_close(posterior.mean, reference.mean)

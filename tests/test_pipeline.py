@@ -152,8 +152,8 @@ def test_cost_matched_steps(agg_time: float, separate: bool, guided: bool, steps
 
 def test_match_cost_spends_what_plain_sampling_does(small_world: SmallWorld, small_generator: Generator) -> None:
     rows: list[int] = []
-    handle = small_generator.model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0])))
+    handle = small_generator.model.model.diffusion_model.register_forward_hook(
+        lambda module, args, eps: rows.append(len(eps)))
     config = small_world.sample_config("steps=30", "dci.match_cost=true")
     draw(small_generator, config, Row(PROMPT, 5, None))
     draw(small_generator, config, Row(PROMPT, 5, 1.0))

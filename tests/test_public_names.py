@@ -181,7 +181,8 @@ MAY_IMPORT = {                                             # room → the rooms 
     "config": {"checkpoint", "util"},
     "customization": {"models", "modules", "data", "config", "checkpoint", "util"},
     "convert": {"checkpoint", "util"},
-    "pipeline": {"customization", "models", "modules", "data", "config", "checkpoint", "util"},
+    "compute": {"models", "util"},
+    "pipeline": {"compute", "customization", "models", "modules", "data", "config", "checkpoint", "util"},
 }
 NOT_DEEPER = {"models", "modules"}                   # what scripts and evaluation reach through the pipeline only
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,10 +14,11 @@ from torch.nn import functional as F
 
 from ldm.config import MethodConfig
 from ldm.customization import contexts
+from ldm.customization.constants import CaptionFeatures, Posteriors, cast_frozen
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import Concept
 from ldm.customization.selection import stopped_first_token, trained_parameters
-from ldm.data.concept import TrainingRows
+from ldm.data.concept import TrainingPlan, TrainingRows
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError
@@ -73,6 +75,8 @@ class ConceptFinetune(pl.LightningModule):
         self.context_blocks: list[nn.Parameter] = []    # one per reference picture, concept after concept
         self.captions: list[str] = []                   # P_i of each reference picture (Eq 2)
         self._seen: frozenset[int] = frozenset()        # reference pictures since the last optimizer step
+        self.posteriors: Posteriors | None = None       # of all pictures, where they are kept
+        self.text = partial(model.cond_stage_model, strict=True)
         self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
 
     def _add_words(self, image_counts: Sequence[int], templates: Sequence[str | None],
@@ -92,9 +96,34 @@ class ConceptFinetune(pl.LightningModule):
                     self.context_blocks.append(embedder.add_words(dict(zip(names, vectors, strict=True))))
         embedder.tokenize(self.captions, strict=True)   # a caption that does not fit is refused before training
 
+    def lighten(self, dtype: torch.dtype | None, checkpointing: bool | None) -> None:
+        """Saves memory and time without changing what is computed.
+
+        Args:
+            dtype: what autocast computes in; frozen weights of U-Net and text encoder are kept in it. None: they stay.
+            checkpointing: recomputes activations in the backward pass; None leaves it to the model's configuration.
+        """
+        if checkpointing is not None:
+            self.model.model.diffusion_model.set_checkpointing(checkpointing)
+        if dtype is not None:
+            cast_frozen(self.model.model.diffusion_model, dtype)
+            cast_frozen(self.model.cond_stage_model, dtype)
+
+    def keep_constants(self, plan: TrainingPlan, decoder: bool, quiet: bool = True) -> None:
+        """Computes once what the steps of a plan would compute again and again, and gives the encoder's memory back.
+
+        Args:
+            decoder: keeps the decoder, on the CPU, for previews.
+            quiet: shows no progress.
+        """
+        self.posteriors = Posteriors(plan.pictures(), plan.image, lambda image: self._moments(image[None])[0], quiet)
+        self.text = CaptionFeatures(self.text)
+        self.model.first_stage_model.release(decoder)
+        self.model.first_stage_model.cpu()
+
     def training_step(self, batch: TrainingRows, batch_idx: int) -> Tensor:
         latents, t, noise = self._noised_inputs(batch)                                   # (B, C, h, w), (B,), same
-        cond = self.model.cond_stage_model(batch.captions, strict=True)                  # (B, T, D)
+        cond = self.text(batch.captions)                                                # (B, T, D)
         unet = self.model.model.diffusion_model
         with stopped_first_token(unet) if self.method.detach_first_token else nullcontext():
             error = masked_mean(self.model.p_losses(latents, cond, t, noise), batch.masks)   # (B,)
@@ -107,8 +136,8 @@ class ConceptFinetune(pl.LightningModule):
     @torch.no_grad()
     def _noised_inputs(self, batch: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
         """Draws latents, time steps and noise, each row from its own seed, whatever the device and the batch."""
-        pictures = batch.images.to(self.device).permute(0, 3, 1, 2)                      # (B, 3, H, W)
-        moments = self.model.encode_first_stage(pictures).parameters                     # (B, 2C, h, w)
+        moments = self._moments(batch.images) if self.posteriors is None else \
+            self.posteriors.moments(batch.pictures).to(self.device)                      # (B, 2C, h, w)
         latents, steps, noise = [], [], []
         for row, seed in zip(moments, batch.seeds, strict=True):
             rng = torch.Generator().manual_seed(seed)
@@ -118,6 +147,11 @@ class ConceptFinetune(pl.LightningModule):
             noise.append(draw[1])
             steps.append(torch.randint(0, self.model.num_timesteps, (1,), generator=rng))
         return torch.cat(latents), torch.cat(steps).to(self.device), torch.cat(noise)
+
+    @torch.no_grad()
+    def _moments(self, images: Tensor) -> Tensor:
+        """Encodes pictures (B, H, W, 3) to mean and log-variance (B, 2C, h, w)."""
+        return self.model.encode_first_stage(images.to(self.device).permute(0, 3, 1, 2)).parameters
 
     def transfer_batch_to_device(self, batch: TrainingRows, device: torch.device, dataloader_idx: int) -> TrainingRows:
         return batch       # frozen; the training step moves what it needs

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,14 @@ class CaptionedImages:
         return len(self.images)
 
 
+class Picture(NamedTuple):
+    """Which picture a row shows: of the references (0) or the regularisation set (1), which one, mirrored or not."""
+
+    source: int
+    item: int
+    flipped: bool
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingRows:
     """One device's share of one batch.
@@ -41,6 +50,7 @@ class TrainingRows:
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
         concept_images: indices of the reference pictures in the whole batch, all devices together.
         masks: (n, H, W) float32 in [0, 1], what counts in the loss, flips applied; None where everything does.
+        pictures: which n pictures these are.
     """
 
     images: Tensor
@@ -49,6 +59,7 @@ class TrainingRows:
     seeds: list[int]
     concept_images: frozenset[int]
     masks: Tensor | None = None
+    pictures: Sequence[Picture] = ()
 
 
 def lap_order(count: int, lap: int, seed: int) -> np.ndarray:
@@ -101,12 +112,13 @@ class TrainingPlan(IterableDataset):
         start = micro_step * total
         picks = [shuffled(len(self.concept), start + row, self.seed) for row in range(total)]
         images, captions, weights, seeds, masks = [], [], [], [], []
+        pictures: list[Picture] = []
 
         def take(source: CaptionedImages, item: int, weight: float, row_seed: int) -> None:
             flipped = self.flip and bool(np.random.default_rng(row_seed).integers(2))
-            image = source.images[item]
-            mask = torch.full(image.shape[:2], 255) if source.masks is None else source.masks[item]
-            images.append((image.flip(1) if flipped else image).float() / 127.5 - 1.0)
+            pictures.append(Picture(int(source is self.regularization), item, flipped))
+            images.append(self.image(pictures[-1]))
+            mask = torch.full(images[-1].shape[:2], 255) if source.masks is None else source.masks[item]
             masks.append((mask.flip(1) if flipped else mask).float() / 255)
             captions.append(source.captions[item])
             weights.append(weight)
@@ -119,7 +131,7 @@ class TrainingPlan(IterableDataset):
             if item is not None:
                 take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
         return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks),
-                            torch.stack(masks) if self._masked else None)
+                            torch.stack(masks) if self._masked else None, pictures)
 
     def class_picture(self, position: int, pick: int) -> int | None:
         """Returns the regularisation picture beside the reference `pick` at `position`; None where its class has none.
@@ -134,6 +146,17 @@ class TrainingPlan(IterableDataset):
         before = self._groups[lap_order(len(self.concept), lap, self.seed)[:place]]
         turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
         return members[shuffled(len(members), turn, self.seed + 1 + group)]
+
+    def image(self, picture: Picture) -> Tensor:
+        """Returns a picture (H, W, 3) float32 in [-1, 1]."""
+        image = (self.concept, self.regularization)[picture.source].images[picture.item]
+        return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
+
+    def pictures(self) -> list[Picture]:
+        """Lists every picture the plan can show, mirrored ones apart."""
+        return [Picture(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
+                for item in range(len(images) if images is not None else 0)
+                for flipped in ((False, True) if self.flip else (False,))]
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""

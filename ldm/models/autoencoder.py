@@ -14,6 +14,14 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError, instantiate_from_config
 
 
+class Released(nn.Module):
+    """Stands where a part of the autoencoder was before its memory was given back."""
+
+    def __init__(self, reduction: int):
+        super().__init__()
+        self.reduction = reduction
+
+
 class AutoencoderKL(pl.LightningModule):
     """A convolutional autoencoder whose latents are Gaussian (Rombach et al. 2022).
 
@@ -43,13 +51,25 @@ class AutoencoderKL(pl.LightningModule):
                      if not key.startswith(tuple(ignore_keys))}
             load_weights(self, state, ckpt_path)
 
+    def release(self, decoder: bool) -> None:
+        """Gives back the memory of the encoder and, unless `decoder` is to stay, of the decoder; for good."""
+        self.encoder = Released(self.encoder.reduction)
+        if not decoder:
+            self.decoder = Released(self.encoder.reduction)
+
+    @property
+    def format(self) -> torch.dtype:
+        """The number format the weights are in; pictures and latents keep theirs."""
+        return self.post_quant_conv.weight.dtype
+
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Returns the posterior over latents (B, embed_dim, H/f, W/f) of pictures (B, 3, H, W) in [-1, 1]."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        moments = self.quant_conv(self.encoder(x.to(self.format)))
+        return DiagonalGaussianDistribution(moments.to(x.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         """Returns pictures (B, 3, f*h, f*w), about [-1, 1], of latents (B, embed_dim, h, w)."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.format))).to(z.dtype)
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Encodes and decodes; returns the reconstruction and the posterior."""

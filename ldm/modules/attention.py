@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,34 @@ def zero_module(module: nn.Module) -> nn.Module:
 def normalization(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """Group normalization: SD's 32 groups, fewer in a small model so that at least 8 channels share one."""
     return nn.GroupNorm(min(32, channels // 8), channels, eps=eps)
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedText:
+    """Text as the cross-attention of a whole run reads it: projected once, not in every step.
+
+    Attributes:
+        layers: keys and values, each (R, H, T, d), by the layers' `index`.
+        latents: which block of the latents each of as many blocks of text rows denoises; (0, 0, 1) for rows u(x_c),
+            c(x_c), a(x_a). What comes before the first cross-attention is then computed once for each block of
+            latents. Empty where rows of text and latents correspond.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    latents: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of text rows, R."""
+        return len(self.layers[0][0])
+
+
+def spread(x: Tensor, context: Tensor | ProjectedText | None) -> Tensor:
+    """Repeats image features (B, ...) so that every row of text has its own, (R, ...), where it has not yet."""
+    if not isinstance(context, ProjectedText) or len(x) == context.rows:
+        return x
+    blocks = x.chunk(max(context.latents) + 1)
+    return torch.cat([blocks[index] for index in context.latents])
 
 
 class GEGLU(nn.Module):
@@ -55,7 +84,8 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of image features to a context, or to themselves where none is given.
 
-    `masks` is a window for observers: it passes DBIM's concept and auxiliary masks through unchanged.
+    `index` is the layer's place among a network's cross-attention layers, by which it finds projected text; the
+    network sets it. `masks` is a window for observers: it passes DBIM's concept and auxiliary masks through unchanged.
     """
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64,
@@ -69,20 +99,29 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
         self.masks = nn.Identity()
+        self.index: int | None = None
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects text features (B, T, D) of any floating format to keys and values (B, H, T, d)."""
+        context = context.to(self.to_k.weight.dtype)
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def _split(self, y: Tensor) -> Tensor:
+        return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+
+    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None, mask: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         """Attends.
 
         Args:
             x: (B, N, C) image features.
-            context: (B, T, D) text features; None attends to `x`.
+            context: (B, T, D) text features, or their projections; None attends to `x`.
             mask: (B, T) bool, False where a context position is hidden.
             control: integrates two branches of the batch (DBIM); None is plain, fused attention.
         """
-        context = default(context, x)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))     # (B, H, N | T, d)
+        q = self._split(self.to_q(x))                                                    # (B, H, N, d)
+        projected = isinstance(context, ProjectedText)
+        k, v = context.layers[self.index] if projected else self.keys_values(default(context, x))  # (B, H, T, d)
         visible = None if mask is None else mask[:, None, None, :]                       # (B, 1, 1, T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)                 # (B, H, N, d)
         if control is not None:
@@ -112,13 +151,15 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.checkpoint = checkpoint
 
-    def forward(self, x: Tensor, context: Tensor | None = None, control: DBIMControl | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+                control: DBIMControl | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, context, control, use_reentrant=False)
         return self._forward(x, context, control)
 
-    def _forward(self, x: Tensor, context: Tensor | None, control: DBIMControl | None) -> Tensor:
+    def _forward(self, x: Tensor, context: Tensor | ProjectedText | None, control: DBIMControl | None) -> Tensor:
         x = self.attn1(self.norm1(x)) + x                                    # (B, N, C)
+        x = spread(x, context)                                               # (B, N, C), B now the text's
         x = self.attn2(self.norm2(x), context, control=control) + x          # (B, N, C)
         return self.ff(self.norm3(x)) + x                                    # (B, N, C)
 
@@ -138,14 +179,16 @@ class SpatialTransformer(nn.Module):
             for _ in range(depth))
         self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, control: DBIMControl | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+                control: DBIMControl | None = None) -> Tensor:
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x))                                       # (B, C', H, W)
         h = rearrange(h, "b c h w -> b (h w) c")                             # (B, N, C')
         for block in self.transformer_blocks:
             h = block(h, context, control)                                   # (B, N, C')
         h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)          # (B, C', H, W)
-        return self.proj_out(h) + x                                          # (B, C, H, W)
+        # The first operand decides the sum's memory format: x's stays, whatever the rearranged h has.
+        return spread(x, context) + self.proj_out(h)                         # (B, C, H, W)
 
 
 @contextmanager

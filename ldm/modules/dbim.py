@@ -27,6 +27,12 @@ class BranchLayout(enum.Enum):
         """Number of blocks the batch divides into."""
         return len(self.value)
 
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Which branch's latents each block denoises: 0 the concept's, 1 the auxiliary's."""
+        last = self.value.index("concept")
+        return tuple(int(index > last) for index in range(self.blocks))
+
     def block(self, values: Tensor, name: str) -> Tensor:
         """Returns the rows of `values` that belong to branch `name`: 'concept' or 'auxiliary'."""
         return values.chunk(self.blocks)[self.value.index(name)]

@@ -20,8 +20,8 @@ class LitEma(nn.Module):
             raise ValueError("Decay must be between 0 and 1")
         self.m_name2s_name = {name: name.replace(".", "") for name, parameter in model.named_parameters()
                               if parameter.requires_grad}
-        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device="cpu"))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int, device="cpu"))
         parameters = dict(model.named_parameters())
         for name, stored in self.m_name2s_name.items():
             self.register_buffer(stored, parameters[name].detach().clone())

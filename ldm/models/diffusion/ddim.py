@@ -48,6 +48,7 @@ class DDIMSampler(Sampler):
         """Goes from step `steps` - 1 down to 0."""
         if mask is not None and x0 is None:
             raise UserError("a mask needs x0, the latents to keep where it is 1.")
+        guidance.plan(self.ddim_timesteps[:steps])
         for index in tqdm(range(steps - 1, -1, -1), desc="DDIM", disable=not verbose):
             t, sigma = int(self.ddim_timesteps[index]), float(self.ddim_sigmas[index])
             (x,) = guidance.narrow(t, x)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ldm.checkpoint import OPTIONAL_KEYS, load_state, load_weights
 from ldm.models.diffusion.schedule import schedule_buffers
+from ldm.modules.attention import ProjectedText
 from ldm.modules.dbim import DBIMControl
+from ldm.modules.diffusionmodules.openaimodel import StepShifts
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -31,12 +33,15 @@ class DiffusionWrapper(pl.LightningModule):
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
-    def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
-                c_crossattn: Sequence[Tensor] | None = None, control: DBIMControl | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | StepShifts, c_concat: Sequence[Tensor] | None = None,
+                c_crossattn: Sequence[Tensor | ProjectedText] | None = None,
+                control: DBIMControl | None = None) -> Tensor:
         """Predicts noise for latents `x` (B, C, H, W) at `t` (B,); lists are joined along tokens and channels."""
         if self.conditioning_key in ("concat", "hybrid"):
             x = torch.cat([x, *c_concat], dim=1)                             # (B, C + C', H, W)
-        context = torch.cat(list(c_crossattn), dim=1) if self.conditioning_key in ("crossattn", "hybrid") else None
+        context = None
+        if self.conditioning_key in ("crossattn", "hybrid"):
+            context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
         return self.diffusion_model(x, t, context=context, control=control)
 
 
@@ -162,12 +167,35 @@ class LatentDiffusion(DDPM):
         with torch.no_grad():
             return self.first_stage_model.decode(z / self.scale_factor)
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def apply_model(self, x_noisy: Tensor, t: Tensor | StepShifts, cond: Conditioning) -> Tensor:
         """Predicts noise (B, C, h, w); `cond` is text features, a list of them, or DiffusionWrapper's keywords."""
-        if not isinstance(cond, Mapping):
-            key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
-            cond = {key: [cond] if isinstance(cond, Tensor) else cond}
-        return self.model(x_noisy, t, **cond)
+        return self.model(x_noisy, t, **self._keywords(cond))
+
+    def _keywords(self, cond: Conditioning) -> Mapping[str, Any]:
+        if isinstance(cond, Mapping):
+            return cond
+        key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+        return {key: [cond] if isinstance(cond, Tensor) else cond}
+
+    def prepare_conditioning(self, cond: Conditioning, latents: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+        """Does once what a run's conditioning asks in every step; `apply_model` takes the result in its place.
+
+        Args:
+            cond: as `apply_model` takes it, of R rows in len(latents) blocks.
+            latents: which block of the latents each block of rows denoises, as in `ProjectedText`.
+
+        Returns:
+            Keywords of `DiffusionWrapper`, or None where the conditioning is not text alone.
+        """
+        if self.model.conditioning_key != "crossattn":
+            return None
+        keywords = self._keywords(cond)
+        text = torch.cat(list(keywords["c_crossattn"]), dim=1)
+        return {**keywords, "c_crossattn": [self.model.diffusion_model.project_text(text, latents)]}
+
+    def prepare_steps(self, timesteps: Sequence[int]) -> list[StepShifts]:
+        """Embeds the time steps of a run at once; `apply_model` takes the entries as `t` for all rows."""
+        return self.model.diffusion_model.time_table(torch.tensor(timesteps, device=self.device))
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) and text features of a batch with pictures (B, H, W, 3) under `k`."""

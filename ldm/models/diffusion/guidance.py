@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,38 @@ def draw_noise(like: Tensor, generators: Generators | None) -> Tensor:
     return torch.stack(rows).to(like)                                            # (B, C, H, W)
 
 
+class Rows:
+    """The rows the network is asked about in each step of a run: blocks of conditioning over blocks of latents.
+
+    What is constant over the steps is done here, once, where the model offers it (`prepare_conditioning`); blocks of
+    rows that share their latents then share the network's work up to the text. Other models get every row in full.
+
+    Args:
+        model: predicts noise through `apply_model(x, t, cond)`.
+        blocks: conditionings of B rows each.
+        latents: which block of the latents each of them denoises.
+        control: integrates two of the blocks (DBIM).
+    """
+
+    def __init__(self, model: LatentDiffusion, blocks: Sequence[Conditioning], latents: tuple[int, ...],
+                 control: DBIMControl | None = None):
+        self.model, self.latents = model, latents
+        cond = blocks[0] if len(blocks) == 1 else stack_conditionings(*blocks)
+        if control is not None:
+            cond = {"c_crossattn": [cond], "control": control}
+        prepare = getattr(model, "prepare_conditioning", None)
+        prepared = prepare(cond, latents) if prepare and cond is not None else None
+        self.prepared, self.cond = prepared is not None, cond if prepared is None else prepared
+
+    def predict(self, x: Tensor, t: int | float, steps: Mapping[int, Any]) -> Tensor:
+        """Predicts noise (rows, C, H, W) for latents `x` at `t`; `steps` holds time steps embedded before."""
+        if not self.prepared and len(self.latents) > 1:
+            blocks = x.chunk(max(self.latents) + 1)
+            x = torch.cat([blocks[index] for index in self.latents])
+        time = steps[t] if t in steps else torch.full((len(x),), t, device=x.device)
+        return self.model.apply_model(x, time, self.cond)
+
+
 class Guidance:
     """Classifier-free guidance of a single branch (Ho & Salimans 2022).
 
@@ -54,12 +86,20 @@ class Guidance:
         self.model, self.scale, self.generators = model, scale, generators
         self.conditioning = conditioning
         self.unconditional = None if scale == 1.0 else unconditional
-        self._rows = conditioning if self.unconditional is None else \
-            stack_conditionings(self.unconditional, conditioning)
+        self._steps: dict[int, Any] = {}
+        blocks = [conditioning] if self.unconditional is None else [self.unconditional, conditioning]
+        self._rows = Rows(model, blocks, latents=(0,) * len(blocks))
 
     def start(self, x: Tensor) -> Tensor:
         """Returns the first state for initial latents `x` (B, C, H, W)."""
         return x
+
+    def plan(self, timesteps: Sequence[int]) -> None:
+        """Learns which time steps a run will ask for, so that the model can embed them at once."""
+        prepare = getattr(self.model, "prepare_steps", None)
+        if prepare is not None:
+            timesteps = sorted({int(t) for t in timesteps})
+            self._steps = dict(zip(timesteps, prepare(timesteps), strict=True))
 
     def narrow(self, t: int, *states: Tensor) -> tuple[Tensor, ...]:
         """Returns `states`, without the rows that take no part at time step `t`."""
@@ -71,13 +111,11 @@ class Guidance:
 
     def eps(self, x: Tensor, t: int | float) -> Tensor:
         """Predicts the guided noise of state `x` (rows, C, H, W) at time step `t`."""
+        eps = self._rows.predict(x, t, self._steps)
         if self.unconditional is None:
-            return self._predict(x, t, self.conditioning)
-        eps_u, eps_c = self._predict(torch.cat([x, x]), t, self._rows).chunk(2)  # (B, C, H, W) each
+            return eps
+        eps_u, eps_c = eps.chunk(2)                                              # (B, C, H, W) each
         return eps_u + self.scale * (eps_c - eps_u)
-
-    def _predict(self, x: Tensor, t: int | float, rows: Conditioning) -> Tensor:
-        return self.model.apply_model(x, torch.full((len(x),), t, device=x.device), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +152,8 @@ class DualBranchGuidance(Guidance):
             raise UserError("DCI's branch layout does not fit the guidance scale: UNGUIDED belongs to scale 1.")
         self.dual, self.batch = dual, len(conditioning)
         branches = {"unconditional": self.unconditional, "concept": conditioning, "auxiliary": dual.auxiliary}
-        joint = [branches[name] for name in dual.control.layout.value]
-        self._joint = {"c_crossattn": [torch.cat(joint)], "control": dual.control}
+        names = dual.control.layout.value
+        self._joint = Rows(model, [branches[name] for name in names], dual.control.layout.latents, dual.control)
 
     def start(self, x: Tensor) -> Tensor:
         if self.dual.common_noise:
@@ -139,15 +177,15 @@ class DualBranchGuidance(Guidance):
     def eps(self, x: Tensor, t: int | float) -> Tensor:
         if len(x) == self.batch:
             return super().eps(x, t)
-        x_c, x_a = x.chunk(2)
+        eps = self._joint.predict(x, t, self._steps)
         layout = self.dual.control.layout
         if layout is BranchLayout.UNGUIDED:
-            return self._predict(x, t, self._joint)
+            return eps
         if layout is BranchLayout.SHARED:
-            eps_u, eps_c, eps_a = self._predict(torch.cat([x_c, x_c, x_a]), t, self._joint).chunk(3)
+            eps_u, eps_c, eps_a = eps.chunk(3)
             eps_u_a = eps_u
         else:
-            eps_u, eps_c, eps_u_a, eps_a = self._predict(torch.cat([x_c, x_c, x_a, x_a]), t, self._joint).chunk(4)
+            eps_u, eps_c, eps_u_a, eps_a = eps.chunk(4)
         return torch.cat([eps_u + self.scale * (eps_c - eps_u), eps_u_a + self.scale * (eps_a - eps_u_a)])
 
 

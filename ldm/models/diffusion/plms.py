@@ -42,6 +42,7 @@ class PLMSSampler(DDIMSampler):
               x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
         if mask is not None or x0 is not None:
             raise UserError("PLMS cannot keep part of a picture by mask and x0; sample with DDIM, which can.")
+        guidance.plan([0, *self.ddim_timesteps[:steps]])
         earlier: list[Tensor] = []                                                # newest first, at most 3
         for index in tqdm(reversed(range(steps)), total=steps, desc="PLMS", disable=not verbose):
             t = int(self.ddim_timesteps[index])

@@ -34,7 +34,8 @@ def schedule_buffers(timesteps: int = 1000, linear_start: float = 0.00085, linea
         "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - cumprod),
         "posterior_mean_coef2": (1 - previous) * np.sqrt(alphas) / (1 - cumprod),
     }
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+    # On the CPU also where a model is built on the meta device, whose weights come from a file: these do not.
+    return {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in values.items()}
 
 
 def ddim_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:

@@ -43,7 +43,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         self.words: list[str] = []      # the new words, in the order of their rows
         self.transformer = CLIPTextModel(self.base_size, width, layers, heads, max_length)
         self.freeze()
-        if device is not None:
+        if device is not None and not self.embedding.weight.is_meta:    # weights from a file bring their own place
             self.to(device)
 
     @staticmethod

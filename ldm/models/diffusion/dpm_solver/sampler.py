@@ -62,6 +62,7 @@ class DPMSolverSampler(Sampler):
         timesteps = [int(t) for t in dpm_timesteps(steps, self.ddpm_num_timesteps)]               # S + 1
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double().numpy()
         levels = [noise_level(float(alphas_cumprod[t])) for t in timesteps]
+        guidance.plan(timesteps[:-1])
         before: list[Tensor] = []                                        # the data prediction of the step before
         for i in tqdm(range(steps), desc="DPM-Solver++", disable=not verbose):
             x, *before = guidance.narrow(timesteps[i], x, *before)

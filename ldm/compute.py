@@ -1,0 +1,115 @@
+"""How a model computes: number format, memory layout, compiled or not, and decoding in what memory there is."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.util import UserError
+
+FORMATS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = (*FORMATS, "autocast")
+DECODER_COPIES = 8       # a decoder's peak, in copies of its finest feature map: 1.07 GB for 512x512 px in float32
+
+
+def supported_precision(name: str, device: torch.device) -> str:
+    """Returns `name`, or what this device computes in instead, with a warning that says so.
+
+    Raises:
+        UserError: the name is unknown, or asks for float16 on a CPU.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"precision '{name}' is unknown; use one of {', '.join(PRECISIONS)}.")
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 has no use on a CPU; use bf16 or full.")
+    if name == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        warnings.warn("this CPU has no bf16 arithmetic; computing in full precision instead.", stacklevel=2)
+        return "full"
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        warnings.warn("this GPU has no bf16 arithmetic; computing in fp16 instead.", stacklevel=2)
+        return "fp16"
+    return name
+
+
+def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
+    """Puts U-Net and autoencoder into a number format (None keeps theirs) and the memory format that suits it.
+
+    The text encoder stays in float32: it runs once per prompt. Channels-last wins on GPUs and in half precision; in
+    float32 on a CPU the U-Net is faster as it is (docs/benchmarks.md).
+    """
+    for part in (model.model.diffusion_model, model.first_stage_model):
+        weight = next(part.parameters())
+        plain = weight.device.type == "cpu" and (dtype or weight.dtype) == torch.float32
+        part.to(dtype=dtype, memory_format=torch.contiguous_format if plain else torch.channels_last)
+
+
+def weights_precision(model: LatentDiffusion) -> str:
+    """Names the format of the U-Net's weights, bf16 or fp16; full where they are in float32 or of several formats."""
+    formats = {value.dtype for value in model.model.diffusion_model.parameters()}
+    return next((name for name, dtype in FORMATS.items() if formats == {dtype}), "full")
+
+
+def compile_network(model: LatentDiffusion, backend: str = "inductor") -> None:
+    """Compiles the U-Net: one graph with DBIM and one without, for any strength, time step and prompt.
+
+    Raises:
+        UserError: what the compiler needs on this device is missing.
+    """
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("compiling needs a C++ compiler on a CPU, and g++ is not here; install it, or leave out "
+                        "--compile.")
+    if not on_cpu and importlib.util.find_spec("triton") is None:
+        raise UserError("compiling needs the package 'triton' on a GPU; install it, or leave out --compile.")
+    model.model.diffusion_model.compile(fullgraph=True, backend=backend)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Returns the bytes that can be allocated on a device, or None where the system does not say."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    fields = dict(line.split(":") for line in table.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) -> int:
+    """Returns how many of the latents (B, C, h, w) fit into half of `memory` bytes while they are decoded."""
+    vae = model.first_stage_model
+    pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2
+    picture = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize
+    return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * picture)))
+
+
+def decode(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -> Tensor:
+    """Decodes latents (B, C, h, w) to pictures (B, 3, H, W) float32, as many at once as there is memory for.
+
+    A decoder in half precision that overflows is turned to float32, for good, and asked again.
+
+    Args:
+        memory: bytes to decode in; None asks the device.
+
+    Raises:
+        UserError: the latents, or the pictures in float32, are not finite.
+    """
+    if not bool(latents.isfinite().all()):
+        raise UserError("the network produced values that are not finite; use --precision full, or a smaller "
+                        "guidance scale.")
+    memory = available_memory(latents.device) if memory is None else memory
+    parts = latents.float().split(decode_at_once(model, latents, memory))
+    pictures = torch.cat([model.decode_first_stage(part) for part in parts])
+    if bool(pictures.isfinite().all()):
+        return pictures
+    if model.first_stage_model.format == torch.float32:
+        raise UserError("the decoder produced values that are not finite; the checkpoint may be damaged.")
+    model.first_stage_model.float()
+    return decode(model, latents, memory)

@@ -1,0 +1,63 @@
+"""What stays the same in a whole fine-tuning run, computed once: VAE posteriors, features of fixed captions."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.data.concept import Picture
+from ldm.modules.encoders.modules import NEW_WORD
+
+
+class Posteriors:
+    """Mean and log-variance of every picture a run will see, mirrored ones apart; fresh samples are drawn from them.
+
+    Each picture is encoded by itself, so that its posterior does not depend on what a batch happens to hold.
+    """
+
+    def __init__(self, pictures: Iterable[Picture], image: Callable[[Picture], Tensor],
+                 encode: Callable[[Tensor], Tensor], quiet: bool = True):
+        self._moments = {picture: encode(image(picture)).cpu()
+                         for picture in tqdm(pictures, desc="encoding the pictures", unit="picture", disable=quiet)}
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def moments(self, pictures: Sequence[Picture]) -> Tensor:
+        """Returns (B, 2C, h, w) mean and log-variance, stacked over channels, on the CPU."""
+        return torch.stack([self._moments[picture] for picture in pictures])
+
+
+class CaptionFeatures:
+    """Text features in which what cannot learn is encoded once: captions without new words."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor]):
+        self._encode = encode
+        self._fixed: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Returns features (B, T, D); gradients reach the new words as they would without this class."""
+        learned = [caption for caption in captions if NEW_WORD.search(caption)]
+        fresh = iter(self._encode(learned)) if learned else iter(())
+        return torch.stack([next(fresh) if NEW_WORD.search(caption) else self._known(caption)
+                            for caption in captions])
+
+    @torch.no_grad()
+    def _known(self, caption: str) -> Tensor:
+        if caption not in self._fixed:
+            self._fixed[caption] = self._encode([caption])[0]
+        return self._fixed[caption]
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the frozen weights of linear and convolutional layers in the format autocast computes them in.
+
+    What autocast casts in every step is then cast once, to the same values; trained tensors and normalization stay.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,272 @@
+"""Tests that what is done once, shared, cast or compiled gives what the plain computation gives."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SmallWorld
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm import compute
+from ldm.compute import compile_network, decode, decode_at_once, set_format, supported_precision
+from ldm.config import BaseConfig
+from ldm.customization.delta import load_concept
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.guidance import DualBranch, make_guidance
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.dbim import BranchLayout, DBIMControl
+from ldm.pipeline import Generator, Row, build_model
+from ldm.training import Run
+from ldm.util import UserError
+
+TOKENS, STEPS = 77, 4
+
+
+@pytest.fixture(scope="module")
+def model(small_world: SmallWorld) -> LatentDiffusion:
+    """The small world's, in float64: its random weights enlarge float32's rounding a thousandfold in a run."""
+    return small_world.build()[0].double()
+
+
+@pytest.fixture
+def embedded() -> LatentDiffusion:
+    """The embedded model: trained, so that rounding stays small."""
+    return build_model(OmegaConf.load(ROOT / "configs" / "model" / "tiny.yaml").model, BaseConfig())[0]
+
+
+class Plain:
+    """The model as CompVis's samplers know one: `apply_model`, in full for every row and step."""
+
+    def __init__(self, model: LatentDiffusion):
+        self.apply_model, self.num_timesteps, self.device = model.apply_model, model.num_timesteps, model.device
+        self.alphas_cumprod = model.alphas_cumprod
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mask(*positions: int, rows: int = 2) -> Tensor:
+    tokens = torch.zeros(rows, TOKENS, dtype=torch.bool)
+    tokens[:, list(positions)] = True
+    return tokens
+
+
+def make_control(layout: BranchLayout, strength: float = 0.7) -> DBIMControl:
+    return DBIMControl(mask(2, 3), mask(1, 2, 3, 4), mask(1, 3), mask(1, 2, 3), torch.tensor([strength, -strength]),
+                       layout, full_pixels=64)
+
+
+def run(model: Any, sampler: type, layout: BranchLayout | None, scale: float) -> Tensor:
+    """Samples two rows, two branches in the first half where there is a layout."""
+    text = drawn(6, TOKENS, 32, seed=1).double()
+    dual = None if layout is None else DualBranch(text[4:], make_control(layout), 0.5,
+                                                  [torch.Generator().manual_seed(seed) for seed in (8, 9)])
+    return sampler(model).sample(
+        STEPS, 2, (4, 8, 8), conditioning=text[:2], unconditional_conditioning=text[2:4], verbose=False, dual=dual,
+        unconditional_guidance_scale=scale, x_T=drawn(2, 4, 8, 8, seed=2).double())[0]
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+# What a run prepares.
+
+@pytest.mark.parametrize(("sampler", "layout", "scale"), [
+    (DDIMSampler, None, 3.0), (DDIMSampler, None, 1.0), (DDIMSampler, BranchLayout.SHARED, 3.0),
+    (DDIMSampler, BranchLayout.SEPARATE, 3.0), (DDIMSampler, BranchLayout.UNGUIDED, 1.0),
+    (PLMSSampler, BranchLayout.SHARED, 3.0), (DPMSolverSampler, BranchLayout.SEPARATE, 3.0)])
+def test_a_prepared_run_gives_the_plain_runs_latents(model, sampler, layout, scale) -> None:
+    plain = run(Plain(model), sampler, layout, scale)
+    assert plain.isfinite().all() and plain.std() > 0.1
+    assert relative(run(model, sampler, layout, scale), plain) < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [None, BranchLayout.SHARED, BranchLayout.SEPARATE])
+def test_a_prepared_step_equals_the_plain_one_in_float32(embedded: LatentDiffusion, layout) -> None:
+    text = embedded.get_learned_conditioning(["", "", "a red cat", "a dog", "a cat in the snow", "a dog on the beach"])
+    x, found = drawn(2 if layout is None else 4, 4, 16, 16, seed=2), []
+    for network in (embedded, Plain(embedded)):
+        dual = None if layout is None else DualBranch(text[4:], make_control(layout), 1.0)
+        guidance = make_guidance(network, text[2:4], text[:2], 3.0, None, dual)
+        guidance.plan([701, 301])
+        found.append(guidance.eps(x, 701))
+    assert relative(*found) < 1e-5
+
+
+def test_text_is_projected_once_and_rows_part_at_the_first_cross_attention(model) -> None:
+    """A joint run of four steps: 3 rows of text over 2 of latents, then 2 over 1."""
+    network, seen = model.model.diffusion_model, {"to_k": 0, "to_v": 0, "time": 0, "first": [], "attn1": [], "last": []}
+
+    def count(name: str):
+        return lambda *_: seen.__setitem__(name, seen[name] + 1)
+
+    def rows(name: str):
+        return lambda module, args, output: seen[name].append(len(output))
+
+    block = network.input_blocks[1][1].transformer_blocks[0]
+    handles = [module.register_forward_hook(count(name.rpartition(".")[2])) for name, module in network.named_modules()
+               if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    handles += [network.time_embed.register_forward_hook(count("time")),
+                network.input_blocks[0][0].register_forward_hook(rows("first")),
+                block.attn1.register_forward_hook(rows("attn1")), network.out.register_forward_hook(rows("last"))]
+    run(model, DDIMSampler, BranchLayout.SHARED, 3.0)
+    for handle in handles:
+        handle.remove()
+    layers = len(network._cross_attention())
+    assert seen["to_k"] == seen["to_v"] == 2 * layers == 20          # once for each kind of step, not once a step
+    assert seen["time"] == 1
+    assert seen["first"] == seen["attn1"] == [4, 4, 2, 2] and seen["last"] == [6, 6, 4, 4]
+
+
+@torch.no_grad()
+def test_a_time_table_holds_what_the_blocks_would_compute(model) -> None:
+    network, x = model.model.diffusion_model, drawn(2, 4, 8, 8, seed=3).double()
+    text = drawn(2, TOKENS, 32, seed=4).double()
+    for t, entry in zip((1, 501, 999), model.prepare_steps([1, 501, 999]), strict=True):
+        assert relative(network(x, entry, text), network(x, torch.tensor([t, t]), text)) < 1e-10
+        assert relative(network(x, torch.tensor([t]), text), network(x, torch.tensor([t, t]), text)) < 1e-10
+
+
+def test_conditioning_that_is_not_text_alone_is_left_to_the_wrapper(model, monkeypatch) -> None:
+    text = drawn(2, TOKENS, 32, seed=4).double()
+    halves = model.prepare_conditioning([text[:, :40], text[:, 40:]])["c_crossattn"][0]
+    whole = model.prepare_conditioning(text)["c_crossattn"][0]
+    assert all(torch.equal(a, b) for one, other in zip(halves.layers, whole.layers, strict=True)
+               for a, b in zip(one, other, strict=True))
+    monkeypatch.setattr(model.model, "conditioning_key", "hybrid")
+    assert model.prepare_conditioning({"c_crossattn": [text], "c_concat": [text]}) is None
+
+
+def test_prompts_are_encoded_once_and_by_themselves(small_world: SmallWorld, small_run: Run) -> None:
+    generator = Generator(*small_world.build())
+    texts: list[list[str]] = []
+    generator.model.cond_stage_model.register_forward_pre_hook(lambda module, args: texts.append(list(args[0])))
+    settings = small_world.sample_config("n_samples=3", "dci.agg_lambda=[0.5,1.0]")
+    generator.load(load_concept(small_run.concept))
+    list(generator.generate(["a {}"], settings))
+    assert texts == [[""], ["a <new1> <new2> cat"], ["a dog"]]
+    generator.load(None)                                     # without the concept its words mean nothing
+    list(generator.generate(["a dog"], settings))
+    assert texts[3:] == [[""], ["a dog"]]
+
+
+# Formats.
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_memory_formats_agree_and_stay(embedded: LatentDiffusion, layout) -> None:
+    model, text = embedded, embedded.get_learned_conditioning(["a cat", "a red ball"])
+    x, t, picture = drawn(2, 4, 16, 16, seed=3), torch.tensor([10, 900]), drawn(1, 3, 64, 64, seed=5)
+    expected = [model.apply_model(x, t, text), model.decode_first_stage(x), model.encode_first_stage(picture).mean]
+    for part in (model.model, model.first_stage_model):
+        part.to(memory_format=layout)
+    made: list[Tensor] = []
+    model.model.diffusion_model.output_blocks[-1].register_forward_hook(lambda *args: made.append(args[-1]))
+    found = [model.apply_model(x.to(memory_format=layout), t, text), model.decode_first_stage(x),
+             model.encode_first_stage(picture).mean]
+    assert all(relative(one, other) < 1e-5 for one, other in zip(found, expected, strict=True))
+    assert made[0].is_contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def test_half_precision_is_near_and_comes_out_in_float32(embedded: LatentDiffusion) -> None:
+    """bf16 has 8 bits: one part in 256, which the layers add up to a few hundredths of the values' spread."""
+    model, text = embedded, embedded.get_learned_conditioning(["a cat", "a red ball"])
+    x, t = drawn(2, 4, 16, 16, seed=3), torch.tensor([500])
+    expected = [model.apply_model(x, t, text), model.decode_first_stage(x)]
+    set_format(model, torch.bfloat16)
+    assert model.model.diffusion_model.dtype == model.first_stage_model.format == torch.bfloat16
+    found = [model.apply_model(x, t, text), model.decode_first_stage(x)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and 1e-4 < (one - other).std() / other.std() < 0.05
+
+
+@pytest.mark.parametrize(("name", "there", "message"), [
+    ("half", True, "precision 'half' is unknown; use one of full, bf16, fp16, autocast"),
+    ("fp16", True, "fp16 has no use on a CPU"), ("bf16", False, "no bf16 arithmetic; computing in full precision")])
+def test_precision_that_cannot_be(monkeypatch, name: str, there: bool, message: str) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: there)
+    if there:
+        with pytest.raises(UserError, match=message):
+            supported_precision(name, torch.device("cpu"))
+    else:
+        with pytest.warns(UserWarning, match=message):
+            assert supported_precision(name, torch.device("cpu")) == "full"
+
+
+def test_weights_in_half_do_not_draw_in_full(small_world: SmallWorld, monkeypatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    generator = Generator(*small_world.build(), precision="bf16")
+    row = Row("a cat", 5, None)
+    assert generator.latents([row], small_world.sample_config("precision=bf16")).isfinite().all()
+    with pytest.raises(UserError, match="these weights are in bf16 and cannot draw in precision full"):
+        generator.latents([row], small_world.sample_config())
+
+
+# Decoding.
+
+def test_decoding_in_parts_changes_nothing(model: LatentDiffusion) -> None:
+    latents = drawn(3, 4, 8, 8, seed=6)
+    picture = 8 * 8 * 32 * 32 * 8                    # copies of 8 channels of 32 x 32 float64
+    sizes = [decode_at_once(model, latents, memory) for memory in (None, 1, 4 * picture, 100 * picture)]
+    assert sizes == [3, 1, 2, 3]
+    whole = decode(model, latents, memory=100 * picture)
+    assert relative(decode(model, latents, memory=1), whole) < 1e-5
+    assert torch.equal(whole, model.decode_first_stage(latents))
+
+
+def test_a_decoder_that_overflows_is_asked_again_in_float32(small_world: SmallWorld, monkeypatch) -> None:
+    model, latents = small_world.build()[0], drawn(1, 4, 8, 8, seed=6)
+    set_format(model, torch.bfloat16)
+    original, formats = model.decode_first_stage, []
+
+    def overflows(z: Tensor) -> Tensor:
+        formats.append(model.first_stage_model.format)
+        return original(z) / (formats[-1] == torch.float32)      # as an overflow would end
+
+    monkeypatch.setattr(model, "decode_first_stage", overflows)
+    assert decode(model, latents).isfinite().all() and formats == [torch.bfloat16, torch.float32]
+    assert decode(model, latents).isfinite().all() and formats[2:] == [torch.float32]     # it stays so
+    monkeypatch.setattr(model, "decode_first_stage", lambda z: z / 0)
+    with pytest.raises(UserError, match="decoder produced values that are not finite"):
+        decode(model, latents)
+    with pytest.raises(UserError, match="network produced values that are not finite"):
+        decode(model, latents / 0)
+
+
+# Compilation.
+
+@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not run on this Python")
+def test_two_graphs_for_all_strengths_steps_and_prompts(small_world: SmallWorld, small_run: Run) -> None:
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter, plain = CompileCounter(), Generator(*small_world.build())
+    compiled = Generator(*small_world.build())
+    compile_network(compiled.model, backend=counter)
+    drawn: dict[Row, Tensor] = {}
+    for generator in (plain, compiled):
+        generator.load(load_concept(small_run.concept))
+        for strength, steps, prompt in ((0.5, 4, "a {}"), (-1.0, 6, "a {} in the snow"), (2.0, 4, "{} on the beach")):
+            row = Row(prompt, 5, strength)
+            latents = generator.latents([row], small_world.sample_config(f"steps={steps}"))
+            if generator is plain:
+                drawn[row] = latents
+            else:
+                assert relative(latents, drawn[row]) < 1e-4      # the small world's, see `model`
+                assert counter.frame_count == 2                  # with DBIM and without, from the first run on
+    assert len(compiled.masks(Row("a {}", 5, 0.5), small_world.sample_config())) == 20
+    assert counter.frame_count == 2
+    assert {key for key in compiled.model.state_dict()} == {key for key in plain.model.state_dict()}
+
+
+def test_compiling_without_a_compiler_is_refused(model: LatentDiffusion, monkeypatch) -> None:
+    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        compile_network(model)

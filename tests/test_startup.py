@@ -1,0 +1,112 @@
+"""Tests of start-up and conversion: weights mapped from their file, in memory once, and files rewritten."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SmallWorld, small_model_config
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm.benchmarks.contestants import random_state
+from ldm.benchmarks.rows import START
+from ldm.checkpoint import SCHEDULE_BUFFERS, load_state, save_safetensors
+from ldm.convert.single_file import convert
+from ldm.pipeline import build_model
+from ldm.util import UserError, instantiate_from_config
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
+def test_a_mapped_model_is_the_loaded_one_and_may_change(small_world: SmallWorld, tmp_path: Path, kind: str) -> None:
+    state = load_state(small_world.checkpoint)
+    path = small_world.checkpoint
+    if kind == ".ckpt":
+        path = tmp_path / "model.ckpt"
+        torch.save({"state_dict": state}, path)
+    before = path.read_bytes()
+    config = small_world.sample_config(f"base.ckpt={path}")
+    model, identity = build_model(config.model, config.base)
+    loaded = instantiate_from_config(config.model)
+    loaded.load_state_dict(state)
+    expected = loaded.state_dict()
+    assert model.state_dict().keys() == expected.keys() and identity["hash"] == small_world.build()[1]["hash"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]) and value.device.type == "cpu"
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()                                    # the mapping is private: the file stays
+    assert path.read_bytes() == before
+    assert all(not value.requires_grad for value in model.parameters())
+
+
+def test_a_half_file_becomes_a_full_model(small_world: SmallWorld, tmp_path: Path) -> None:
+    written = convert(small_world.checkpoint, tmp_path / "half.safetensors", half=True)
+    config = small_world.sample_config(f"base.ckpt={written.path}")
+    model, identity = build_model(config.model, config.base)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert identity["hash"] == small_world.build()[1]["hash"]       # it counts values in half precision
+    assert written.bytes < 0.6 * small_world.checkpoint.stat().st_size
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
+def test_loading_needs_the_file_once(tmp_path: Path, kind: str) -> None:
+    """Read to the last byte in a process of its own: peak resident memory beyond the imports'."""
+    config = small_model_config()
+    config.model.params.unet_config.params.update(model_channels=160, num_head_channels=32, context_dim=32)
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model)
+    state = {**random_state(model), **{name: getattr(model, name) for name in SCHEDULE_BUFFERS}}
+    path = tmp_path / f"model{kind}"
+    save_safetensors(path, state) if kind == ".safetensors" else torch.save({"state_dict": state}, path)
+    OmegaConf.save(config.model, tmp_path / "model.yaml")
+    size = path.stat().st_size
+    assert size > 80e6
+    done = subprocess.run([sys.executable, "-c", START, tmp_path / "model.yaml", path], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    memory = json.loads(done.stdout.splitlines()[-1])[2]
+    assert memory < 1.3 * size
+
+
+# Conversion.
+
+def test_conversion_drops_averages_and_training_state(small_world: SmallWorld, tmp_path: Path) -> None:
+    state = load_state(small_world.checkpoint)
+    extras = {"model_ema.decay": torch.tensor(0.9), "model_ema.diffusion_modelout2weight": torch.ones(4)}
+    torch.save({"state_dict": state | extras, "optimizer_states": [1, 2]}, tmp_path / "full.ckpt")
+    written = convert(tmp_path / "full.ckpt", tmp_path / "plain.safetensors")
+    assert (written.tensors, written.left_out) == (len(state), 2)
+    found = load_state(written.path)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_half_conversion_keeps_the_schedule_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    weights: dict[str, Tensor] = {"a": torch.tensor([0.1, 6e4]), "betas": torch.tensor([0.1]), "n": torch.tensor(7)}
+    torch.save(weights, tmp_path / "a.ckpt")
+    found = load_state(convert(tmp_path / "a.ckpt", tmp_path / "a.safetensors", half=True).path)
+    assert {name: value.dtype for name, value in found.items()} == {
+        "a": torch.float16, "betas": torch.float32, "n": torch.int64}
+    torch.save({"big": torch.tensor([1.0, 7e4])}, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match="'big' has values that float16 cannot hold"):
+        convert(tmp_path / "b.ckpt", tmp_path / "b.safetensors", half=True)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_entries_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    one = torch.arange(4.0)
+    torch.save({"a": one, "b": one}, tmp_path / "tied.ckpt")
+    found = load_state(convert(tmp_path / "tied.ckpt", tmp_path / "tied.safetensors").path)
+    assert torch.equal(found["a"], one) and torch.equal(found["b"], one)
+
+
+def test_the_script_converts_and_refuses(small_world: SmallWorld, tmp_path: Path, call_script) -> None:
+    target = tmp_path / "small.safetensors"
+    done = call_script("convert", small_world.checkpoint, "--half", "-o", target)
+    assert done.status == 0 and f"{target}: " in done.out and target.exists()
+    assert "exists already" in call_script("convert", small_world.checkpoint, "-o", target).error
+    assert "does not exist" in call_script("convert", tmp_path / "none.ckpt").error
+    assert "must end in .safetensors" in call_script("convert", target, "-o", tmp_path / "x.ckpt").error
+    assert "unrecognized arguments" in call_script("convert", target, "--quarter").error
