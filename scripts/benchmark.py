@@ -44,7 +44,7 @@ def check(options, rows: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    options = parser().parse_args([item.replace("--ours-only", "--ours_only") for item in arguments])
+    options = parser().parse_command(arguments)
     import torch
 
     from ldm.benchmarks.measure import save, table
