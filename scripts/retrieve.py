@@ -42,7 +42,6 @@ def command_parser(command: str) -> cli.Parser:
         parser.add_argument("source", help="folder of pictures (captions beside them are kept), or list of addresses")
         parser.add_argument("--out", type=Path, default=Path("outputs/index"), help="folder of the index")
         parser.add_argument("--clip", required=True, help="CLIP to see with: ViT-B/32, or open_clip:NAME/FILE")
-        parser.add_argument("--memory", default="2G", help="what the index may take")
         add_download_options(parser)
         return parser
     parser = cli.Parser("Serves an index on this machine alone.", False, "retrieve.py serve")
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--workers and --max_megabytes must be positive.")
     downloader = download.Downloader(int(options.max_megabytes * 1e6), allow_private=options.allow_private)
     if command == "index":
-        built = clip_index.build_index(options.source, options.out, options.clip, downloader, options.memory)
+        built = clip_index.build_index(options.source, options.out, options.clip, downloader)
         for line in built.skipped:
             print(f"skipped {line}")
         print(f"index: {built.pictures} pictures in {built.folder}")

@@ -74,10 +74,10 @@ def test_captions_are_compared_by_the_local_clip(served: IndexServer, clip: str,
                           "--deduplicate", "false", "--index", "mine", "--clip", clip)
     assert outcome.status == 0, outcome.err
     captions = read_regularization(tmp_path / "set", "red").captions
-    assert len(captions) == 9 and all(" red " in caption for caption in captions)
+    assert len(captions) == 9 and all("red" in caption.split() for caption in captions)
     assert "has a caption unlike" in outcome.out
     same, other = clip_index.text_similarities(clip, "a photo of a red", ["one red thing", "one blue thing"])
-    assert same > 0.95 and other < 0.5
+    assert same > 0.95 and other < 0.7
 
 
 def test_an_index_of_addresses(clip: str, tmp_path: Path) -> None:

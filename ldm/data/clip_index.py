@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ldm.checkpoint import write_atomically
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable, decode, read_lines
@@ -124,7 +126,7 @@ def text_similarities(clip: str, target: str, texts: Sequence[str]) -> list[floa
 
 
 def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloader | None = None,
-                memory: str = "2G", say: Callable[[str], None] = print) -> Built:
+                say: Callable[[str], None] = print) -> Built:
     """Builds a clip-retrieval index that `IndexServer` serves; stopped at any moment, it goes on where it was.
 
     Args:
@@ -132,7 +134,6 @@ def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloa
             with a caption after a tab if there is one.
         folder: gets pictures/ (copies, small enough to serve), metadata/, image.index and index.json.
         clip: a CLIP as clip-retrieval names it: "ViT-B/32", or "open_clip:NAME/FILE" for a local file.
-        memory: what the index may take, as autofaiss writes it.
 
     Raises:
         UserError: there is no picture, the CLIP cannot be loaded, the folder holds another index, the disk refuses.
@@ -148,7 +149,7 @@ def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloa
     say(f"embedding {len(rows)} pictures with {clip.partition('/')[0]}")
     _embed(folder, clip)
     _write_metadata(folder, rows)
-    _build_faiss(folder, memory)
+    _build_faiss(folder)
     shutil.rmtree(folder / "embeddings")
     content = json.dumps({"name": folder.name, "clip": clip, "pictures": len(rows)}, indent=1)
     write_atomically(folder / DESCRIPTION, lambda part: part.write_text(content + "\n", encoding="utf-8"))
@@ -210,14 +211,14 @@ def _write_metadata(folder: Path, rows: dict[str, tuple[str, str]]) -> None:
     write_atomically(folder / "metadata" / "metadata_0.parquet", table.to_parquet)
 
 
-def _build_faiss(folder: Path, memory: str) -> None:
-    """Builds image.index of the vectors, with what clip-retrieval calls autofaiss with."""
-    from autofaiss import build_index as build
-    with _quiet():
-        write_atomically(folder / "image.index", lambda part: build(
-            embeddings=str(folder / "embeddings" / "img_emb"), index_path=str(part), save_on_disk=True,
-            index_infos_path=str(folder / "embeddings" / "infos.json"), max_index_memory_usage=memory,
-            current_memory_available="4G", verbose=30))
+def _build_faiss(folder: Path) -> None:
+    """Builds image.index, exact over unit vectors (N, D); clip-retrieval's own builder forks and may never return."""
+    import faiss
+    (source,) = (folder / "embeddings" / "img_emb").glob("*.npy")
+    vectors = np.load(source).astype(np.float32)                                                     # (N, D)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    write_atomically(folder / "image.index", lambda part: faiss.write_index(index, str(part)))
 
 
 class _MovableMetadata:
