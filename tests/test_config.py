@@ -36,7 +36,7 @@ def names(paths: list[Path]) -> set[str]:
 @pytest.mark.parametrize(("text", "message"), [
     ("methd: {}", "unknown key 'methd'; did you mean 'method'?"),
     ("method: {stepz: 3}", "unknown key 'method.stepz'; did you mean 'method.steps'?"),
-    ("method: {lr: 3}", "unknown key 'method.lr'; the main keys are model, base, method, concepts, trainer"),
+    ("method: {lr: 3}", "unknown key 'method.lr'; the main keys are model, base, method, concepts, data, trainer"),
     ("trainer: {save_evry: 3}", "did you mean 'trainer.save_every'?"),
     ("steps: 3", "unknown key 'steps'; did you mean"),
     ("concepts: [{name: a, image: b}]", "unknown key 'concepts.0.image'; did you mean 'concepts.0.images'?"),
