@@ -39,7 +39,7 @@ class Sweep:
         self.config, self.outdir, self.scorer = config, outdir, scorer
         self.subjects = {subject.name: subject for subject in subjects(config)}
         self._references: dict[str, dict[str, Tensor]] = {}
-        self._settings: dict[Job, Any] = {}                # merging configurations takes a while, and jobs are asked often
+        self._settings: dict[Job, Any] = {}     # merging takes a while, and every path asks
         self._keys: dict[Job, str] = {}
         self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
 
