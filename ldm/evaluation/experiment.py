@@ -208,7 +208,7 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
     numbers: dict[int, list[np.ndarray]] = {}
     for index, (name, subject) in enumerate(sweep.subjects.items()):
         job = Job(name, point.method, point.step, point.strength, point.settings)
-        generator, settings = sweep.ready(job, jobs), job.sampling(sweep.config)
+        generator, settings = sweep.ready(job, jobs), sweep.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
         record = generator.masks(Row(prompt, sweep.config.first_seed, point.strength), settings)
         if not record:

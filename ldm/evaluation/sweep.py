@@ -39,6 +39,8 @@ class Sweep:
         self.config, self.outdir, self.scorer = config, outdir, scorer
         self.subjects = {subject.name: subject for subject in subjects(config)}
         self._references: dict[str, dict[str, Tensor]] = {}
+        self._settings: dict[Job, Any] = {}     # merging takes a while, and every path asks
+        self._keys: dict[Job, str] = {}
         self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
 
     @cached_property
@@ -57,7 +59,7 @@ class Sweep:
             if method != BASE and method not in self.config.methods:
                 raise UserError(f"method '{method}' is unknown; methods: {', '.join(self.config.methods)}.")
         for point in dict.fromkeys(job.point for job in jobs):
-            check_settings(point.sampling(self.config))
+            check_settings(self.settings(point))
             if point.method != BASE:
                 next(iter(self.subjects.values())).training(self.config, point.method)
         for subject in self.subjects.values():
@@ -95,10 +97,21 @@ class Sweep:
         """Returns the time that these jobs took when they were carried out."""
         return sum(json.loads(self.path(job).read_text("utf-8"))["seconds"] for job in dict.fromkeys(jobs))
 
+    def settings(self, job: Job) -> Any:
+        """Returns a job's sampling configuration."""
+        if job.point not in self._settings:
+            self._settings[job.point] = job.sampling(self.config)
+        return self._settings[job.point]
+
     def key(self, job: Job) -> str:
         """Names a job's pictures by everything that decides them."""
+        if job not in self._keys:
+            self._keys[job] = self._make_key(job)
+        return self._keys[job]
+
+    def _make_key(self, job: Job) -> str:
         subject = self.subjects[job.concept]
-        sampling = OmegaConf.to_container(job.sampling(self.config))
+        sampling = OmegaConf.to_container(self.settings(job))
         sampling = {name: value for name, value in sampling.items() if name not in VOLATILE}
         content = [describe(job), job.prompts(subject), sampling, self.training_key(job), self.generator.identity]
         strength = "" if job.strength is None else f"-lambda{job.strength:g}"
@@ -124,7 +137,7 @@ class Sweep:
 
     def work(self, job: Job) -> int:
         """U-Net rows of a job's pictures: guided ones have two a step, joint steps four (three where shared)."""
-        settings = job.sampling(self.config)
+        settings = self.settings(job)
         joint = 0.0 if job.strength is None or settings.dci.match_cost else settings.dci.agg_time
         rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
         return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
@@ -177,7 +190,7 @@ class Sweep:
             generator = self.ready(job, jobs)
             texts = job.prompts(subject)
             places = iter([(index, sample) for index in missing for sample in range(config.seeds)])
-            for drawn in generator.generate([texts[index] for index in missing], job.sampling(config)):
+            for drawn in generator.generate([texts[index] for index in missing], self.settings(job)):
                 index, sample = next(places)
                 save_png(drawn.image, paths[index][sample], drawn.settings)
                 if bar is not None:
