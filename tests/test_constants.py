@@ -31,7 +31,10 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 def test_kept_constants_give_the_same_loss_and_gradients(small_world: SmallWorld) -> None:
-    module, kept = (make_module(small_world).double() for _ in range(2))     # for the reason of test_speed's `model`
+    module, kept = make_module(small_world), make_module(small_world)
+    for model in (module.model, kept.model):           # networks in float64, for the reason of test_speed's `model`
+        for part in (model.model, model.cond_stage_model, model.first_stage_model):
+            part.double()
     plan = make_plan(small_world, module, batch_size=2)
     kept.keep_constants(plan, decoder=False)
     encoded: list[int] = []
