@@ -22,7 +22,7 @@ if [[ -n "$CKPT" ]]; then
     arguments+=(-b configs/model/sd-v1.yaml configs/method/ico.yaml "${METHOD:-configs/method/ico_for_dci.yaml}")
     arguments+=(--ckpt "$CKPT")
 elif [[ -n "$METHOD" ]]; then
-    arguments+=(-b configs/model/tiny.yaml "$METHOD" configs/method/tiny.yaml configs/concept/quartered_fish.yaml)
+    arguments+=(-b configs/model/tiny.yaml "$METHOD" configs/method/tiny.yaml configs/concept/dotted_backpack.yaml)
 fi
 [[ -n "$DATAPATH" ]] && arguments+=(--datapath "$DATAPATH")
 [[ -n "$CLASS_NOUN" ]] && arguments+=(--class_noun "$CLASS_NOUN")

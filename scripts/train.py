@@ -12,7 +12,7 @@ from ldm.familiar import caption_to_method, listed_concepts
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
-            "configs/concept/quartered_fish.yaml")
+            "configs/concept/dotted_backpack.yaml")
 
 
 def parser() -> cli.Parser:

@@ -131,7 +131,8 @@ def test_the_shipped_files_are_the_known_ones() -> None:
     """A new folder or file needs a line in the tests below."""
     assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 6 and names(SAMPLES) == {"paper", "tiny"}
     assert names(METHODS) == {"custom_diffusion", "ico", "ico_for_dci", "tiny"}
-    assert {path.name for path in CONFIGS.iterdir()} == {"concept", "method", "model", "prompts", "sample", "trainer"}
+    assert {path.name for path in CONFIGS.iterdir()} == {
+        "concept", "method", "model", "prompts", "sample", "sweep", "trainer"}
     assert {path.suffix for path in CONFIGS.rglob("*") if path.is_file()} == {".yaml", ".txt"}
 
 

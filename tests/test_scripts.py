@@ -134,7 +134,7 @@ def test_familiar_training_flags(call_script: Call) -> None:
 def test_untouched_training_is_the_embedded_example(call_script: Call) -> None:
     config = train_settings(call_script)
     assert config.base.ckpt is None and len(config.method.words) == 3
-    assert config.concepts[0].name == "quartered_fish"
+    assert config.concepts[0].name == "dotted_backpack"
     assert train_settings(call_script, "--class_noun", "dog").concepts[0].images == config.concepts[0].images
     assert train_settings(call_script, "--gpus", "0,").trainer.devices == 1
     assert all(train_settings(call_script, "--gpus", text).trainer.devices == 3 for text in ("0,1,2", "3"))
