@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
     if options.inspect:
-        from ldm.inspecting import inspect_run
+        from ldm.inspection import inspect_run
         return inspect_run(config, options.inspect)
     from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder)

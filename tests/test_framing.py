@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.customization.finetune import masked_mean
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import Framing, decode, load_framed, open_image, square
-from ldm.data.inspection import inspect_sets
+from ldm.inspection import inspect_sets
 from ldm.util import UserError
 
 
