@@ -68,7 +68,9 @@ def test_loading_needs_the_file_once(tmp_path: Path, kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", START, tmp_path / "model.yaml", path], cwd=ROOT, text=True,
                           capture_output=True, check=True)
     memory = json.loads(done.stdout.splitlines()[-1])[2]
-    assert memory < 1.3 * size
+    if memory is None:
+        pytest.skip("this system does not tell")
+    assert 0.8 * size < memory < 1.3 * size
 
 
 # Conversion.

@@ -289,16 +289,20 @@ def _their_step(bench: Bench, batch: object, mixed: torch.dtype | None) -> Calla
 
 
 START = """
-import json, resource, sys, time
+import json, sys, time
 start = time.perf_counter()
+import torch
 from omegaconf import OmegaConf
 from ldm.config import BaseConfig
 from ldm.pipeline import build_model
-imported, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+imported = time.perf_counter()
+from ldm.benchmarks.measure import Peak
+peak = Peak(torch.device("cpu"))
+peak.start()                                                  # the imports' own peak may be higher, and is forgotten
+begun = time.perf_counter()
 model, _ = build_model(OmegaConf.load(sys.argv[1]), BaseConfig(ckpt=sys.argv[2]))
 sum(float(value.sum()) for value in model.parameters())       # every page is read, as a first picture would
-done, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([imported - start, done - imported, (after - before) * 1024]))
+print(json.dumps([imported - start, time.perf_counter() - begun, peak.stop()]))
 """
 
 
@@ -317,7 +321,8 @@ def startup_rows(bench: Bench) -> Iterator[Finding]:
             importing, loading, memory = json.loads(done.stdout.splitlines()[-1])
             size = path.stat().st_size
             yield Finding("start-up", f"import (before {kind})", importing)
-            yield Finding("start-up", f"load {kind}", loading, memory, note=f"{memory / size:.2f} x the file")
+            note = "" if memory is None else f"{memory / size:.2f} x the file"
+            yield Finding("start-up", f"load {kind}", loading, memory, note=note)
 
 
 def file_rows(bench: Bench) -> Iterator[Finding]:
