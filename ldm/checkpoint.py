@@ -184,6 +184,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
     if assign:
         formats = {key: value.dtype for key, value in model.state_dict().items()}
         weights = {key: value.to(formats[key]) for key, value in weights.items()}
+    # Nothing passes unseen: the check above was strict. Only the schedule and what `accepted` names stay the model's.
     model.load_state_dict(weights, strict=False, assign=assign)
 
 
