@@ -60,12 +60,48 @@ def test_every_row_is_measured(bench: Bench) -> None:
     found += rows.training_rows(bench, batch_sizes=(1,))
     assert {*ROWS} == {"unet", "run", "vae", "file", "training", "startup"}
     works = {finding.row for finding in found}
-    assert works == {"U-Net, 2 rows", "U-Net, 3 rows", "DBIM in 3 rows", "guided step", "guided run, S=10",
+    assert works == {"U-Net, 2 rows", "U-Net, 3 rows", "DBIM in 3 rows", "guided step, 2 rows", "guided step, 3 rows",
+                     "guided run, S=10, plain guidance", "guided run, S=10, DCI shared, agg_time 0.3",
                      "VAE decode", "VAE encode", "concept file", "training step, 1+1 images"}
     by_name = {(finding.row, finding.contestant): finding.seconds for finding in found}
-    assert by_name["guided run, S=10", "ours, DCI shared, agg_time 0.3"] == pytest.approx(
-        3 * by_name["guided step", "ours, 3 rows"] + 7 * by_name["guided step", "ours, 2 rows"])
+    for name in ("ours", "release's cost model"):
+        assert by_name["guided run, S=10, DCI shared, agg_time 0.3", name] == pytest.approx(
+            3 * by_name["guided step, 3 rows", name] + 7 * by_name["guided step, 2 rows", name])
     assert all(finding.seconds is None or finding.seconds > 0 for finding in found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_way_to_step_predicts_the_same(bench: Bench, joint: bool) -> None:
+    """What each saving leaves out is only work; the release's way differs in rounding alone."""
+    bench.model.double()
+    try:
+        ways = [rows.Preparing(bench.model), rows.Preparing(bench.model, times=True),
+                rows.Preparing(bench.model, times=True, text=True), bench.model]
+        first, *others = [rows.guided(bench, model, joint)() for model in ways]
+        with rows.as_the_release(CPU, torch.float32):
+            others.append(rows.guided(bench, ways[0], joint)())
+    finally:
+        bench.model.float()
+    assert all(torch.allclose(first, other, rtol=1e-5, atol=1e-5) for other in others) and first.std() > 1e-3
+
+
+def test_a_saving_left_out_is_done_in_full(bench: Bench, monkeypatch) -> None:
+    """The network sees as many rows at its first convolution, and projects text as often, as the name says."""
+    unet, seen = bench.model.model.diffusion_model, []
+    handle = unet.input_blocks[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    projections = []
+    layer = unet._cross_attention()[0]
+    inner = layer.to_k.register_forward_pre_hook(lambda module, args: projections.append(1))
+    counts = {}
+    for name, model in {"nothing": rows.Preparing(bench.model), "text": rows.Preparing(bench.model, text=True),
+                        "all": bench.model}.items():
+        run = rows.guided(bench, model, joint=True)
+        seen.clear(), projections.clear()
+        run(), run()
+        counts[name] = (seen[0], len(projections))
+    handle.remove(), inner.remove()
+    assert counts == {"nothing": (3, 2), "text": (3, 0), "all": (2, 0)}
 
 
 def test_the_memory_a_comparison_needs() -> None:

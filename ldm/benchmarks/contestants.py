@@ -1,11 +1,13 @@
-"""Builds what is compared, on the same random weights: our model, and diffusers' networks as its users run them."""
+"""Builds what is compared, on the same random weights: our model, diffusers' networks, the release's way to compute."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -46,6 +48,57 @@ def _one_group_count(module: nn.Module, width: int) -> None:
     for part in module.modules():
         if isinstance(part, nn.GroupNorm) and width < WIDE:
             part.num_groups = width // 8
+
+
+class Preparing:
+    """Our model with only some of what it prepares for a run, so that each saving's gain shows.
+
+    Args:
+        model: ours.
+        times: the run's time steps are embedded at once.
+        text: the text is projected once.
+        rows: rows of the same latents part only at the first cross-attention; needs `text`.
+    """
+
+    def __init__(self, model: LatentDiffusion, times: bool = False, text: bool = False, rows: bool = False):
+        self.model, self.num_timesteps, self.rows = model, model.num_timesteps, rows
+        self._latents: tuple[int, ...] = ()
+        if times:
+            self.prepare_steps = model.prepare_steps
+        if text:
+            self.prepare_conditioning = self._prepare
+
+    def _prepare(self, cond: Any, latents: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+        self._latents = () if self.rows else latents
+        return self.model.prepare_conditioning(cond, latents if self.rows else ())
+
+    def apply_model(self, x: Tensor, t: Any, cond: Any) -> Tensor:
+        """Predicts noise; latents that rows share are repeated here where the network is not to."""
+        if self._latents:
+            blocks = x.chunk(max(self._latents) + 1)
+            x = torch.cat([blocks[index] for index in self._latents])
+            t = t[:1] if isinstance(t, Tensor) else t               # one for all rows
+        return self.model.apply_model(x, t, cond)
+
+
+def _spelled_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Attention (B, H, N, d) whose probabilities are formed for every row; no mask is expected."""
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
+@contextmanager
+def as_the_release(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Computes at the release's cost: attention spelled out, and autocast in place of half precision.
+
+    The release's weights stay in float32 under autocast; here they are in half already, so its casts cost nothing.
+    """
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _spelled_out
+    try:
+        with torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+            yield
+    finally:
+        F.scaled_dot_product_attention = fused
 
 
 def theirs(model: LatentDiffusion, model_node: DictConfig) -> tuple[nn.Module, nn.Module]:

@@ -6,15 +6,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ldm.benchmarks.contestants import build_random, theirs
+from ldm.benchmarks.contestants import Preparing, as_the_release, build_random, theirs
 from ldm.benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors, write_atomically
 from ldm.compute import FORMATS, compile_network, set_format
@@ -103,13 +105,6 @@ def _eager(run: Callable[[], object]) -> Callable[[], object]:
     return eagerly
 
 
-class Plain:
-    """Our model without what it prepares for a run: every row and every step in full."""
-
-    def __init__(self, model: LatentDiffusion):
-        self.apply_model, self.num_timesteps = model.apply_model, model.num_timesteps
-
-
 def control_of(bench: Bench, layout: BranchLayout) -> DBIMControl:
     """Makes DBIM's control for one prompt of eight tokens and one of seven."""
     def mask(*positions: int) -> Tensor:
@@ -121,7 +116,7 @@ def control_of(bench: Bench, layout: BranchLayout) -> DBIMControl:
                        torch.tensor(0.5, device=bench.device), layout, bench.model.image_size**2)
 
 
-def guided(bench: Bench, model: object, joint: bool) -> Callable[[], Tensor]:
+def guided(bench: Bench, model: Any, joint: bool) -> Callable[[], Tensor]:
     """Returns one guided prediction of a run: 3 rows with DBIM and shared guidance, or 2 rows."""
     concept, unconditional, auxiliary = bench.text(3).split(1)
     if joint:
@@ -176,25 +171,37 @@ def dbim_rows(bench: Bench) -> Iterator[Finding]:
 
 
 def run_rows(bench: Bench) -> Iterator[Finding]:
-    """A whole guided run, extrapolated from the times of its two kinds of steps."""
-    best = partial(set_format, bench.model)
-    kinds = {(prepared, joint): Contestant(guided(bench, model, joint), best)
-             for prepared, model in ((True, bench.model), (False, Plain(bench.model))) for joint in (True, False)}
-    names = {key: f"{'ours' if key[0] else 'ours, nothing prepared'}, {3 if key[1] else 2} rows" for key in kinds}
-    contestants = {names[key]: contestant for key, contestant in kinds.items()}
+    """A whole guided run, extrapolated from the times of its two kinds of steps, our savings added one by one."""
+    best, release = partial(set_format, bench.model), partial(as_the_release, bench.device, bench.dtype)
+    ways = {"release's cost model": (Preparing(bench.model), release),
+            "ours, nothing prepared": (Preparing(bench.model), nullcontext),
+            "ours, times embedded": (Preparing(bench.model, times=True), nullcontext),
+            "ours, and text projected": (Preparing(bench.model, times=True, text=True), nullcontext),
+            "ours": (bench.model, nullcontext)}
     if bench.compiled:
-        contestants |= {f"ours, compiled, {3 if joint else 2} rows": Contestant(guided(bench, bench.model, joint), best)
-                        for joint in (True, False)}
-    found = {finding.contestant: finding for finding in bench.time("guided step", contestants)}
-    yield from found.values()
+        ways["ours, compiled"] = (bench.model, nullcontext)
+    found = {}
+    for rows in (2, 3):
+        contestants = {name: Contestant(_within(context, guided(bench, model, rows == 3)), best)
+                       for name, (model, context) in ways.items()}
+        for finding in bench.time(f"guided step, {rows} rows", contestants):
+            found[finding.contestant, rows] = finding.seconds
+            yield finding
     joint_steps = round(bench.steps * bench.agg_time)
-    for label in ("ours", "ours, nothing prepared", *(["ours, compiled"] if bench.compiled else [])):
-        three, two = (found[f"{label}, {rows} rows"].seconds for rows in (3, 2))
-        row = f"guided run, S={bench.steps}"
-        note = "extrapolated from steps; without decoding"
-        yield Finding(row, f"{label}, plain guidance", bench.steps * two, None, bench.repeats, note)
-        yield Finding(row, f"{label}, DCI shared, agg_time {bench.agg_time:g}",
-                      joint_steps * three + (bench.steps - joint_steps) * two, None, bench.repeats, note)
+    for kind, joint in (("plain guidance", 0), (f"DCI shared, agg_time {bench.agg_time:g}", joint_steps)):
+        for name in ways:
+            seconds = joint * found[name, 3] + (bench.steps - joint) * found[name, 2]
+            yield Finding(f"guided run, S={bench.steps}, {kind}", name, seconds, None, bench.repeats,
+                          "extrapolated from steps; without decoding")
+
+
+def _within(context: Callable[[], AbstractContextManager], run: Callable[[], object]) -> Callable[[], object]:
+    """Runs within a context."""
+    def running() -> object:
+        with context():
+            return run()
+
+    return running
 
 
 def vae_rows(bench: Bench) -> Iterator[Finding]:
@@ -222,10 +229,12 @@ def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator
     kept = Posteriors(plan(1).pictures(), plan(1).image, lambda image: module._moments(image[None])[0])
     plain_text, fixed_text = module.text, CaptionFeatures(module.text)
 
-    def settle(cache: bool, checkpointing: bool) -> None:
+    def settle(cache: bool = True, checkpointing: bool = False, light: bool = True) -> None:
         module.posteriors = kept if cache else None
         module.text = fixed_text if cache else plain_text
-        unet.set_checkpointing(checkpointing)
+        if not light:
+            unet.float()
+        module.lighten(mixed if light else None, checkpointing)
 
     for size in batch_sizes:
         batch = plan(size).rows(0)
@@ -241,9 +250,11 @@ def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator
         if bench.theirs:
             contestants["diffusers' U-Net and VAE, nothing kept"] = Contestant(_their_step(bench, batch, mixed))
         contestants |= {
-            "ours": Contestant(_eager(step), partial(settle, True, False)),
-            "ours, checkpointing": Contestant(_eager(step), partial(settle, True, True)),
-            "ours, nothing kept": Contestant(_eager(step), partial(settle, False, False))}
+            "ours": Contestant(_eager(step), settle),
+            "ours, checkpointing": Contestant(_eager(step), partial(settle, checkpointing=True)),
+            "ours, nothing kept": Contestant(_eager(step), partial(settle, cache=False))}
+        if mixed is not None:
+            contestants["ours, frozen weights in float32"] = Contestant(_eager(step), partial(settle, light=False))
         yield from interleave(f"training step, {size}+{size} images", contestants, bench.repeats, bench.device)
 
 
