@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,19 @@ def test_loss_is_equation_1(small_world: SmallWorld) -> None:
     assert len(errors) == 4 and len(set(batch.seeds)) == 4
     expected = (errors[0] + errors[1] + 0.25 * errors[2] + 0.25 * errors[3]) / 4
     assert module.training_step(batch, 0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_pixels_do_not_count_in_the_loss(small_world: SmallWorld, monkeypatch) -> None:
+    """The half of an error that the mask hides has no effect; the other half counts alone, not diluted."""
+    module = make_module(small_world)
+    batch = make_plan(small_world, module, prior_weight=None).rows(0)
+    error = torch.arange(4.0 * 8 * 8).reshape(1, 4, 8, 8)
+    monkeypatch.setattr(module.model, "p_losses", lambda *arguments: error)
+    mask = torch.ones(1, 32, 32)
+    mask[:, :, 16:] = 0.0
+    masked = module.training_step(replace(batch, masks=mask), 0)
+    assert masked.item() == pytest.approx(float(error[..., :4].mean()))
+    assert module.training_step(batch, 0).item() == pytest.approx(float(error.mean()))
 
 
 def test_prior_weight_is_the_share_of_regularisation_in_the_gradient(small_world: SmallWorld) -> None:

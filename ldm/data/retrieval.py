@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -218,8 +219,9 @@ def small_version(image: Image.Image) -> np.ndarray:
 
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
-    """Counts reasons of one kind, the commonest first, by their first four words."""
-    return dict(Counter(" ".join(reason.split()[:4]) for reason in reasons).most_common())
+    """Counts reasons of one kind, the commonest first; details in brackets and names of files make no other kind."""
+    kinds = (re.sub(r"\S+\.jpg$", "another picture", re.sub(r" \([^()]*\)$", "", reason)) for reason in reasons)
+    return dict(Counter(kinds).most_common())
 
 
 def _text(value: Any) -> str:
