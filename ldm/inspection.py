@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.checkpoint import write_atomically
-from ldm.data.images import CROPS, Framing, Unusable, check_colour, decode
+from ldm.data.images import CROPS, Framing, Unusable, check_colour, decode, has_black_bars
 from ldm.data.layouts import Captioned, captioned
 from ldm.pictures import save_png, sheet
 from ldm.util import UserError
 
 COLUMNS, PER_PAGE, CELL = 8, 48, 112
 SIDE = 512     # of SD v1, where the model's configuration does not tell
+ALARMS = ("enlarged", "would be learned too")     # how notes end that a reader should not miss
 HEADINGS = ("set", "number", "file", "fate", "original size", "what was done", "caption")
 
 
@@ -63,6 +64,8 @@ class _Reader:
             notes.append("sides cut off" if self.framing.crop == "center" else "padded")
         if min(width, height) < self.framing.size:
             notes.append(f"smaller than {self.framing.size} px: enlarged")
+        if has_black_bars(pixels):
+            notes.append("has black bars, which would be learned too")
         with self._lock:
             self.seen[path] = _Seen(pixels, mask, (width, height), tuple(notes))
         return None
@@ -88,7 +91,7 @@ def inspect_sets(sets: Sequence[tuple[str, Path]], framing: Framing, folder: Pat
         lines.append(f"{name}: {len(found.paths)} pictures used, {len(found.skipped)} files skipped ({found.layout})")
         lines += [f"{name}: skipped {item}" for item in found.skipped]
         lines += [f"{name}: warning: '{path.name}' is {size[0]} x {size[1]} px, {note}" for path in found.paths
-                  for size in [reader.seen[path].size] for note in reader.seen[path].notes if "enlarged" in note]
+                  for size in [reader.seen[path].size] for note in reader.seen[path].notes if note.endswith(ALARMS)]
         rows += _table_rows(name, found, reader)
         sheets += _draw(name, found, reader, folder, flip, len(sheets))
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in [HEADINGS, *rows])

@@ -28,7 +28,7 @@ from ldm.config import save_config
 from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import CROPS, Framing, check_colour, load_framed
+from ldm.data.images import CROPS, Framing, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
@@ -145,13 +145,17 @@ def caption_templates(found: Sequence[Captioned], schemes: Sequence[PromptScheme
 
 
 def load_references(found: Sequence[Captioned], captions: Sequence[str], how: Framing) -> CaptionedImages:
-    """Reads the reference pictures of all concepts, warning of tiny ones."""
+    """Reads the reference pictures of all concepts, warning of tiny ones and of black bars."""
     for path in (path for references in found for path in references.paths):
         with Image.open(path) as image:
             if min(image.size) < how.size:
                 print(f"warning: '{path.name}' is {image.width} x {image.height} px and is enlarged to {how.size}; a "
                       "larger photo would show more.")
     images, masks = zip(*(load_framed(references.paths, how) for references in found), strict=True)
+    barred = [path.name for references, pixels in zip(found, images, strict=True)
+              for path, one in zip(references.paths, pixels.numpy(), strict=True) if has_black_bars(one)]
+    if barred:
+        print(f"warning: {', '.join(barred)}: black bars, which would be learned too; crop them off.")
     groups = [index for index, references in enumerate(found) for _ in references.paths]
     return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
 

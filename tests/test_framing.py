@@ -150,6 +150,22 @@ def test_the_inspection_names_everything(small_world: SmallWorld, call_script: C
     assert "does not exist" in call_script("train", "--datapath", tmp_path / "no", "--inspect", out).error
 
 
+def test_black_bars_are_pointed_out(tmp_path: Path) -> None:
+    """Bars on two opposite sides, with JPEG's noise in them; a dark floor, or a photo without, is none of them."""
+    rng = np.random.default_rng(0)
+    photo = rng.integers(40, 256, (96, 96, 3), np.uint8)
+    tall, wide, floor = photo.copy(), photo.copy(), photo.copy()
+    tall[:, :9] = tall[:, -9:] = 3
+    wide[:9] = wide[-9:] = 0
+    floor[-40:] = 0
+    for name, pixels in {"tall": tall, "wide": wide, "floor": floor, "whole": photo}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.jpg", quality=95)
+    report = inspect_sets([("x", tmp_path)], Framing(64), tmp_path / "out")
+    assert [line for line in report.lines if "black bars" in line] == [
+        f"x: warning: '{name}.jpg' is 96 x 96 px, has black bars, which would be learned too"
+        for name in ("tall", "wide")]
+
+
 def test_the_sheet_shows_crop_mirror_and_mask(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()

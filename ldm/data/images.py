@@ -25,6 +25,7 @@ _MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "blac
           "I": "32-bit grey", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
 CROPS = ("center", "pad")
 WORKERS = 2     # decoding threads
+BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,13 @@ def square(image: Image.Image, size: int, crop: str = "center", fill: int | str 
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def has_black_bars(pixels: np.ndarray) -> bool:
+    """Says whether a square (S, S, 3) uint8 has black on two opposite sides, as letterboxed photos do."""
+    dark = pixels.max(axis=2) <= BLACK                                                              # (S, S)
+    depth = max(1, len(pixels) // 32)
+    return any(bool(one[:depth].all() and one[-depth:].all()) for one in (dark, dark.T))
 
 
 @dataclass(frozen=True)
