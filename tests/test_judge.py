@@ -121,28 +121,33 @@ def stage() -> ModuleType:
     return module
 
 
-def test_targets_count_colours_only_where_they_cover_the_thing(stage: ModuleType) -> None:
-    def truth(colours: list[str], pattern: str | None) -> dict:
-        return {"noun": "fish", "scene": "beach", "style": "photo", "colours": colours, "pattern": pattern}
+def test_targets_count_what_can_be_seen(stage: ModuleType) -> None:
+    """Colours where they cover the thing, in styles that have colours; of two nouns side by side either."""
+    def truth(colours: list[str], pattern: str | None, style: str = "photo", second: str | None = None) -> dict:
+        return {"noun": "fish", "scene": "beach", "style": style, "colours": colours, "pattern": pattern,
+                "second": second}
 
     found = stage.targets([truth(["blue"], None), truth(["red", "blue"], "striped"), truth(["red"], "striped"),
-                           truth([], None)], LABELS)
-    assert found["noun"].tolist() == [1, 1, 1, 1] and found["scene"].tolist() == [1, 1, 1, 1]
-    assert found["colour"].tolist() == [[2, 2], [0, 2], [-1, -1], [-1, -1]]
+                           truth([], None), truth(["blue"], None, "pencil sketch"), truth([], None, second="cat"),
+                           truth([], None, second="top hat")],
+                          {**LABELS, "style": ("photo", "pencil sketch")})
+    assert found["noun"].tolist() == [[1, 1]] * 5 + [[1, 0], [1, 1]] and found["scene"].tolist() == [1] * 7
+    assert found["colour"].tolist() == [[2, 2], [0, 2]] + [[-1, -1]] * 5
 
 
-def test_colour_loss_by_hand(stage: ModuleType) -> None:
+def test_shared_loss_by_hand(stage: ModuleType) -> None:
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
-    colours = torch.tensor([[0, 0], [0, 1], [-1, -1]])
-    expected = -(torch.tensor(0.5).log() + 0.5 * torch.tensor(0.25).log() + 0.5 * torch.tensor(0.5).log()) / 2
-    assert stage.colour_loss(logits, colours).item() == pytest.approx(expected.item())
-    assert stage.colour_loss(logits, torch.full((3, 2), -1)).item() == 0
+    answers = torch.tensor([[0, 0], [0, 1], [-1, -1]])
+    likelihoods = torch.tensor([[0.98, 0.0, 0.0], [0.49, 0.49, 0.0]]) + 0.02 / 3          # smoothed
+    expected = -(likelihoods * logits[:2]).sum() / 2
+    assert stage.shared_loss(logits, answers).item() == pytest.approx(expected.item())
+    assert stage.shared_loss(logits, torch.full((3, 2), -1)).item() == 0
 
 
 def test_accuracies_by_hand(stage: ModuleType) -> None:
     x = torch.zeros(4, 3, 64, 64)
     x[:, 0], x[:, 2] = 1.0, 0.5                                      # seen: cat, snow, photo, red then blue
-    truth = {"noun": torch.tensor([0, 0, 0, 1]), "scene": torch.tensor([0, 0, 1, 1]),
+    truth = {"noun": torch.tensor([[0, 0], [1, 0], [0, 0], [1, 1]]), "scene": torch.tensor([0, 0, 1, 1]),
              "style": torch.tensor([0, 0, 0, 0]), "colour": torch.tensor([[0, 0], [2, 2], [2, 0], [-1, -1]])}
     found = stage.accuracies(MeanColour(), x, truth)
     assert found == pytest.approx({"noun": 0.75, "scene": 0.5, "style": 1.0, "colour": 2 / 3})

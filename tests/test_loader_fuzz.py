@@ -75,7 +75,7 @@ def look(data: bytes) -> str | None:
     return reason
 
 
-@settings(max_examples=300, deadline=None, derandomize=True,
+@settings(max_examples=5000, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(damaged())
 def test_damaged_files_give_a_picture_or_a_reason(data: bytes) -> None:

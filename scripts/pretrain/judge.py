@@ -1,4 +1,4 @@
-"""Stage 6: trains the judge of evaluations on renders of its own, in which scenes do not betray nouns."""
+"""Stage 5: trains the judge of evaluations on renders of its own, in which scenes do not betray nouns."""
 from __future__ import annotations
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import from_pictures, save_sheet, stage_parser, train
+from common import from_pictures, launch, save_sheet, stage_parser, train
 from torch import Tensor, nn
 from world import draw_range
 
@@ -23,6 +23,7 @@ from ldm.evaluation.judge import HEADS, Court, Judge, save_court
 FIRST_SEED = 50_000_000     # far from the seeds of the pictures the generator learns from
 HELD_OUT = 2_000
 UNNAMED = -1                # a colour that the picture does not name, so that any answer would be right
+COLOURLESS = ("pencil sketch", "old photograph")     # styles that leave no colour to be seen
 
 
 def labels(nouns: int) -> dict[str, tuple[str, ...]]:
@@ -60,18 +61,21 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def targets(truths: list[dict], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Returns label numbers (N,) of noun, scene and style, and (N, 2) of colours, the second like the first for one.
+    """Returns label numbers: (N,) of scene and style; (N, 2) of nouns and colours, the second like the first for one.
 
-    Colours count only where they cover the thing: a cat with red stripes is its own colour too.
+    Of two things side by side either may be said. Colours count only where they cover the thing (a cat with red stripes
+    is its own colour too) and can be seen.
     """
-    numbers = {head: torch.tensor([names[head].index(truth[head]) for truth in truths])
-               for head in ("noun", "scene", "style")}
-    colours = []
+    numbers = {head: torch.tensor([names[head].index(truth[head]) for truth in truths]) for head in ("scene", "style")}
+    nouns, colours = [], []
     for truth in truths:
+        said = [truth["noun"], truth["second"] if truth["second"] in names["noun"] else truth["noun"]]
+        nouns.append([names["noun"].index(noun) for noun in said])
         named = [names["colour"].index(colour) for colour in truth["colours"]]
         covered = len(named) == 2 or (named and truth["pattern"] is None)
-        colours.append([named[0], named[-1]] if covered else [UNNAMED, UNNAMED])
-    return {**numbers, "colour": torch.tensor(colours)}
+        seen = covered and truth["style"] not in COLOURLESS
+        colours.append([named[0], named[-1]] if seen else [UNNAMED, UNNAMED])
+    return {**numbers, "noun": torch.tensor(nouns), "colour": torch.tensor(colours)}
 
 
 def weathered(x: Tensor, rng: torch.Generator) -> Tensor:
@@ -86,13 +90,13 @@ def weathered(x: Tensor, rng: torch.Generator) -> Tensor:
     return x + blur * (smooth - x) + 0.04 * noise
 
 
-def colour_loss(logits: Tensor, colours: Tensor) -> Tensor:
-    """Cross-entropy with the probability shared by the named colours; pictures without a named colour do not count."""
-    named = colours[:, 0] != UNNAMED
+def shared_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy with the probability shared by two right answers (B, 2); rows that name none do not count."""
+    named = answers[:, 0] != UNNAMED
     if not named.any():
         return logits.sum() * 0.0
-    spread = 0.5 * (F.one_hot(colours[named, 0], logits.shape[1]) + F.one_hot(colours[named, 1], logits.shape[1]))
-    return F.cross_entropy(logits[named], spread)
+    spread = 0.5 * (F.one_hot(answers[named, 0], logits.shape[1]) + F.one_hot(answers[named, 1], logits.shape[1]))
+    return F.cross_entropy(logits[named], spread, label_smoothing=0.02)
 
 
 @torch.no_grad()
@@ -100,7 +104,8 @@ def accuracies(judge: Judge, x: Tensor, truth: dict[str, Tensor]) -> dict[str, f
     """Returns the share of right answers per head on pictures (N, 3, H, W)."""
     outputs = [judge(part) for part in x.split(250)]
     logits = {head: torch.cat([output[head] for output in outputs]).cpu() for head in HEADS}
-    right = {head: (logits[head].argmax(1) == truth[head]).float().mean().item() for head in ("noun", "scene", "style")}
+    right = {head: (logits[head].argmax(1) == truth[head]).float().mean().item() for head in ("scene", "style")}
+    right["noun"] = (logits["noun"].argmax(1)[:, None] == truth["noun"]).any(dim=1).float().mean().item()
     named = truth["colour"][:, 0] != UNNAMED
     best, colours = logits["colour"][named].argsort(dim=1, descending=True)[:, :2], truth["colour"][named]
     one = colours[:, 0] == colours[:, 1]
@@ -115,16 +120,21 @@ def main() -> None:
     parser.add_argument("assets", type=Path, help="the assets folder of the npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--nouns", type=int, default=len(NOUNS), help="how many of the world's nouns to tell apart")
-    parser.add_argument("--batch", type=int, default=64)
-    work(parser.parse_args())
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step, all processes together")
+    prepare(parser.parse_args())
 
 
-def work(args: argparse.Namespace) -> None:
-    """Draws what is missing, trains, and leaves the judge with its accuracy in the state folder."""
+def prepare(args: argparse.Namespace) -> None:
+    """Draws what is missing, then trains."""
+    args.state.mkdir(parents=True, exist_ok=True)
+    draw(args.assets, args.state, args.nouns, args.pictures, max(args.threads, args.workers))
+    launch(work, args)
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """Trains in process `rank`, and leaves the judge with its accuracy in the state folder."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    args.state.mkdir(parents=True, exist_ok=True)
-    draw(args.assets, args.state, args.nouns, args.pictures, args.threads)
     names = labels(args.nouns)
     pictures = np.load(args.state / "judge_pictures.npy", mmap_mode="r")
     truth = targets(json.loads((args.state / "judge_truths.json").read_text()), names)
@@ -135,11 +145,13 @@ def work(args: argparse.Namespace) -> None:
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)          # a resumed run goes on as if it had never stopped
         rows = (torch.randperm(len(pictures) - HELD_OUT, generator=rng)[:args.batch] + HELD_OUT).sort().values
+        rows = rows[rank::args.workers]                                                   # this process's share
+        rng.manual_seed(step * args.workers + rank)
         logits = forward(weathered(from_pictures(pictures[rows.numpy()]).to(args.device), rng))
         answers = {head: truth[head][rows].to(args.device) for head in HEADS}
-        losses = [F.cross_entropy(logits[head], answers[head], label_smoothing=0.05)
-                  for head in ("noun", "scene", "style")]
-        return sum(losses) + colour_loss(logits["colour"], answers["colour"])
+        single = [F.cross_entropy(logits[head], answers[head], label_smoothing=0.02) for head in ("scene", "style")]
+        return sum(single) + shared_loss(logits["noun"], answers["noun"]) + shared_loss(logits["colour"],
+                                                                                        answers["colour"])
 
     def sheet(averaged: nn.Module, path: Path) -> str:
         right = accuracies(averaged, held_out.to(args.device), {head: truth[head][:HELD_OUT] for head in HEADS})

@@ -1,4 +1,4 @@
-"""Stage 5: packs the trained parts into ldm/tiny (SD key layout, fp16) and draws the example data that ships."""
+"""Stage 6: packs the trained parts into ldm/tiny (SD key layout, fp16) and draws the example data that ships."""
 from __future__ import annotations
 
 import argparse

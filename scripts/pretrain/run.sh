@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack.
+# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack -> quality.
 # Every stage goes on where it was stopped; its state lies in pretrain_state/, which git ignores.
 #
 # ASSETS   the assets folder of the npm package @lobehub/fluent-emoji-3d 1.1.0; empty: fetched with npm, once
@@ -21,5 +21,6 @@ fi
 "$PYTHON" scripts/pretrain/autoencoder.py --workers 2 --threads 1 --minutes "${MINUTES_AUTOENCODER:-60}"
 "$PYTHON" scripts/pretrain/text_encoder.py --minutes "${MINUTES_TEXT:-15}"
 "$PYTHON" scripts/pretrain/diffusion.py --workers 2 --threads 1 --minutes "${MINUTES_DIFFUSION:-240}" --nouns 11
-"$PYTHON" scripts/pretrain/judge.py "$ASSETS" --minutes "${MINUTES_JUDGE:-45}"
+"$PYTHON" scripts/pretrain/judge.py "$ASSETS" --workers 2 --threads 1 --minutes "${MINUTES_JUDGE:-45}"
 "$PYTHON" scripts/pretrain/pack.py "$ASSETS"
+"$PYTHON" scripts/pretrain/quality.py "$ASSETS"
