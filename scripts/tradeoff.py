@@ -26,6 +26,7 @@ def parser() -> cli.Parser:
                         "all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
                         help="weights that do not ship: clip_b32, clip_l14, dino")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the concepts; 2 suit 2 cores")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/tradeoff"), help="where everything goes")
     return parser
 
@@ -40,11 +41,18 @@ def main(arguments: Sequence[str]) -> None:
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
     config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
-    from ldm.evaluation.experiment import run_claim
-    from ldm.evaluation.sweep import Sweep
-    sweep = Sweep(config, options.outdir, load_scorer(options.metrics, read_weights(options.metric_weights)))
+    if options.workers < 1:
+        raise UserError(f"--workers is {options.workers}; give at least 1.")
+    from ldm.evaluation.experiment import jobs_of, run_claim
+    from ldm.evaluation.sweep import Sweep, share_out
+    metrics = options.metrics, read_weights(options.metric_weights)
+    sweep = Sweep(config, options.outdir, load_scorer(*metrics))
     for reason in sweep.scorer.skipped:
         print(f"skipped {reason}")
+    if options.workers > 1:
+        jobs = list(dict.fromkeys(job for claim in claims for job in jobs_of(claim, sweep)))
+        sweep.check(jobs)
+        share_out(config, options.outdir, metrics, jobs, options.workers)
     for claim in claims:
         report = run_claim(claim, sweep, "python " + shlex.join(["scripts/tradeoff.py", *sys.argv[1:]]))
         print(f"{report.text}\n\nreport: {report.folder / 'report.md'}", flush=True)

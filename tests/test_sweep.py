@@ -88,6 +88,26 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
 
 
+def test_processes_share_the_concepts(small_world: SmallWorld, tmp_path: Path, call_script: Call,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards everything is on disk; a mistake in any of them is told as if it had happened here."""
+    concept = OmegaConf.load(small_world.folder / "concept.yaml")
+    concept.concepts[0].name = "other"
+    OmegaConf.save(concept, tmp_path / "other.yaml")
+    file = sweep_file(small_world, tmp_path, concept_files=[str(small_world.folder / "concept.yaml"),
+                                                            str(tmp_path / "other.yaml")])
+    config, metrics = merge(SweepConfig, [file]), (["small_clip"], {})
+    jobs = [Job(name, "ICO", step) for name in ("thing", "other") for step in (1, 2)]
+    sweep_module.share_out(config, tmp_path / "out", metrics, jobs, workers=2)
+    monkeypatch.setattr(Sweep, "draw", None)                               # all that is left is reading
+    rows = Sweep(config, tmp_path / "out", load_scorer(*metrics)).run(jobs)
+    assert [len(rows[job]) for job in jobs] == [2] * 4
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
+    with pytest.raises(UserError, match="metric 'smell' is unknown"):
+        sweep_module.share_out(config, tmp_path / "out", (["smell"], {}), jobs, workers=2)
+    assert "--workers is 0" in call_script("tradeoff", "-b", file, "--workers", "0").error
+
+
 def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     resumed, fine_tune = [], sweep_module.fine_tune

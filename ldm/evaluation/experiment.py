@@ -47,6 +47,19 @@ class Report:
     areas: Areas | None
 
 
+def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
+    """Returns what an experiment needs of every concept.
+
+    Raises:
+        UserError: the sweep's configuration lists none of its points.
+    """
+    needed = dict.fromkeys(point for line in claim.lines(sweep.config) for point in line.points)
+    if not needed:
+        raise UserError(f"experiment '{claim.name}' has no points; its list in the sweep's configuration is empty.")
+    return [Job(name, point.method, point.step, point.strength, point.settings, point.words)
+            for point in needed for name in sweep.subjects]
+
+
 def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     """Carries an experiment out and writes rows.jsonl, rows.csv, summary.json, plot.png, sheet.png and report.md.
 
@@ -57,12 +70,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     if None in axes:
         raise UserError("a trade-off needs a metric of prompt agreement (judge or a CLIP) and one of images; give more "
                         "--metrics.")
-    lines = claim.lines(sweep.config)
-    needed = list(dict.fromkeys(point for line in lines for point in line.points))
-    if not needed:
-        raise UserError(f"experiment '{claim.name}' has no points; its list in the sweep's configuration is empty.")
-    jobs = [Job(name, point.method, point.step, point.strength, point.settings, point.words)
-            for point in needed for name in sweep.subjects]
+    lines, jobs = claim.lines(sweep.config), jobs_of(claim, sweep)
     rows = points(sweep.run(jobs))
     for axis in axes:
         if not any(row.get(axis) is not None for found in rows.values() for row in found):
@@ -70,7 +78,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
                             "prompts, or other --metrics.")
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
-    write_rows([row for point in needed for row in rows[point]], folder)
+    write_rows([row for point in dict.fromkeys(job.point for job in jobs) for row in rows[point]], folder)
     titles = sweep.scorer.titles
     estimates = {_name(line, index): summarise(rows[point], list(titles))
                  for line in lines for index, point in enumerate(line.points)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -19,11 +22,13 @@ from ldm.customization.delta import load_concept
 from ldm.evaluation.evaluate import open_pictures
 from ldm.evaluation.plan import BASE, Job, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import open_cell, write_json
-from ldm.evaluation.scoring import Scorer
+from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.pictures import save_png
 from ldm.pipeline import Generator, build_model, check_settings, choose_device
 from ldm.training import fine_tune
 from ldm.util import UserError
+
+Metrics = tuple[Sequence[str] | None, Mapping[str, Path]]
 
 VOLATILE = ("device", "batch_size")       # sampling settings that do not change pictures
 
@@ -66,13 +71,16 @@ class Sweep:
             if not subject.references.exists():
                 raise UserError(f"'{subject.name}': the pictures '{subject.references}' do not exist.")
 
-    def run(self, jobs: Sequence[Job]) -> dict[Job, list[dict[str, Any]]]:
-        """Carries out what is not on disk and returns every job's rows; the bar counts U-Net rows, so its ETA holds."""
+    def run(self, jobs: Sequence[Job], place: int = 0) -> dict[Job, list[dict[str, Any]]]:
+        """Carries out what is not on disk and returns every job's rows.
+
+        The bar counts U-Net rows, so its ETA holds; `place` is its line, for several at a time.
+        """
         self.check(jobs)
         self._reported.clear()
         order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
         with tqdm(total=sum(map(self.work, order)) + self.training_work(order), desc="sweep", unit="row",
-                  unit_scale=True) as bar:
+                  unit_scale=True, position=place) as bar:
             try:
                 return {job: self._rows(job, order, bar) for job in order}
             except KeyboardInterrupt as interrupt:
@@ -219,6 +227,31 @@ class Sweep:
                  "picture": str(self.picture(job, index // self.config.seeds, index % self.config.seeds)
                                 .relative_to(self.outdir)), **row}
                 for index, (prompt, seed, row) in enumerate(zip(prompts, seeds, values, strict=True))]
+
+
+def share_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], workers: int) -> None:
+    """Carries jobs out in several processes, each with concepts of its own; their rows are on disk afterwards.
+
+    On a CPU two processes of one thread do more than one process of two: small networks keep few threads busy.
+
+    Args:
+        metrics: what `load_scorer` takes: names, and files of weights.
+    """
+    concepts = list(dict.fromkeys(job.concept for job in jobs))
+    workers = min(workers, len(concepts))
+    threads = max(1, torch.get_num_threads() // workers)
+    shares = [[job for job in jobs if job.concept in concepts[place::workers]] for place in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_carry_out, config, outdir, metrics, share, place, threads)
+                     for place, share in enumerate(shares)]:
+            done.result()
+
+
+def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], place: int,
+               threads: int) -> None:
+    """Carries out one process's jobs."""
+    torch.set_num_threads(threads)
+    Sweep(config, outdir, load_scorer(*metrics)).run(jobs, place)
 
 
 def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
