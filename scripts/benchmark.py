@@ -24,6 +24,8 @@ def parser() -> cli.Parser:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each contestant")
     parser.add_argument("--steps", type=int, default=50, help="steps S of the whole runs")
     parser.add_argument("--agg_time", type=float, default=0.3, help="share of them with two branches")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 2],
+                        help="concept images of a training step; as many class images come with them")
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's own choice")
     parser.add_argument("--compile", action="store_true", help="time our U-Net compiled as well, in the run row")
     parser.add_argument("--ours_only", action="store_true", help="leave diffusers out")
@@ -39,6 +41,8 @@ def check(options, rows: Sequence[str]) -> None:
     for name in ("repeats", "steps", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; give at least 1.")
+    if min(options.images) < 1:
+        raise UserError(f"--images {min(options.images)} is no number of images; give at least 1.")
     if not 0.0 <= options.agg_time <= 1.0:
         raise UserError(f"--agg_time is {options.agg_time}; give a share of the steps between 0 and 1.")
 
@@ -64,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"the comparison needs {need / 1e9:.1f} GB on '{device}', and {there / 1e9:.1f} GB are free; "
                         "give --ours_only, --small, or another --device.")
     bench = make_bench(node, device, precision, options.repeats, options.steps, options.agg_time, options.ours_only,
-                       options.compile)
+                       options.compile, tuple(options.images))
     findings = []
     for name in options.rows or ROWS:
         findings += ROWS[name](bench)

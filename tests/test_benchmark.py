@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return make_bench(small_model_config().model, CPU, "full", repeats=1, steps=10, agg_time=0.3, ours_only=False)
+    return make_bench(small_model_config().model, CPU, "full", repeats=1, steps=10, agg_time=0.3, ours_only=False,
+                      images=(1,))
 
 
 @torch.no_grad()
@@ -56,8 +57,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 def test_every_row_is_measured(bench: Bench) -> None:
     """All rows but start-up, whose test is elsewhere; the whole run is the sum of its steps."""
-    found = [finding for name in ("unet", "run", "vae", "file") for finding in ROWS[name](bench)]
-    found += rows.training_rows(bench, batch_sizes=(1,))
+    found = [finding for name in ("unet", "run", "vae", "file", "training") for finding in ROWS[name](bench)]
     assert {*ROWS} == {"unet", "run", "vae", "file", "training", "startup"}
     works = {finding.row for finding in found}
     assert works == {"U-Net, 2 rows", "U-Net, 3 rows", "DBIM in 3 rows", "guided step, 2 rows", "guided step, 3 rows",
@@ -126,6 +126,7 @@ def test_the_script_writes_a_table_and_json(tmp_path: Path, call_script) -> None
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--rows", "all"], "--rows 'all' is unknown; use some of unet, run, vae"), (["--repeats", "0"], "--repeats is 0"),
+    (["--images", "1", "0"], "--images 0 is no number"),
     (["--agg_time", "2"], "--agg_time is 2.0"), (["--device", "tpu"], "device 'tpu' is unknown"),
     (["--precision", "half"], "precision 'half' is unknown"), (["--precision", "autocast"], "autocast is not compared"),
     (["--precision", "fp16"], "fp16 has no use on a CPU"), (["--quick"], "unrecognized arguments: --quick")])

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +42,7 @@ class Bench:
         precision: full, bf16 or fp16, of the weights.
         steps, agg_time: of the whole runs.
         compiled: the U-Net is compiled; only the contestants that say so use it.
+        images: concept images of the training steps, each with as many of the class.
     """
 
     model: LatentDiffusion
@@ -53,6 +54,7 @@ class Bench:
     steps: int
     agg_time: float
     compiled: bool = False
+    images: tuple[int, ...] = (1, 2)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,11 +85,11 @@ class Bench:
 
 
 def make_bench(node: DictConfig, device: torch.device, precision: str, repeats: int, steps: int, agg_time: float,
-               ours_only: bool, compiled: bool = False) -> Bench:
+               ours_only: bool, compiled: bool = False, images: tuple[int, ...] = (1, 2)) -> Bench:
     """Builds the models on the device."""
     model = build_random(node)
     others = None if ours_only else theirs(model, node)
-    bench = Bench(model.to(device), node, others, device, precision, repeats, steps, agg_time, compiled)
+    bench = Bench(model.to(device), node, others, device, precision, repeats, steps, agg_time, compiled, images)
     set_format(bench.model, bench.dtype)
     if compiled:
         compile_network(bench.model)
@@ -220,7 +222,7 @@ def vae_rows(bench: Bench) -> Iterator[Finding]:
         yield from bench.time(f"VAE {name}", contestants)
 
 
-def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator[Finding]:
+def training_rows(bench: Bench) -> Iterator[Finding]:
     """A training step of ICO, with its savings switched off one by one, and a step as diffusers' users take it."""
     unet = bench.model.model.diffusion_model
     mixed = None if bench.dtype == torch.float32 else bench.dtype
@@ -236,7 +238,7 @@ def training_rows(bench: Bench, batch_sizes: Sequence[int] = (1, 2)) -> Iterator
             unet.float()
         module.lighten(mixed if light else None, checkpointing)
 
-    for size in batch_sizes:
+    for size in bench.images:
         batch = plan(size).rows(0)
 
         def step(batch=batch) -> None:
