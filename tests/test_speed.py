@@ -175,6 +175,19 @@ def test_memory_formats_agree_and_stay(embedded: LatentDiffusion, layout) -> Non
     assert made[0].is_contiguous(memory_format=layout)
 
 
+def test_each_part_has_the_memory_format_that_suits_it(embedded: LatentDiffusion) -> None:
+    """The faster one by docs/benchmarks.md: on a CPU in float32 the U-Net stays as it is."""
+    def formats() -> list[bool]:
+        weights = (embedded.model.diffusion_model.input_blocks[1][0].in_layers[2].weight,
+                   embedded.first_stage_model.decoder.conv_in.weight)
+        return [weight.is_contiguous(memory_format=torch.channels_last) for weight in weights]
+
+    set_format(embedded)
+    assert formats() == [False, True]
+    set_format(embedded, torch.bfloat16)
+    assert formats() == [True, True]
+
+
 @torch.no_grad()
 def test_half_precision_is_near_and_comes_out_in_float32(embedded: LatentDiffusion) -> None:
     """bf16 has 8 bits: one part in 256, which the layers add up to a few hundredths of the values' spread."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from common import from_pictures, launch, save_sheet, stage_parser, to_pictures, train
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -25,25 +26,43 @@ SHEET_CAPTIONS = ["a photo of a cat in the snow", "a dog on the beach", "a red c
 
 
 @torch.no_grad()
-def cache(model: LatentDiffusion, state: Path, batch: int = 64) -> dict[str, Tensor]:
-    """Encodes all pictures (and their mirror images) and all distinct captions once; kept in `latents.pt`."""
+def cache(model: LatentDiffusion, state: Path, rank: int = 0, workers: int = 1, batch: int = 64) -> dict[str, Tensor]:
+    """Encodes all pictures (and their mirror images) and all distinct captions once; kept in `latents.pt`.
+
+    Each process encodes a share; the first one joins them.
+    """
     path = state / "latents.pt"
     if path.exists():
         return load_file(path)
     pictures = np.load(state / "pictures.npy", mmap_mode="r")
     with open(state / "captions.jsonl", encoding="utf-8") as file:
         captions = [json.loads(line)["caption"] for line in file]
-    latents = []
-    for first in range(0, len(pictures), batch):
-        x = from_pictures(pictures[first:first + batch]).to(model.device)
-        latents.append(torch.stack([model.encode_first_stage(y).mode() for y in (x, x.flip(3))], dim=1).half().cpu())
     distinct = ["", *sorted(set(captions))]
-    features = torch.cat([model.get_learned_conditioning(distinct[first:first + batch]).half().cpu()
-                          for first in range(0, len(distinct), batch)])
+
+    def share(count: int) -> list[slice]:
+        edges = [count * place // workers for place in (rank, rank + 1)]
+        return [slice(first, min(first + batch, edges[1])) for first in range(edges[0], edges[1], batch)]
+
+    def encode(rows: np.ndarray) -> Tensor:
+        x = from_pictures(rows).to(model.device)
+        return torch.stack([model.encode_first_stage(y).mode() for y in (x, x.flip(3))], dim=1).half().cpu()
+
+    encoded = {"latents": torch.cat([encode(pictures[rows]) for rows in share(len(pictures))]),
+               "features": torch.cat([model.get_learned_conditioning(distinct[rows]).half().cpu()
+                                      for rows in share(len(distinct))])}
     number = {caption: index for index, caption in enumerate(distinct)}
-    cached = {"latents": torch.cat(latents), "features": features,
-              "caption": torch.tensor([number[caption] for caption in captions])}
-    write_atomically(path, lambda part: torch.save(cached, part))
+    parts = [encoded]
+    if workers > 1:
+        torch.save(encoded, state / f"latents-{rank}.part")
+        dist.barrier()
+        parts = [load_file(state / f"latents-{place}.part") for place in range(workers)]
+    cached = {name: torch.cat([part[name] for part in parts]) for name in encoded}
+    cached["caption"] = torch.tensor([number[caption] for caption in captions])
+    if rank == 0:
+        write_atomically(path, lambda part: torch.save(cached, part))
+    if workers > 1:
+        dist.barrier()
+        (state / f"latents-{rank}.part").unlink()
     return cached
 
 
@@ -75,7 +94,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
             load_file(args.state / "text_encoder.pt")["averaged"].items() if key.startswith("text.")}
     model.cond_stage_model.transformer.load_state_dict(text)
     model = model.to(args.device).eval()
-    data = cache(model, args.state)
+    data = cache(model, args.state, rank, args.workers)
     chosen = choose_rows(args.state, args.nouns)
     model.scale_factor = 1.0 / float(data["latents"][:4000].float().std())
     network = model.model.diffusion_model.train()
