@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.small_world_scenes import SCENES, STYLES, Rng, edge, shrink
+from ldm.data.small_world_scenes import SCENES, Rng, edge
 from ldm.data.small_world_sprites import (
     COLOURS,
     Canvas,
@@ -22,6 +22,7 @@ from ldm.data.small_world_sprites import (
     stripes,
     two_tone,
 )
+from ldm.data.small_world_styles import STYLES, shrink
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from world import draw_range
 
 from ldm.checkpoint import write_atomically
 from ldm.data.small_world import NOUNS, WorldConfig
-from ldm.data.small_world_scenes import SCENES, STYLES
+from ldm.data.small_world_scenes import SCENES
 from ldm.data.small_world_sprites import COLOURS
+from ldm.data.small_world_styles import STYLES
 from ldm.evaluation.judge import HEADS, Court, Judge, save_court
 
 FIRST_SEED = 50_000_000     # far from the seeds of the pictures the generator learns from
