@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_file, write_atomically
-from ldm.data.small_world import NOUNS
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
@@ -66,21 +65,10 @@ def cache(model: LatentDiffusion, state: Path, rank: int = 0, workers: int = 1, 
     return cached
 
 
-def choose_rows(state: Path, nouns: int) -> Tensor:
-    """Returns the numbers of the pictures to train on."""
-    with open(state / "captions.jsonl", encoding="utf-8") as file:
-        truths = [json.loads(line) for line in file]
-    kept = set(list(NOUNS)[:nouns] if nouns else NOUNS)
-    return torch.tensor([row for row, truth in enumerate(truths)
-                         if truth["noun"] in kept and not (nouns and truth["relation"])])
-
-
 def main() -> None:
     parser = stage_parser(__doc__, minutes=90)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
-    parser.add_argument("--batch", type=int, default=24, help="pictures a step, all processes together")
-    parser.add_argument("--nouns", type=int, default=0, help="train on single objects of the world's first N nouns "
-                        "only, 0 is everything; a short budget shows few things well or many badly")
+    parser.add_argument("--batch", type=int, default=48, help="pictures a step, all processes together")
     launch(work, parser.parse_args())
 
 
@@ -95,7 +83,6 @@ def work(rank: int, args: argparse.Namespace) -> None:
     model.cond_stage_model.transformer.load_state_dict(text)
     model = model.to(args.device).eval()
     data = cache(model, args.state, rank, args.workers)
-    chosen = choose_rows(args.state, args.nouns)
     model.scale_factor = 1.0 / float(data["latents"][:4000].float().std())
     network = model.model.diffusion_model.train()
     forward = torch.compile(network) if args.compile else network
@@ -103,7 +90,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     def loss_of(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(step)          # a resumed run goes on as if it had never stopped
         count, mine = args.batch, slice(rank, None, args.workers)                         # this process's share
-        rows = chosen[torch.randint(0, len(chosen), (count,), generator=rng)[mine]]
+        rows = torch.randint(0, len(data["caption"]), (count,), generator=rng)[mine]
         side = torch.randint(0, 2, (count,), generator=rng)[mine]
         x = data["latents"][rows, side].float().to(args.device) * model.scale_factor      # (B, 4, 16, 16)
         dropped = torch.rand(count, generator=rng)[mine] < 0.1                            # empty captions

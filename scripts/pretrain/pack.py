@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from world import REFERENCE_SCENES
+from world import REFERENCE_SCENES, WORLD
 
 from ldm.checkpoint import load_file, save_safetensors, write_atomically
 from ldm.data.regularization import write_regularization
@@ -54,9 +54,9 @@ def pack_metrics(state: Path, config_path: Path, out: Path) -> None:
     print("judge: " + ", ".join(f"{head} {100 * share:.1f} %" for head, share in right.items()))
 
 
-def draw_examples(assets: Path, out: Path, regularization: Path, pictures: int, nouns: int) -> None:
+def draw_examples(assets: Path, out: Path, regularization: Path, pictures: int) -> None:
     """Draws five references and five held-out pictures of each concept whose noun is known, and sets of the classes."""
-    world, known = SmallWorld(assets), list(NOUNS)[:nouns]
+    world, known = SmallWorld(assets), list(NOUNS)[:WORLD.nouns]
     concepts = {name: concept for name, concept in CONCEPTS.items() if concept.noun in known}
     for name, concept in concepts.items():
         scenes = NOUNS[concept.noun].scenes
@@ -81,10 +81,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ldm/tiny"))
     parser.add_argument("--regularization", type=Path, default=Path("real_reg"))
     parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--nouns", type=int, default=11, help="how many of the world's nouns the U-Net knows")
     args = parser.parse_args()
     torch.manual_seed(0)
-    draw_examples(args.assets, args.out, args.regularization, args.pictures, args.nouns)
+    draw_examples(args.assets, args.out, args.regularization, args.pictures)
     pack_model(args.state, args.config, args.out)
     pack_metrics(args.state, args.config, args.out)
 

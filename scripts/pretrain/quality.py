@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from common import from_pictures, save_sheet, to_pictures
 from judge import HEADS, accuracies, targets
 from omegaconf import OmegaConf
+from world import WORLD
 
 from ldm.checkpoint import write_atomically
 from ldm.config import BaseConfig
-from ldm.data.small_world import NONE, SmallWorld, WorldConfig
+from ldm.data.small_world import NONE, SmallWorld
 from ldm.evaluation.judge import load_court
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -45,11 +47,10 @@ def main() -> None:
     parser.add_argument("assets", type=Path, help="the assets folder of the npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--state", type=Path, default=Path("pretrain_state"), help="where the judge is and results go")
     parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--nouns", type=int, default=11, help="how many of the world's nouns the U-Net knows")
     parser.add_argument("--model", type=Path, default=Path("configs/model/tiny.yaml"))
     parser.add_argument("--sampling", type=Path, default=Path("configs/sample/tiny.yaml"), help="steps and guidance")
     args = parser.parse_args()
-    world = SmallWorld(args.assets, WorldConfig(nouns=args.nouns, p_style=0.4, p_colour=0.45, p_pattern=0.25))
+    world = SmallWorld(args.assets, replace(WORLD, p_style=0.4, p_colour=0.45))
     asked = [world.draw(FIRST_SEED + index, relation=NONE) for index in range(args.samples)]
     court = load_court(args.state / "judge.safetensors")
     sampling = OmegaConf.load(args.sampling)

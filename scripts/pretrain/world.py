@@ -14,6 +14,7 @@ from ldm.data.small_world import CONCEPTS, SmallWorld, WorldConfig
 
 # Five references as an album has them: three on different backgrounds, two on the same one.
 REFERENCE_SCENES = (0, 1, 2, 0, 0)
+WORLD = WorldConfig(nouns=40, p_style=0.15, p_pattern=0.3, p_pair=0.06)      # what the generator learns from
 
 
 def draw_range(job: tuple[Path, WorldConfig, int, int]) -> tuple[np.ndarray, list[str], list[dict]]:
@@ -30,18 +31,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path, help="the assets folder of the npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--state", type=Path, default=Path("pretrain_state"))
-    parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--nouns", type=int, default=16, help="how many of the world's nouns to use")
+    parser.add_argument("--pictures", type=int, default=48_000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.state.mkdir(parents=True, exist_ok=True)
-    config = WorldConfig(nouns=args.nouns, p_style=0.12, p_pattern=0.2, p_pair=0.06)
-    world = SmallWorld(args.assets, config)
+    world = SmallWorld(args.assets, WORLD)
     references = np.stack([world.draw_concept(name, 1000 + index).image for name in CONCEPTS for index in range(5)])
     write_atomically(args.state / "concepts.npy", lambda part: _save(part, references))
 
     step = 500
-    jobs = [(args.assets, config, first, min(first + step, args.pictures))
+    jobs = [(args.assets, WORLD, first, min(first + step, args.pictures))
             for first in range(0, args.pictures, step)]
     with ProcessPoolExecutor(args.workers) as pool:
         parts = list(pool.map(draw_range, jobs))
