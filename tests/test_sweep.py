@@ -15,7 +15,7 @@ from ldm.config import merge
 from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation import experiment
 from ldm.evaluation import sweep as sweep_module
-from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like
+from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
 from ldm.evaluation.experiment import compare, compare_curves, run_claim
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
@@ -224,11 +224,17 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
             settings = point.sampling(config)
             assert settings.dci.use == (point.strength is not None) and not settings.plain
             assert point.method == BASE or point.method in config.methods
-    assert like_with_like(config) == {"ICO 1/1/3": "manual n=3"}
+    assert like_with_like(config, schemes(config)) == {"ICO 1/1/3": "manual n=3"}
     whole = merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"])
-    assert like_with_like(whole) == {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2", "ICO 3/1/1": "manual n=1"}
+    assert like_with_like(whole, whole.methods) == {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2",
+                                                    "ICO 3/1/1": "manual n=1"}
     raw, joint = CLAIMS["dci"].lines(config)
     assert all(point.sampling(config).dci.match_cost for point in joint.points) and raw.points[0].strength is None
+    three = CLAIMS["methods"].lines(config)
+    assert [(line.label, line.baseline) for line in three] == [
+        ("manual n=3", None), ("ICO 1/1/3", "manual n=3"), ("ICO 1/1/3 + DCI", "ICO 1/1/3")]
+    assert [line.points[0].strength for line in three] == [None, None, config.strength]
+    assert {line.points[0].step for line in three} == {config.step}
     found = {concept.class_noun for concept in subjects(config)}
     assert len(found) == 3 and all(len(subject.prompts) == 8 for subject in subjects(config))
     assert len(subjects(merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"]))) >= 6

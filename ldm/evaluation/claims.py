@@ -1,7 +1,7 @@
 """The paper's claims as experiments: which points each needs, and what is compared with what."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
@@ -66,9 +66,9 @@ def schemes(config: SweepConfig) -> list[str]:
     return list(config.methods if config.schemes is None else config.schemes)
 
 
-def like_with_like(config: SweepConfig) -> dict[str, str]:
+def like_with_like(config: SweepConfig, names: Iterable[str]) -> dict[str, str]:
     """Pairs each ICO scheme with the manual template of as many concept words: their number alone moves curves."""
-    methods = {name: training_of(config, name).method for name in schemes(config)}
+    methods = {name: training_of(config, name).method for name in names}
     manual = {len(method.words): name for name, method in methods.items() if not (method.prefix or method.suffix)}
     return {name: manual[len(method.words)] for name, method in methods.items()
             if (method.prefix or method.suffix) and len(method.words) in manual}
@@ -76,7 +76,7 @@ def like_with_like(config: SweepConfig) -> dict[str, str]:
 
 def tradeoff(config: SweepConfig) -> list[Line]:
     """Curves over fine-tuning steps, without DCI."""
-    baselines = like_with_like(config)
+    baselines = like_with_like(config, schemes(config))
     return [_curve(config, name, name, baseline=baselines.get(name)) for name in schemes(config)]
 
 
@@ -94,6 +94,14 @@ def dci(config: SweepConfig) -> list[Line]:
     return [_curve(config, "raw model", config.method),
             _curve(config, f"+ DCI, lambda {config.strength:g}", config.method, config.strength, "dci.match_cost=true",
                    baseline="raw model")]
+
+
+def methods(config: SweepConfig) -> list[Line]:
+    """The manual template, ICO and ICO with DCI after the same steps, on the same prompts and seeds."""
+    template = like_with_like(config, config.methods).get(config.method)
+    lines = [] if template is None else [_alone(template, Job("", template, config.step))]
+    return [*lines, _alone(config.method, _chosen(config, None), template),
+            _alone(f"{config.method} + DCI", _chosen(config, config.strength), config.method)]
 
 
 def lambdas(config: SweepConfig) -> list[Line]:
@@ -162,6 +170,7 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("tradeoff", "Fig. 6, 8", "Is ICO's trade-off curve above the manual templates' with as many concept words?",
           tradeoff),
     Claim("dci", "Fig. 6", "Does DCI beat the raw model of the same concept file at equal U-Net work?", dci),
+    Claim("methods", "sections 3.2, 3.3", "What does ICO add to a manual template, and DCI to ICO?", methods),
     Claim("lambda", "Fig. 9", "Does more injection buy prompt agreement for little fidelity, until it is too much?",
           lambdas),
     Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts and aggregation in every layer?", ablations),
