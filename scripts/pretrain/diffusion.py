@@ -95,7 +95,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
         x = data["latents"][rows, side].float().to(args.device) * model.scale_factor      # (B, 4, 16, 16)
         dropped = torch.rand(count, generator=rng)[mine] < 0.1                            # empty captions
         context = data["features"][data["caption"][rows].masked_fill(dropped, 0)].float().to(args.device)
-        t = torch.randint(0, model.num_timesteps, (count,), generator=rng)[mine].to(args.device)
+        # Spread evenly over the schedule, so that the loss of a batch hangs less on chance (Kingma et al. 2021, I.1).
+        even = (torch.rand((), generator=rng) + torch.arange(count) / count) % 1.0
+        t = (even * model.num_timesteps).long()[mine].to(args.device)
         noise = torch.randn((count, *x.shape[1:]), generator=rng)[mine].to(args.device)
         error = (forward(model.q_sample(x, t, noise), t, context) - noise).square().mean(dim=(1, 2, 3))
         snr = model.alphas_cumprod[t] / (1 - model.alphas_cumprod[t])
