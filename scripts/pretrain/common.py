@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_file, write_atomically
+from ldm.compute import supported_precision
 
 
 def stage_parser(description: str, minutes: float) -> argparse.ArgumentParser:
@@ -29,6 +30,7 @@ def stage_parser(description: str, minutes: float) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--workers", type=int, default=1, help="CPU processes that share each batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("full", "bf16"), default="full", help="what forward passes compute in")
     parser.add_argument("--compile", action="store_true", help="fuse the network's kernels with torch.compile")
     return parser
 
@@ -63,7 +65,8 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], Tensor], args: 
         loss_of: gives the loss of training step k.
         sheet: draws a sample sheet of the averaged module into a file and returns a line for the log.
     """
-    path = args.state / f"{name}.pt"
+    path, device = args.state / f"{name}.pt", torch.device(args.device)
+    precision = supported_precision(args.precision, device)
     optimizers = optimizers_for(module, peak_lr, betas, weight_decay)
     averaged, step, spent = Averaged(module, decay), 0, 0.0
     if path.exists():
@@ -89,7 +92,8 @@ def train(name: str, module: nn.Module, loss_of: Callable[[int], Tensor], args: 
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        loss = loss_of(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(step)
         module.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(module)
