@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
-    from ldm.evaluation.experiment import jobs_of, run_claim
+    from ldm.evaluation.experiment import jobs_of, overview, run_claim
     from ldm.evaluation.sweep import Sweep, share_out
     metrics = options.metrics, read_weights(options.metric_weights)
     sweep = Sweep(config, options.outdir, load_scorer(*metrics))
@@ -53,9 +53,12 @@ def main(arguments: Sequence[str]) -> None:
         jobs = list(dict.fromkeys(job for claim in claims for job in jobs_of(claim, sweep)))
         sweep.check(jobs)
         share_out(config, options.outdir, metrics, jobs, options.workers)
+    command, reports = "python " + shlex.join(["scripts/tradeoff.py", *sys.argv[1:]]), []
     for claim in claims:
-        report = run_claim(claim, sweep, "python " + shlex.join(["scripts/tradeoff.py", *sys.argv[1:]]))
-        print(f"{report.text}\n\nreport: {report.folder / 'report.md'}", flush=True)
+        reports.append(run_claim(claim, sweep, command))
+        print(f"{reports[-1].text}\n\nreport: {reports[-1].folder / 'report.md'}", flush=True)
+    if len(reports) > 1:
+        print(f"all of them: {overview(reports, sweep, command)}")
 
 
 def read_words(words: Sequence[str], base: Sequence[str] | None) -> tuple[list[str] | None, Sequence[str]]:

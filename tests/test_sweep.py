@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation import experiment
 from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
-from ldm.evaluation.experiment import compare, compare_curves, run_claim
+from ldm.evaluation.experiment import compare, compare_curves, overview, run_claim
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
 from ldm.evaluation.scoring import Scorer, load_scorer
@@ -255,15 +256,20 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
 
     monkeypatch.setattr(Sweep, "draw", draw)
     monkeypatch.setattr(experiment, "draw_masks", lambda *given: "| masks |")
-    sweep = Sweep(config, tmp_path / "out", SCORER)
+    sweep, reports = Sweep(config, tmp_path / "out", SCORER), []
     for claim in (*CLAIMS.values(), SWEEP):
-        report = run_claim(claim, sweep, "the command")
+        reports.append(run_claim(claim, sweep, "the command"))
+        report = reports[-1]
         files = set(contents(tmp_path / "out" / claim.name))
         assert files == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md"}
         summary = json.loads((report.folder / "summary.json").read_text())
         assert summary["command"] == "the command" and summary["minutes"] >= 0
         assert claim.question in report.text and ("| masks |" in report.text) == claim.masks
         assert len(report.comparisons) == sum(len(line.points) for line in claim.lines(config) if line.baseline)
+    whole = overview(reports, sweep, "the command").read_text()
+    assert whole.count("\n| dci | ") == 2 and f"# {len(reports)} experiments" in whole
+    for target in re.findall(r"\]\((.*?)\)", whole):             # links still lead to the pictures
+        assert (tmp_path / "out" / target).is_file(), target
     rows = (tmp_path / "out" / "dci" / "rows.jsonl").read_text().splitlines()
     assert len(rows) == 2 * 2 * 2 and {json.loads(row)["seed"] for row in rows} == {1000}
 

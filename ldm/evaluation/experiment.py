@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,18 @@ def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str
     lines += [f"| {item.name} - {item.baseline} | {item.editability} | {item.rose[0]} of {item.concepts} concepts | "
               f"{item.fidelity} | {item.rose[1]} of {item.concepts} |" for item in comparisons]
     return "\n".join(lines)
+
+
+def overview(reports: Sequence[Report], sweep: Sweep, command: str = "") -> Path:
+    """Writes report.md beside the experiments' folders: every comparison in one table, then every report."""
+    titles, axes = sweep.scorer.titles, (sweep.scorer.editability, sweep.scorer.fidelity)
+    lines = [f"| experiment | difference [95 % interval] | {titles[axes[0]]} | {titles[axes[1]]} |",
+             "|---|---|---|---|"]
+    lines += [f"| {report.folder.name} | {item.name} - {item.baseline} | {item.editability} | {item.fidelity} |"
+              for report in reports for item in report.comparisons]
+    parts = [f"# {len(reports)} experiments", f"Command: `{command}`" if command else "", "\n".join(lines),
+             *(re.sub(r"\]\((?=[\w/.]+\))", f"]({report.folder.name}/", report.text) for report in reports)]
+    return write_text(sweep.outdir / "report.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 def area_table(areas: Areas | None) -> str:
