@@ -33,7 +33,7 @@ class MeanColour(nn.Module):
         channels = x.mean(dim=(2, 3))
         return {head: channels[:, :len(names)] for head, names in LABELS.items()}
 
-    ranked = Judge.ranked
+    read, ranked = Judge.read, Judge.ranked
 
 
 def plain(*colours: str) -> list[Image.Image]:
@@ -45,6 +45,15 @@ def test_labels_come_in_the_order_of_the_logits() -> None:
     assert ranked[0] == {"noun": ["cat", "fish"], "scene": ["snow", "beach", "night"],
                          "style": ["photo", "oil painting"], "colour": ["red", "green", "blue"]}
     assert ranked[1]["noun"] == ["fish", "cat"] and ranked[1]["colour"] == ["blue", "green", "red"]
+
+
+def test_a_picture_and_its_mirror_image_are_read_alike() -> None:
+    torch.manual_seed(0)
+    judge, x = Judge(LABELS).eval(), torch.randn(2, 3, 64, 64)
+    found, mirrored, seen = judge.read(x), judge.read(x.flip(3)), (judge(x), judge(x.flip(3)))
+    for head in HEADS:
+        assert torch.allclose(found[head], (seen[0][head] + seen[1][head]) / 2)
+        assert torch.allclose(found[head], mirrored[head]) and not torch.allclose(*(one[head] for one in seen))
 
 
 @pytest.mark.parametrize(("prompt", "scene", "style", "colour"), [

@@ -65,6 +65,12 @@ class Judge(nn.Module):
         return {head: layer(h) for head, layer in self.heads.items()}
 
     @torch.no_grad()
+    def read(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns logits like `forward`, the mean over each picture and its mirror image, which is a little surer."""
+        seen, mirrored = self(x), self(x.flip(3))
+        return {head: (seen[head] + mirrored[head]) / 2 for head in seen}
+
+    @torch.no_grad()
     def ranked(self, pictures: Sequence[Image.Image], batch: int = 64) -> list[dict[str, list[str]]]:
         """Returns, per picture and head, the labels from the likeliest to the least likely."""
         device, found = next(self.parameters()).device, []
@@ -72,7 +78,7 @@ class Judge(nn.Module):
             x = torch.stack([to_tensor(square(picture.convert("RGB"), SIDE))
                              for picture in pictures[first:first + batch]])         # (B, 64, 64, 3)
             orders = {head: logits.argsort(dim=1, descending=True).tolist()
-                      for head, logits in self(x.permute(0, 3, 1, 2).to(device)).items()}
+                      for head, logits in self.read(x.permute(0, 3, 1, 2).to(device)).items()}
             found += [{head: [self.labels[head][label] for label in order[row]] for head, order in orders.items()}
                       for row in range(len(x))]
         return found

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from common import from_pictures, launch, save_sheet, stage_parser, train
 from torch import Tensor, nn
-from world import draw_range
+from world import WORLD, draw_range
 
 from ldm.checkpoint import write_atomically
 from ldm.data.small_world import NOUNS, WorldConfig
@@ -103,7 +103,7 @@ def shared_loss(logits: Tensor, answers: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracies(judge: Judge, x: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
     """Returns the share of right answers per head on pictures (N, 3, H, W)."""
-    outputs = [judge(part) for part in x.split(250)]
+    outputs = [judge.read(part) for part in x.split(250)]
     logits = {head: torch.cat([output[head] for output in outputs]).cpu() for head in HEADS}
     right = {head: (logits[head].argmax(1) == truth[head]).float().mean().item() for head in ("scene", "style")}
     right["noun"] = (logits["noun"].argmax(1)[:, None] == truth["noun"]).any(dim=1).float().mean().item()
@@ -120,7 +120,7 @@ def main() -> None:
     parser = stage_parser(__doc__, minutes=30)
     parser.add_argument("assets", type=Path, help="the assets folder of the npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--nouns", type=int, default=len(NOUNS), help="how many of the world's nouns to tell apart")
+    parser.add_argument("--nouns", type=int, default=WORLD.nouns, help="how many of the world's nouns to tell apart")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step, all processes together")
     prepare(parser.parse_args())
 
