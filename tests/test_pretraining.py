@@ -24,8 +24,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, Module
     import common
     import muon
     yield common, muon
-    for name in ("common", "muon"):
-        sys.modules.pop(name)
+    for name in ("common", "muon", "diffusion"):
+        sys.modules.pop(name, None)
 
 
 def arguments(folder: Path, minutes: float = 1.0, **changes: object) -> argparse.Namespace:
@@ -68,6 +68,17 @@ def test_the_rate_warms_up_holds_and_falls_to_zero(stages: tuple[ModuleType, Mod
     rate = stages[0].learning_rate
     assert rate(2.0, 99, 0.0) == 1.0 and rate(2.0, 500, 0.3) == 2.0
     assert rate(2.0, 500, 0.7) == pytest.approx(1.0) and rate(2.0, 500, 1.0) == pytest.approx(0.0)
+
+
+def test_boxes_on_latent_pixels(stages: tuple[ModuleType, ModuleType]) -> None:
+    import diffusion
+    boxes = torch.tensor([[0.25, 0.0, 0.5, 1.0], [0.125, 0.5, 0.8125, 0.625]])
+    covered = diffusion.coverage(boxes, 4)                                        # (2, 1, 4, 4)
+    assert torch.equal(covered[0, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]).expand(4, 4))
+    expected = torch.zeros(4, 4)
+    expected[2] = torch.tensor([0.5, 1.0, 1.0, 0.25]) * 0.5                       # half of the third row's height
+    assert torch.equal(covered[1, 0], expected)
+    assert torch.equal(diffusion.coverage(diffusion.mirrored(boxes), 4), covered.flip(3))
 
 
 class Killed(Exception):
