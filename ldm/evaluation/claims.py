@@ -160,10 +160,13 @@ def replaced(config: SweepConfig) -> list[Line]:
 
 
 def gains(config: SweepConfig) -> list[Line]:
-    """DBIM's constant 500, which the release set for SD v1."""
-    points = tuple(_chosen(config, config.strength, f"dci.mask_sum={gain}") for gain in config.gains)
-    return [_alone("raw model", _chosen(config, None)),
-            Line("DCI over mask_sum", points, tuple(f"{gain:g}" for gain in config.gains), "raw model")]
+    """DBIM's constant 500, which the release set for SD v1; lambda acts through it, hence a line for each strength."""
+    lines = [_alone("raw model", _chosen(config, None))]
+    for strength in config.strengths or [config.strength]:
+        points = tuple(_chosen(config, strength, f"dci.mask_sum={gain}") for gain in config.gains)
+        lines.append(Line(f"DCI over mask_sum, lambda {strength:g}", points,
+                          tuple(f"{gain:g}" for gain in config.gains), "raw model"))
+    return lines
 
 
 CLAIMS = {claim.name: claim for claim in (
