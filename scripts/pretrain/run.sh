@@ -18,9 +18,9 @@ if [[ -z "${ASSETS:-}" ]]; then
 fi
 [[ -f "$state/pictures.npy" ]] || "$PYTHON" scripts/pretrain/world.py "$ASSETS"
 "$PYTHON" scripts/pretrain/vocabulary.py
-"$PYTHON" scripts/pretrain/autoencoder.py --workers 2 --threads 1 --minutes "${MINUTES_AUTOENCODER:-60}"
-"$PYTHON" scripts/pretrain/text_encoder.py --minutes "${MINUTES_TEXT:-15}"
-"$PYTHON" scripts/pretrain/diffusion.py --workers 2 --threads 1 --minutes "${MINUTES_DIFFUSION:-240}"
-"$PYTHON" scripts/pretrain/judge.py "$ASSETS" --workers 2 --threads 1 --minutes "${MINUTES_JUDGE:-45}"
+"$PYTHON" scripts/pretrain/autoencoder.py --workers 2 --threads 1 --minutes "${MINUTES_AUTOENCODER:-100}"
+"$PYTHON" scripts/pretrain/text_encoder.py --minutes "${MINUTES_TEXT:-20}"
+"$PYTHON" scripts/pretrain/diffusion.py --workers 2 --threads 1 --minutes "${MINUTES_DIFFUSION:-260}"
+"$PYTHON" scripts/pretrain/judge.py "$ASSETS" --workers 2 --threads 1 --minutes "${MINUTES_JUDGE:-65}"
 "$PYTHON" scripts/pretrain/pack.py "$ASSETS"
 "$PYTHON" scripts/pretrain/quality.py "$ASSETS"
