@@ -129,7 +129,7 @@ def test_a_saved_configuration_runs_again(tmp_path: Path, schema: type) -> None:
 
 def test_the_shipped_files_are_the_known_ones() -> None:
     """A new folder or file needs a line in the tests below."""
-    assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 6 and names(SAMPLES) == {"paper", "tiny"}
+    assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 7 and names(SAMPLES) == {"paper", "tiny"}
     assert names(METHODS) == {"custom_diffusion", "ico", "ico_for_dci", "tiny"}
     assert {path.name for path in CONFIGS.iterdir()} == {
         "concept", "method", "model", "prompts", "sample", "sweep", "trainer"}
