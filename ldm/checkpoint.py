@@ -184,8 +184,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
     if assign:
         formats = {key: value.dtype for key, value in model.state_dict().items()}
         weights = {key: value.to(formats[key]) for key, value in weights.items()}
-    # Nothing passes unseen: the check above was strict. Only the schedule and what `accepted` names stay the model's.
-    model.load_state_dict(weights, strict=False, assign=assign)
+    own = {key: value for key, value in model.state_dict().items() if key not in weights}    # schedule, `accepted`
+    model.load_state_dict({**own, **weights}, assign=assign)
 
 
 def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str, str]:

@@ -58,7 +58,7 @@ def load_model_from_config(config_path: Path, checkpoint: Path):
     if "global_step" in loaded:
         assert loaded["global_step"] == 470000
     model = instantiate_from_config(config.model)
-    missing, unexpected = model.load_state_dict(loaded["state_dict"], strict=False)
+    missing, unexpected = model.load_state_dict(loaded["state_dict"], strict=False)    # as txt2img scripts call it
     assert missing == [] and unexpected == []
     return model.to(torch.device("cpu")).eval()
 
