@@ -106,6 +106,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     data = cache(model, args.state, rank, args.workers)
     model.scale_factor = 1.0 / float(data["latents"][:4000].float().std())
     boxes = torch.tensor([record["box"] for record in records(args.state)])
+    boxes = torch.stack([boxes, mirrored(boxes)], dim=1)                                  # (N, 2, 4), as the latents
     network = model.model.diffusion_model.train()
     forward = torch.compile(network) if args.compile else network
 
@@ -121,9 +122,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
         even = (torch.rand((), generator=rng) + torch.arange(count) / count) % 1.0
         t = (even * model.num_timesteps).long()[mine].to(args.device)
         noise = torch.randn((count, *x.shape[1:]), generator=rng)[mine].to(args.device)
-        box = boxes[rows].to(args.device)
-        box = torch.where((side == 1).to(args.device)[:, None], mirrored(box), box)
-        weight = 1 + (OBJECT_WEIGHT - 1) * coverage(box, x.shape[-1])                     # (B, 1, 16, 16)
+        covered = coverage(boxes[rows, side].to(args.device), x.shape[-1])                # (B, 1, 16, 16)
+        weight = 1 + (OBJECT_WEIGHT - 1) * covered
         error = (forward(model.q_sample(x, t, noise), t, context) - noise).square()       # (B, 4, 16, 16)
         error = (error * weight).mean(dim=(1, 2, 3)) / weight.mean()
         snr = model.alphas_cumprod[t] / (1 - model.alphas_cumprod[t])
