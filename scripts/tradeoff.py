@@ -26,7 +26,7 @@ def parser() -> cli.Parser:
                         "all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
                         help="weights that do not ship: clip_b32, clip_l14, dino")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the concepts; 2 suit 2 cores")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the work; 2 suit 2 cores")
     parser.add_argument("--outdir", type=Path, default=Path("outputs/tradeoff"), help="where everything goes")
     return parser
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.workers > 1:
         jobs = list(dict.fromkeys(job for claim in claims for job in jobs_of(claim, sweep)))
         sweep.check(jobs)
-        share_out(config, options.outdir, metrics, jobs, options.workers)
+        share_out(sweep, metrics, jobs, options.workers)
     command, reports = "python " + shlex.join(["scripts/tradeoff.py", *sys.argv[1:]]), []
     for claim in claims:
         reports.append(run_claim(claim, sweep, command))

@@ -89,7 +89,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
 
 
-def test_processes_share_the_concepts(small_world: SmallWorld, tmp_path: Path, call_script: Call,
+def test_processes_share_the_work(small_world: SmallWorld, tmp_path: Path, call_script: Call,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Afterwards everything is on disk; a mistake in any of them is told as if it had happened here."""
     concept = OmegaConf.load(small_world.folder / "concept.yaml")
@@ -99,13 +99,14 @@ def test_processes_share_the_concepts(small_world: SmallWorld, tmp_path: Path, c
                                                             str(tmp_path / "other.yaml")])
     config, metrics = merge(SweepConfig, [file]), (["small_clip"], {})
     jobs = [Job(name, "ICO", step) for name in ("thing", "other") for step in (1, 2)]
-    sweep_module.share_out(config, tmp_path / "out", metrics, jobs, workers=2)
+    sweep = Sweep(config, tmp_path / "out", load_scorer(*metrics))
+    sweep_module.share_out(sweep, metrics, jobs, workers=2)
     monkeypatch.setattr(Sweep, "draw", None)                               # all that is left is reading
     rows = Sweep(config, tmp_path / "out", load_scorer(*metrics)).run(jobs)
     assert [len(rows[job]) for job in jobs] == [2] * 4
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
     with pytest.raises(UserError, match="metric 'smell' is unknown"):
-        sweep_module.share_out(config, tmp_path / "out", (["smell"], {}), jobs, workers=2)
+        sweep_module.share_out(sweep, (["smell"], {}), jobs, workers=2)
     assert "--workers is 0" in call_script("tradeoff", "-b", file, "--workers", "0").error
 
 
@@ -140,7 +141,8 @@ def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
     shared = Job("thing", "ICO", 1, 1.0, ("dci.guidance=shared",))
     matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
     assert (sweep.work(shared), sweep.work(matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
-    assert sweep.training_work(JOBS) == 3 * 2 * 1 * 2                      # 2 steps of a picture and a class picture
+    # Two steps of a picture and a class picture come on top, three times the work of drawing.
+    assert sweep.total(JOBS) == sum(map(sweep.work, JOBS)) + 3 * 2 * 1 * 2
     assert sweep.steps(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
 
 

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ldm.util import UserError
 
 Metrics = tuple[Sequence[str] | None, Mapping[str, Path]]
 
+INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 VOLATILE = ("device", "batch_size")       # sampling settings that do not change pictures
 
 
@@ -71,20 +72,17 @@ class Sweep:
             if not subject.references.exists():
                 raise UserError(f"'{subject.name}': the pictures '{subject.references}' do not exist.")
 
-    def run(self, jobs: Sequence[Job], place: int = 0) -> dict[Job, list[dict[str, Any]]]:
-        """Carries out what is not on disk and returns every job's rows.
-
-        The bar counts U-Net rows, so its ETA holds; `place` is its line, for several at a time.
+    def run(self, jobs: Sequence[Job], quiet: bool = False) -> dict[Job, list[dict[str, Any]]]:
+        """Carries out what is not on disk and returns every job's rows; the bar's ETA holds, as it counts U-Net rows.
         """
         self.check(jobs)
         self._reported.clear()
         order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
-        with tqdm(total=sum(map(self.work, order)) + self.training_work(order), desc="sweep", unit="row",
-                  unit_scale=True, position=place) as bar:
+        with progress_bar(self.total(order), quiet) as bar:
             try:
                 return {job: self._rows(job, order, bar) for job in order}
             except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt("interrupted; the same command goes on where this one stopped.") from interrupt
+                raise KeyboardInterrupt(INTERRUPTED) from interrupt
 
     def _rows(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> list[dict[str, Any]]:
         """Reads a job's rows, or makes them."""
@@ -150,12 +148,13 @@ class Sweep:
         rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
         return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
 
-    def training_work(self, jobs: Sequence[Job]) -> int:
-        """U-Net rows of all fine-tuning: a row of a training step costs about three, backwards included."""
-        return sum(self.run_work(job, jobs) for job in {(job.concept, job.method): job for job in jobs}.values())
+    def total(self, jobs: Sequence[Job]) -> int:
+        """U-Net rows of jobs and of the fine-tuning they need."""
+        teaching = {(job.concept, job.method): job for job in jobs}.values()
+        return sum(map(self.work, jobs)) + sum(self.run_work(job, jobs) for job in teaching)
 
     def run_work(self, job: Job, jobs: Sequence[Job]) -> int:
-        """U-Net rows of one fine-tuning run."""
+        """U-Net rows of one fine-tuning run: a row of a training step costs about three, backwards included."""
         if job.method == BASE:
             return 0
         batch = self.subjects[job.concept].training(self.config, job.method).method.batch_size
@@ -229,29 +228,48 @@ class Sweep:
                 for index, (prompt, seed, row) in enumerate(zip(prompts, seeds, values, strict=True))]
 
 
-def share_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], workers: int) -> None:
-    """Carries jobs out in several processes, each with concepts of its own; their rows are on disk afterwards.
+def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int) -> None:
+    """Carries jobs out in several processes, a fine-tuning run's at a time; their rows are on disk afterwards.
 
     On a CPU two processes of one thread do more than one process of two: small networks keep few threads busy.
 
     Args:
         metrics: what `load_scorer` takes: names, and files of weights.
     """
-    concepts = list(dict.fromkeys(job.concept for job in jobs))
-    workers = min(workers, len(concepts))
+    runs: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        runs.setdefault((job.concept, job.method), []).append(job)
+    # The longest first, so that none of them is left for one process at the end.
+    shares = sorted(runs.values(), key=sweep.total, reverse=True)
+    missing = {sweep.path(job): sweep.work(job) for job in jobs}
+    for share in shares:
+        missing[sweep.path(share[0])] += sweep.run_work(share[0], share)
+    workers = min(workers, len(shares))
     threads = max(1, torch.get_num_threads() // workers)
-    shares = [[job for job in jobs if job.concept in concepts[place::workers]] for place in range(workers)]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(_carry_out, config, outdir, metrics, share, place, threads)
-                     for place, share in enumerate(shares)]:
-            done.result()
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, \
+            progress_bar(sum(missing.values())) as bar:
+        pending = {pool.submit(_carry_out, sweep.config, sweep.outdir, metrics, share, threads) for share in shares}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                bar.update(sum(missing.pop(path) for path in [*missing] if path.is_file()))
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(INTERRUPTED) from interrupt
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], place: int,
-               threads: int) -> None:
-    """Carries out one process's jobs."""
+def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], threads: int) -> None:
+    """Carries jobs out in a process of `share_out`."""
     torch.set_num_threads(threads)
-    Sweep(config, outdir, load_scorer(*metrics)).run(jobs, place)
+    Sweep(config, outdir, load_scorer(*metrics)).run(jobs, quiet=True)
+
+
+def progress_bar(total: int, quiet: bool = False) -> tqdm:
+    """Makes a sweep's bar."""
+    return tqdm(total=total, desc="sweep", unit="row", unit_scale=True, disable=quiet)
 
 
 def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
