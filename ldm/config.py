@@ -149,7 +149,7 @@ class DCIConfig:
     guidance: str = "separate"            # separate | shared unconditional prediction
     noise: str = "independent"            # independent | common noise of the two branches
     match_cost: bool = False              # fewer steps, so that the work equals plain guidance with `steps`
-    ablation: str = "none"                # none | no_mask | no_full_prompt | last_layer
+    ablation: str = "none"                # none | no_mask | no_full_prompt | last_layer | base_weights
     token_gain: float = 10.0
     spatial_gain: float = 10.0
     mask_sum: float = 500.0

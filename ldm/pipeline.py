@@ -40,6 +40,7 @@ from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.util import UserError, instantiate_from_config
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
+ABLATIONS = ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights")
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
 
@@ -101,7 +102,7 @@ def check_settings(settings: SampleConfig) -> None:
     dci = settings.dci
     choices = (("sampler", settings.sampler, SAMPLERS), ("dci.guidance", dci.guidance, ("separate", "shared")),
                ("dci.noise", dci.noise, ("independent", "common")),
-               ("dci.ablation", dci.ablation, ("none", "no_mask", "no_full_prompt", "last_layer")),
+               ("dci.ablation", dci.ablation, ABLATIONS),
                ("precision", settings.precision, PRECISIONS))
     for name, value, allowed in choices:
         if value not in allowed:
@@ -318,7 +319,8 @@ class Generator:
             spatial_gain=dci.spatial_gain, mask_sum=dci.mask_sum)
         seeds = [int(np.random.SeedSequence([abs(row.seed), 1]).generate_state(1)[0]) for row in rows]
         return DualBranch(self._encode(auxiliary.prompts), control, dci.agg_time,
-                          [torch.Generator().manual_seed(seed) for seed in seeds], dci.noise == "common")
+                          [torch.Generator().manual_seed(seed) for seed in seeds], dci.noise == "common",
+                          self.applied.put_aside if dci.ablation == "base_weights" else None)
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         """Encodes texts to (B, T, D), each once and by itself, so that it is the same in any batch."""

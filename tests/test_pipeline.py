@@ -134,13 +134,41 @@ def test_sampling_without_guidance(small_world: SmallWorld, small_generator: Gen
 def test_every_option_changes_the_picture(small_world: SmallWorld, small_generator: Generator) -> None:
     options = [[f"dci.guidance={guidance}", f"dci.noise={noise}"]
                for guidance in ("separate", "shared") for noise in ("independent", "common")]
-    options += [[f"dci.ablation={name}"] for name in ("no_mask", "no_full_prompt", "last_layer")]
+    options += [[f"dci.ablation={name}"] for name in ("no_mask", "no_full_prompt", "last_layer", "base_weights")]
     options += [["dci.replace_noun=car"], ["dci.agg_time=0.75"], ["dci.token_gain=1.0"], ["dci.spatial_gain=0.0"],
                 ["dci.mask_sum=50.0"]]
     drawn = [draw(small_generator, small_world.sample_config("dci.agg_time=1.0", *overrides), Row(PROMPT, 5, 1.5))
              for overrides in options]
     for (one, first), (other, second) in itertools.combinations(zip(options, drawn, strict=True), 2):
         assert gap(first, second) > 1e-5, (one, other)
+
+
+@pytest.mark.parametrize("guidance", ["separate", "shared"])
+def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, small_run: Run, guidance: str) -> None:
+    """Keys and values of its rows are those of a network without the concept, all others the concept's."""
+    generator, rows = Generator(*small_world.build()), [Row(PROMPT, 5, 1.0), Row("a {} on the beach", 6, 1.0)]
+    unet, seen = generator.model.model.diffusion_model, []
+    handle = unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("context", args[-1])), with_kwargs=True)
+    generator.load(load_concept(small_run.concept))
+    tuned = {name: value.clone() for name, value in unet.state_dict().items()}
+    config = small_world.sample_config(f"dci.guidance={guidance}", "dci.ablation=base_weights")
+    generator.latents(rows, config)
+    handle.remove()
+    assert all(torch.equal(value, tuned[name]) for name, value in unet.state_dict().items())
+
+    concept, auxiliary = generator.token_sets([row.prompt for row in rows], config.dci)
+    texts = [[""] * 2, list(concept.prompts), [""] * 2, list(auxiliary.prompts)]
+    texts = texts if guidance == "separate" else [*texts[:2], texts[3]]
+    features = [torch.cat([generator.model.cond_stage_model([text]) for text in block]) for block in texts]
+    with torch.no_grad():
+        expected = [unet.project_text(torch.cat(features[:2])).layers]
+        generator.load(None)
+        expected.append(unet.project_text(torch.cat(features[2:])).layers)
+    for got, mine, base in zip(seen[0].layers, *expected, strict=True):
+        for values, first, second in zip(got, mine, base, strict=True):
+            torch.testing.assert_close(values, torch.cat([first, second]))
+    assert not torch.equal(expected[0][0][0][:1], expected[1][0][0][:1])
 
 
 @pytest.mark.parametrize(("agg_time", "separate", "guided", "steps"), [

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,15 @@ class AppliedConcept:
         unet = dict(self.model.model.diffusion_model.named_parameters())
         for name, value in values.items():
             unet[name].copy_(value)
+
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Gives the model the base's tensors back for a while; the concept's words stay."""
+        self._write(self._originals)
+        try:
+            yield
+        finally:
+            self._write(self.concept.weights)
 
     def remove(self) -> None:
         """Restores the base's tensors and vocabulary."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
 from ldm.util import UserError
 
-ABLATIONS = {"no masks": "no_mask", "no entire prompt": "no_full_prompt", "no deep aggregation": "last_layer"}
+ABLATIONS = {"no masks": "no_mask", "no entire prompt": "no_full_prompt", "no deep aggregation": "last_layer",
+             "no shared weights": "base_weights"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("methods", "sections 3.2, 3.3", "What does ICO add to a manual template, and DCI to ICO?", methods),
     Claim("lambda", "Fig. 9", "Does more injection buy prompt agreement for little fidelity, until it is too much?",
           lambdas),
-    Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts and aggregation in every layer?", ablations),
+    Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts, aggregation in every layer, shared weights?",
+          ablations),
     Claim("masks", "Fig. 11", "What do the masks look like at each resolution?", masks, masks=True),
     Claim("nouns", "Fig. 12", "Does an auxiliary noun that is likely in the context help, and a bad one harm?",
           auxiliary_nouns),

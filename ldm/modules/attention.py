@@ -47,6 +47,13 @@ class ProjectedText:
         """Number of text rows, R."""
         return len(self.layers[0][0])
 
+    def with_auxiliary(self, other: ProjectedText) -> ProjectedText:
+        """Returns this text, its rows of the auxiliary branch (latents 1) taken from `other`."""
+        rows = self.rows * self.latents.index(1) // len(self.latents)
+        layers = tuple((torch.cat([k[:rows], other_k[rows:]]), torch.cat([v[:rows], other_v[rows:]]))
+                       for (k, v), (other_k, other_v) in zip(self.layers, other.layers, strict=True))
+        return ProjectedText(layers, self.latents)
+
 
 def spread(x: Tensor, context: Tensor | ProjectedText | None) -> Tensor:
     """Repeats image features (B, ...) so that every row of text has its own, (R, ...), where it has not yet."""

@@ -1,8 +1,8 @@
 """DDPM and LatentDiffusion: the objective, the conditioning, latents in and out."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -177,12 +177,14 @@ class LatentDiffusion(DDPM):
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return {key: [cond] if isinstance(cond, Tensor) else cond}
 
-    def prepare_conditioning(self, cond: Conditioning, latents: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
+    def prepare_conditioning(self, cond: Conditioning, latents: tuple[int, ...] = (),
+                             aside: Callable[[], AbstractContextManager] | None = None) -> Mapping[str, Any] | None:
         """Does once what a run's conditioning asks in every step; `apply_model` takes the result in its place.
 
         Args:
             cond: as `apply_model` takes it, of R rows in len(latents) blocks.
             latents: which block of the latents each block of rows denoises, as in `ProjectedText`.
+            aside: opens a context in which the network has other weights, for the auxiliary branch's keys and values.
 
         Returns:
             Keywords of `DiffusionWrapper`, or None where the conditioning is not text alone.
@@ -191,7 +193,11 @@ class LatentDiffusion(DDPM):
             return None
         keywords = self._keywords(cond)
         text = torch.cat(list(keywords["c_crossattn"]), dim=1)
-        return {**keywords, "c_crossattn": [self.model.diffusion_model.project_text(text, latents)]}
+        projected = self.model.diffusion_model.project_text(text, latents)
+        if aside is not None:
+            with aside():
+                projected = projected.with_auxiliary(self.model.diffusion_model.project_text(text, latents))
+        return {**keywords, "c_crossattn": [projected]}
 
     def prepare_steps(self, timesteps: Sequence[int]) -> list[StepShifts]:
         """Embeds the time steps of a run at once; `apply_model` takes the entries as `t` for all rows."""

@@ -1,7 +1,8 @@
 """Guidance: turns a conditioned network into a noise predictor, for one branch or for DCI's two."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
 
 Generators = Sequence[torch.Generator]
+Aside = Callable[[], AbstractContextManager]
 
 
 def stack_conditionings(*parts: Conditioning) -> Conditioning:
@@ -49,16 +51,18 @@ class Rows:
         blocks: conditionings of B rows each.
         latents: which block of the latents each of them denoises.
         control: integrates two of the blocks (DBIM).
+        aside: opens a context in which the model has other weights for the auxiliary branch's keys and values.
     """
 
     def __init__(self, model: LatentDiffusion, blocks: Sequence[Conditioning], latents: tuple[int, ...],
-                 control: DBIMControl | None = None):
+                 control: DBIMControl | None = None, aside: Aside | None = None):
         self.model, self.latents = model, latents
         cond = blocks[0] if len(blocks) == 1 else stack_conditionings(*blocks)
         if control is not None:
             cond = {"c_crossattn": [cond], "control": control}
         prepare = getattr(model, "prepare_conditioning", None)
-        prepared = prepare(cond, latents) if prepare and cond is not None else None
+        arguments = (cond, latents) if aside is None else (cond, latents, aside)
+        prepared = prepare(*arguments) if prepare and cond is not None else None
         self.prepared, self.cond = prepared is not None, cond if prepared is None else prepared
 
     def predict(self, x: Tensor, t: int | float, steps: Mapping[int, Any]) -> Tensor:
@@ -128,6 +132,8 @@ class DualBranch:
         agg_time: the early share of the schedule that has two branches, t/T > 1 - agg_time.
         generators: one per row, for the auxiliary branch's own noise.
         common_noise: starts both branches from the same latents and gives both the same noise.
+        aside: opens a context in which the model has the weights of the auxiliary branch's keys and values; None: both
+            branches share all weights, as in the paper.
     """
 
     auxiliary: Tensor
@@ -135,6 +141,7 @@ class DualBranch:
     agg_time: float
     generators: Generators | None = None
     common_noise: bool = False
+    aside: Aside | None = None
 
 
 class DualBranchGuidance(Guidance):
@@ -153,7 +160,8 @@ class DualBranchGuidance(Guidance):
         self.dual, self.batch = dual, len(conditioning)
         branches = {"unconditional": self.unconditional, "concept": conditioning, "auxiliary": dual.auxiliary}
         names = dual.control.layout.value
-        self._joint = Rows(model, [branches[name] for name in names], dual.control.layout.latents, dual.control)
+        self._joint = Rows(model, [branches[name] for name in names], dual.control.layout.latents, dual.control,
+                           dual.aside)
 
     def start(self, x: Tensor) -> Tensor:
         if self.dual.common_noise:
