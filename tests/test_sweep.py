@@ -90,7 +90,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
 
 
 def test_processes_share_the_work(small_world: SmallWorld, tmp_path: Path, call_script: Call,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """Afterwards everything is on disk; a mistake in any of them is told as if it had happened here."""
     concept = OmegaConf.load(small_world.folder / "concept.yaml")
     concept.concepts[0].name = "other"
