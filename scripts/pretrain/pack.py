@@ -19,7 +19,7 @@ from ldm.evaluation.small_clip import pack_small_clip
 from ldm.pictures import save_png
 from ldm.util import instantiate_from_config
 
-HELD_OUT_SCENES = ("meadow", "room", "city street", "mountains", "sunset")    # where fidelity is measured, not taught
+HELD_OUT_SCENES = ("meadow", "room", "city street", "mountains", "sunset")    # of the pictures that fidelity is measured on; references have some too
 
 
 def pack_model(state: Path, config_path: Path, out: Path) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("pretrain_state"))
     parser.add_argument("--config", type=Path, default=Path("configs/model/tiny.yaml"))
     parser.add_argument("--out", type=Path, default=Path("ldm/tiny"))
-    parser.add_argument("--regularization", type=Path, default=Path("real_reg"))
+    parser.add_argument("--regularization", type=Path, default=Path("real_reg/tiny"))
     parser.add_argument("--pictures", type=int, default=24)
     args = parser.parse_args()
     torch.manual_seed(0)
