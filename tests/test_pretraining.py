@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, SmallWorld
 from torch import Tensor, nn
 
 FOLDER = ROOT / "scripts" / "pretrain"
@@ -79,6 +80,28 @@ def test_boxes_on_latent_pixels(stages: tuple[ModuleType, ModuleType]) -> None:
     expected[2] = torch.tensor([0.5, 1.0, 1.0, 0.25]) * 0.5                       # half of the third row's height
     assert torch.equal(covered[1, 0], expected)
     assert torch.equal(diffusion.coverage(diffusion.mirrored(boxes), 4), covered.flip(3))
+
+
+def test_latents_are_kept_for_the_encoders_and_pictures_they_came_from(stages: tuple[ModuleType, ModuleType],
+                                                                       small_world: SmallWorld, tmp_path: Path) -> None:
+    import diffusion
+    model, _ = small_world.build()
+
+    def draw(count: int) -> None:
+        np.save(tmp_path / "pictures.npy", np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8))
+        (tmp_path / "captions.jsonl").write_text('{"caption": "a cat"}\n' * count)
+
+    draw(3)
+    first = diffusion.cache(model, tmp_path)
+    assert first["latents"].shape[:2] == (3, 2) and len(first["features"]) == 2
+    stamp = (tmp_path / "latents.pt").stat().st_mtime_ns
+    assert torch.equal(diffusion.cache(model, tmp_path)["latents"], first["latents"])
+    assert (tmp_path / "latents.pt").stat().st_mtime_ns == stamp
+    draw(4)
+    assert len(diffusion.cache(model, tmp_path)["latents"]) == 4
+    model.first_stage_model.quant_conv.bias.data += 1.0                           # trained on, as it were
+    moved = diffusion.cache(model, tmp_path)["latents"][:3, :, 0] - first["latents"][:, :, 0]
+    assert torch.allclose(moved, torch.ones_like(moved), atol=0.01)
 
 
 class Killed(Exception):

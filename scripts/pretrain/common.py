@@ -22,16 +22,17 @@ from ldm.checkpoint import load_file, write_atomically
 from ldm.compute import supported_precision
 
 
-def stage_parser(description: str, minutes: float) -> argparse.ArgumentParser:
-    """Makes the options every stage understands."""
+def stage_parser(description: str, minutes: float, shared: bool = True) -> argparse.ArgumentParser:
+    """Makes the options of a stage; `shared`: one that several processes can share, and that can be compiled."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--state", type=Path, default=Path("pretrain_state"), help="folder of all stages' files")
     parser.add_argument("--minutes", type=float, default=minutes, help="training time, resumed runs included")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--workers", type=int, default=1, help="CPU processes that share each batch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("full", "bf16"), default="full", help="what forward passes compute in")
-    parser.add_argument("--compile", action="store_true", help="fuse the network's kernels with torch.compile")
+    if shared:
+        parser.add_argument("--workers", type=int, default=1, help="CPU processes that share each batch")
+        parser.add_argument("--compile", action="store_true", help="fuse the network's kernels with torch.compile")
     return parser
 
 

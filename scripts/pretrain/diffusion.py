@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from common import from_pictures, launch, save_sheet, stage_parser, to_pictures,
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_file, write_atomically
+from ldm.checkpoint import load_file, weights_hash, write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
@@ -47,15 +48,20 @@ def mirrored(boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cache(model: LatentDiffusion, state: Path, rank: int = 0, workers: int = 1, batch: int = 64) -> dict[str, Tensor]:
+def cache(model: LatentDiffusion, state: Path, rank: int = 0, workers: int = 1, batch: int = 64) -> dict[str, Any]:
     """Encodes all pictures (and their mirror images) and all distinct captions once; kept in `latents.pt`.
 
-    Each process encodes a share; the first one joins them.
+    What other encoders made, or of another number of pictures, is made anew. Each process encodes a share; the first
+    one joins them.
     """
     path = state / "latents.pt"
-    if path.exists():
-        return load_file(path)
     pictures = np.load(state / "pictures.npy", mmap_mode="r")
+    source = " ".join([weights_hash(model.first_stage_model.state_dict()),
+                       weights_hash(model.cond_stage_model.state_dict()), str(len(pictures))])
+    if path.exists():
+        kept = load_file(path)
+        if kept.get("source") == source:
+            return kept
     captions = [record["caption"] for record in records(state)]
     distinct = ["", *sorted(set(captions))]
 
@@ -76,7 +82,7 @@ def cache(model: LatentDiffusion, state: Path, rank: int = 0, workers: int = 1, 
         torch.save(encoded, state / f"latents-{rank}.part")
         dist.barrier()
         parts = [load_file(state / f"latents-{place}.part") for place in range(workers)]
-    cached = {name: torch.cat([part[name] for part in parts]) for name in encoded}
+    cached = {"source": source, **{name: torch.cat([part[name] for part in parts]) for name in encoded}}
     cached["caption"] = torch.tensor([number[caption] for caption in captions])
     if rank == 0:
         write_atomically(path, lambda part: torch.save(cached, part))

@@ -42,7 +42,8 @@ def phrases() -> dict[str, dict[str, list[str]]]:
 
 def draw(assets: Path, state: Path, nouns: int, pictures: int, workers: int) -> None:
     """Draws the renders once, with every noun in every scene alike and many styles and colours."""
-    if (state / "judge_pictures.npy").exists():
+    path = state / "judge_pictures.npy"
+    if path.exists() and len(np.load(path, mmap_mode="r")) == pictures:
         return
     config = WorldConfig(nouns=nouns, typical=0.0, p_style=0.4, p_colour=0.45, p_pattern=0.25, p_pair=0.06)
     last = FIRST_SEED + pictures
@@ -52,7 +53,7 @@ def draw(assets: Path, state: Path, nouns: int, pictures: int, workers: int) -> 
     truths = [truth for part in parts for truth in part[2]]
     write_atomically(state / "judge_truths.json", lambda part: part.write_text(json.dumps(truths)))
     drawn = np.concatenate([part[0] for part in parts])
-    write_atomically(state / "judge_pictures.npy", lambda part: _save(part, drawn))
+    write_atomically(path, lambda part: _save(part, drawn))
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from ldm.util import instantiate_from_config
 
 
 def main() -> None:
-    parser = stage_parser(__doc__, minutes=10)
+    parser = stage_parser(__doc__, minutes=10, shared=False)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
     parser.add_argument("--batch", type=int, default=96)
     args = parser.parse_args()

@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     args.state.mkdir(parents=True, exist_ok=True)
+    drawn = args.state / "pictures.npy"
+    if drawn.exists() and len(np.load(drawn, mmap_mode="r")) == args.pictures:
+        return print(f"{args.pictures} pictures are there already")
     world = SmallWorld(args.assets, WORLD)
     references = np.stack([world.draw_concept(name, 1000 + index).image for name in CONCEPTS for index in range(5)])
     write_atomically(args.state / "concepts.npy", lambda part: _save(part, references))
@@ -48,7 +51,7 @@ def main() -> None:
     rows = [{"caption": caption, **truth} for part in parts for caption, truth in zip(part[1], part[2], strict=True)]
     write_atomically(args.state / "captions.jsonl",
                      lambda part: part.write_text("\n".join(json.dumps(row) for row in rows) + "\n"))
-    write_atomically(args.state / "pictures.npy", lambda part: _save(part, pictures))
+    write_atomically(drawn, lambda part: _save(part, pictures))
     print(f"{len(pictures)} pictures, {len({row['caption'] for row in rows})} distinct captions")
 
 
