@@ -9,6 +9,7 @@ from ldm.config import SampleConfig, merge
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
+PROMPTS = "configs/prompts/evaluation.txt"
 
 
 def parser() -> cli.Parser:
@@ -17,8 +18,8 @@ def parser() -> cli.Parser:
     parser.add_argument("--pictures", type=Path, help="folder of pictures, any known layout")
     parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per picture")
     parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
-    parser.add_argument("--from_file", type=Path, default=Path("configs/prompts/evaluation.txt"),
-                        help="what to draw with it, a prompt per line; CustomConcept101's files fit")
+    parser.add_argument("--from_file", type=Path, help="what to draw with it, a prompt per line; CustomConcept101's "
+                        f"files fit; default: {PROMPTS}")
     parser.add_argument("--ckpt", help="SD v1 checkpoint it belongs to (base.ckpt)")
     parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds")
     parser.add_argument("--seed", type=int, help="the first seed")
@@ -33,30 +34,46 @@ def parser() -> cli.Parser:
     return parser
 
 
-def draw(options) -> list:
+def draw(options, config: SampleConfig) -> list:
     """Draws with the concept file into the output folder and returns the pictures."""
     from ldm.evaluation.layouts import drawn_pictures
     from ldm.evaluation.plan import read_prompts
     from ldm.sampling import draw_run, load_generator
-    flags = cli.set_options(base__ckpt=options.ckpt, n_samples=options.n_samples, seed=options.seed)
-    config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
-    prompts = read_prompts(options.from_file)
+    prompts = read_prompts(options.from_file or Path(PROMPTS))
     generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun)
     return drawn_pictures(draw_run(generator, config, prompts, options.outdir, grid=False).files)
 
 
-def main(arguments: Sequence[str]) -> None:
-    options = parser().parse_command(arguments)
+def check(options) -> None:
+    """Refuses options that would be ignored, and folders that hold no pictures, before any work."""
     if (options.pictures is None) == (options.delta_ckpt is None):
         raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
+    drawing = {"--from_file": options.from_file, "--ckpt": options.ckpt, "--n_samples": options.n_samples,
+               "--seed": options.seed, "-b": options.base, **{item: item for item in options.overrides}}
+    unused = [name for name, value in drawing.items() if value is not None]
+    if options.pictures and unused:
+        raise UserError(f"'{unused[0]}' changes how pictures are drawn, but --pictures are drawn already.")
+    if options.delta_ckpt and options.prompts:
+        raise UserError("--prompts belongs to --pictures; name the file of what to draw with --from_file.")
+    if options.kid_references and options.metrics and "kid" not in options.metrics:
+        raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
+    from ldm.data.images import list_images
+    for folder in filter(None, (options.references, options.kid_references)):
+        list_images(folder)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser().parse_command(arguments)
+    check(options)
     from ldm.evaluation.evaluate import evaluate  # torch loads only when there is work for it
     from ldm.evaluation.layouts import read_pictures
     from ldm.evaluation.scoring import load_scorer, read_weights
-    if options.pictures and options.overrides:
-        raise UserError(f"'{options.overrides[0]}' changes how pictures are drawn, but --pictures are drawn already.")
+    from ldm.pipeline import choose_device
     found = read_pictures(options.pictures, options.prompts) if options.pictures else []
-    scorer = load_scorer(options.metrics, read_weights(options.metric_weights))
-    found = found or draw(options)
+    flags = cli.set_options(base__ckpt=options.ckpt, n_samples=options.n_samples, seed=options.seed)
+    config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
+    scorer = load_scorer(options.metrics, read_weights(options.metric_weights), choose_device(config.device))
+    found = found or draw(options, config)
     beside = options.delta_ckpt.parent.parent / "images" / "references" if options.delta_ckpt else None
     references = options.references or (beside if beside and beside.is_dir() else None)
     result = evaluate(found, scorer, options.outdir, references, options.class_noun, options.kid_references)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     words = [item for item in (*options.overrides, *(options.base or ())) if item == "claim" or "=" not in item]
     names, files = read_words(words, options.base)
     from ldm.evaluation.claims import SWEEP, find_claims
-    from ldm.evaluation.plan import SweepConfig
+    from ldm.evaluation.plan import BASE, Job, SweepConfig
     from ldm.evaluation.scoring import load_scorer, read_weights
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
     from ldm.evaluation.experiment import jobs_of, overview, run_claim
     from ldm.evaluation.sweep import Sweep, share_out
-    metrics = options.metrics, read_weights(options.metric_weights)
+    from ldm.pipeline import choose_device
+    device = choose_device(Job("", BASE, 0).sampling(config).device)
+    metrics = options.metrics, read_weights(options.metric_weights), device
     sweep = Sweep(config, options.outdir, load_scorer(*metrics))
     for reason in sweep.scorer.skipped:
         print(f"skipped {reason}")

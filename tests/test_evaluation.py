@@ -84,7 +84,12 @@ def test_a_folder_per_prompt(call_script: Call, metric_options: list[str], tmp_p
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "give either --pictures FOLDER or --delta_ckpt FILE"),
     (["--pictures", "{empty}"], "holds no usable picture"),
-    (["--pictures", "{empty}", "steps=3"], "are drawn already"),
+    (["--pictures", "{full}", "steps=3"], "'steps=3' changes how pictures are drawn"),
+    (["--pictures", "{full}", "--seed", "3"], "'--seed' changes how pictures are drawn"),
+    (["--pictures", "{full}", "--from_file", "{lines}"], "'--from_file' changes how pictures are drawn"),
+    (["--delta_ckpt", "none.safetensors", "--prompts", "{lines}"], "with --from_file"),
+    (["--delta_ckpt", "none.safetensors", "--references", "{empty}"], "holds no usable picture"),
+    (["--pictures", "{full}", "--kid_references", "{full}", "--metrics", "small_clip"], "leaves kid out"),
     (["--pictures", "{full}", "--metrics", "dino"], "DINO ViT-S/16's weights are not given"),
     (["--pictures", "{full}", "--metrics", "beauty"], "metric 'beauty' is unknown"),
     (["--pictures", "{full}", "--metric_weights", "dino"], "must be written METRIC=FILE"),

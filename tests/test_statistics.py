@@ -7,6 +7,7 @@ import torch
 
 from ldm.evaluation import statistics
 from ldm.evaluation.metrics import SCALES, diversity, image_alignment, kid, text_alignment, unit
+from ldm.evaluation.report import summarise, table
 from ldm.evaluation.statistics import Estimate, area, compare_areas, difference, estimate, frontier, unit_means
 
 ORIGIN = np.zeros(2)
@@ -35,7 +36,7 @@ def test_areas_are_shares_of_the_common_box() -> None:
     # Two curves of two points, the same for both units: no spread, so that the interval is the value.
     low = np.array([[[0.0, 0.0], [2.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])             # (0, 2), (1, 1)
     high = np.array([[[1.0, 1.0], [3.0, 3.0]], [[2.0, 2.0], [2.0, 2.0]]])            # (1, 3), (2, 2)
-    result = compare_areas({"low": low, "high": high}, [("high", "low")])
+    result = compare_areas({"low": low, "high": high}, [("high", "low")], range(2))
     assert result.corner == (0, 1) and result.box == (2, 2)
     # In units of the box: low (0, .5), (.5, 0) has 0.5 x 0.5 / 2; high (.5, 1), (1, .5) has 0.5 x 1 + 0.5 x 0.75.
     assert result.areas["low"].mean == pytest.approx(0.125) and result.areas["high"].mean == pytest.approx(0.875)
@@ -47,17 +48,27 @@ def test_areas_are_resampled_together() -> None:
     # Units differ wildly, but one curve is the other moved: the difference is nearly the same in every resampling.
     rng = np.random.default_rng(0)
     curve = rng.normal(0, 1, (3, 2, 40))
-    result = compare_areas({"a": curve, "b": curve + 0.5}, [("b", "a")])
-    spread = result.areas["a"].high - result.areas["a"].low
+    result = compare_areas({"a": curve, "b": curve + 0.5}, [("b", "a")], range(40))
     gain = result.differences["b", "a"]
-    assert gain.excludes_zero and gain.mean > 0 and gain.units == 40 and spread > 0.2
-    same = compare_areas({"a": curve, "b": curve}, [("b", "a")]).differences["b", "a"]
+    assert gain.excludes_zero and gain.mean > 0 and gain.units == 40
+    same = compare_areas({"a": curve, "b": curve}, [("b", "a")], range(40)).differences["b", "a"]
     assert (same.mean, same.low, same.high) == (0, 0, 0) and not same.excludes_zero
+
+
+def test_what_all_curves_share_does_not_widen_areas() -> None:
+    # Units differ wildly, and in the same way everywhere: every resampling moves both curves alike, and no area.
+    shared = np.random.default_rng(0).normal(0, 100, (1, 1, 40))
+    low, high = np.array([[[0.0], [1.0]], [[1.0], [0.0]]]), np.array([[[1.0], [2.0]], [[2.0], [1.0]]])
+    result = compare_areas({"low": low + shared, "high": high + shared}, [("high", "low")], range(40))
+    # In the box of 2 x 2: low (0, .5), (.5, 0) has 0.125; high (.5, 1), (1, .5) has 0.5 + 0.375.
+    for found, expected in ((result.areas["low"], 0.125), (result.areas["high"], 0.875),
+                            (result.differences["high", "low"], 0.75)):
+        assert (found.mean, found.low, found.high) == pytest.approx((expected,) * 3)
 
 
 def test_curves_of_different_lengths_are_not_compared() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
-        compare_areas({"a": np.zeros((2, 2, 3)), "b": np.zeros((3, 2, 3))}, [])
+        compare_areas({"a": np.zeros((2, 2, 3)), "b": np.zeros((3, 2, 3))}, [], range(3))
 
 
 # Bootstrap.
@@ -68,7 +79,7 @@ def test_bootstrap_intervals_by_hand() -> None:
     result = estimate(dict(enumerate(values)), draws=20_000)
     assert (result.mean, result.units) == (2, 3)
     assert (result.low, result.high) == pytest.approx((0, 5))                       # 1/27 is more than 2.5 %
-    drawn = statistics.resamplings(3, 20_000) @ values
+    drawn = statistics.resamplings(range(3), 20_000) @ values
     assert statistics.interval(drawn, 0.9) == pytest.approx((1 / 3, 11 / 3))        # and less than 5 %
 
 
@@ -94,9 +105,25 @@ def test_differences_are_paired() -> None:
 
 
 def test_resamplings_are_the_same_every_time() -> None:
-    weights = statistics.resamplings(5, 7, seed=3)
-    assert np.array_equal(weights, statistics.resamplings(5, 7, seed=3)) and weights.shape == (7, 5)
+    weights = statistics.resamplings(range(5), 7, seed=3)
+    assert np.array_equal(weights, statistics.resamplings(range(5), 7, seed=3)) and weights.shape == (7, 5)
     assert np.allclose(weights.sum(axis=1), 1)
+
+
+def test_concepts_and_prompts_are_drawn_each_by_themselves() -> None:
+    units = [(concept, prompt) for concept in "ab" for prompt in "xyz"]
+    weights = statistics.resamplings(units, 20_000).reshape(-1, 2, 3)
+    # Concept a is drawn twice, once or never of two: weights 1, 1/2, 0 in a quarter, a half, a quarter of the draws.
+    of_a = weights[:, 0].sum(axis=1)
+    assert [(np.isclose(of_a, share)).mean() for share in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    # A prompt is drawn for all concepts or for none, so that the table has rank one.
+    assert np.allclose(weights, weights.sum(axis=2, keepdims=True) * weights.sum(axis=1, keepdims=True))
+    # What differs between concepts only is as uncertain as two concepts are, however many prompts each has.
+    means = {unit: 1.0 if unit[0] == "a" else 0.0 for unit in units}
+    assert estimate(means) == Estimate(0.5, 0.0, 1.0, 6)
+    # Where not every concept has every prompt, each draw still averages something.
+    ragged = statistics.resamplings([("a", "x"), ("b", "y")], 1000)
+    assert 0 < len(ragged) < 1000 and np.allclose(ragged.sum(axis=1), 1)
 
 
 # Metrics.
@@ -106,6 +133,13 @@ def test_alignments() -> None:
     assert text_alignment(images, texts).tolist() == pytest.approx([0.0, 1.0])
     references = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
     assert image_alignment(images, references).tolist() == pytest.approx([0.5, 0.5 ** 0.5])     # means of cosines
+
+
+def test_negative_cosines_count_as_zero_one_by_one_or_in_the_mean() -> None:
+    rows = [{"concept": "c", "prompt": prompt, "clip_t": value} for prompt, value in (("x", 0.4), ("y", -0.2))]
+    found = table({"all": summarise(rows, ["clip_t"])}, {"clip_t": "CLIP-T"})
+    means = [float(line.split("|")[2].split()[0]) for line in found.splitlines()[2:]]
+    assert means == [0.1, 0.5, 10.0]          # cosine; CLIPScore clips each picture's, torchmetrics the mean
 
 
 def test_scales_by_name() -> None:

@@ -130,9 +130,56 @@ def test_pictures_are_named_by_what_decides_them(config: SweepConfig, tmp_path: 
                                        Job("thing", "ICO", 1, 1.0, ("dci.agg_time=1.0",)),
                                        Job("thing", "ICO", 1, words=NOUN), Job("thing", BASE, 0, words=NOUN))]
     assert len(set(keys)) == 7
+    assert sweep.key(Job("thing", "ICO", 1, 1.0, ("dci.agg_time=0.5",))) == keys[1]      # what it is anyway
     faster = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=2,batch_size=2]'])
     slower = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=3,batch_size=1]'])
     assert Sweep(faster, tmp_path, SCORER).key(JOBS[0]) == keys[0] != Sweep(slower, tmp_path, SCORER).key(JOBS[0])
+
+
+def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 40), "red").save(photos / "a.png")
+    merged = OmegaConf.merge(OmegaConf.structured(SweepConfig), config,
+                             {"training": [f"concepts.0.images={photos}"], "held_out": str(tmp_path)})
+    (tmp_path / "thing").mkdir()
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "thing" / "a.png")
+
+    def names() -> tuple[str, str]:
+        sweep = Sweep(merged, tmp_path / "out", SCORER)
+        return sweep.training_key(JOBS[0]), str(sweep.path(JOBS[0])).removeprefix(sweep.key(JOBS[0]))
+
+    first = names()
+    assert names() == first
+    Image.new("RGB", (40, 40), "blue").save(photos / "a.png")                # the same name, another photo
+    other = names()
+    assert other[0] != first[0]
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "thing" / "a.png")    # another unseen picture: measured anew
+    assert names()[0] == other[0] and names()[1] != other[1]
+    (tmp_path / "thing").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"held_out: there is no folder '.*thing'"):
+        Sweep(merged, tmp_path / "out", SCORER)
+
+
+def test_pictures_of_another_noun_are_compared_with_its_own_text(config: SweepConfig, tmp_path: Path) -> None:
+    sweep, jobs = Sweep(config, tmp_path, SCORER), [Job("thing", "ICO", 1, words=words) for words in (NOUN, AUXILIARY)]
+    subject = sweep.subjects["thing"]
+    assert sweep.said(JOBS[0]) == sweep.said(jobs[0]) == ["a cat in the snow", "a cat on the beach"]
+    assert sweep.said(jobs[1]) == jobs[1].prompts(subject) == ["a dog in the snow", "a dog on the beach"]
+
+
+@pytest.mark.parametrize(("prompt", "settings", "message"), [
+    ("a {} in the snow", "dci.replace_noun=cat", "is the class noun itself"),
+    ("a{} in the snow", "dci.agg_time=0.5", "run into the concept"),
+    ("{}s in the snow", "dci.agg_time=0.5", "run into the concept"),
+    ("a {}", "dci.ablation=no_full_prompt", "says nothing but the concept")])
+def test_prompts_that_cannot_be_drawn_are_refused_first(config: SweepConfig, tmp_path: Path, prompt: str,
+                                                        settings: str, message: str) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a {{}} on the beach\n{prompt}\n")
+    sweep = Sweep(config, tmp_path / "out", SCORER)
+    with pytest.raises(UserError, match=message):
+        sweep.check([JOBS[0], Job("thing", "ICO", 1, 1.0, (settings,))])
+    sweep.check([JOBS[0]])                                                   # without DCI they can be
 
 
 def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
@@ -233,6 +280,7 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
                                                     "ICO 3/1/1": "manual n=1"}
     raw, joint = CLAIMS["dci"].lines(config)
     assert all(point.sampling(config).dci.match_cost for point in joint.points) and raw.points[0].strength is None
+    assert {point.sampling(config).steps for line in (raw, joint) for point in line.points} == {config.work_steps}
     three = CLAIMS["methods"].lines(config)
     assert [(line.label, line.baseline) for line in three] == [
         ("manual n=3", None), ("ICO 1/1/3", "manual n=3"), ("ICO 1/1/3 + DCI", "ICO 1/1/3")]
@@ -327,7 +375,7 @@ def test_prompts_that_ask_nothing_the_judge_knows(config: SweepConfig, tmp_path:
     (tmp_path / "prompts.txt").write_text("a {} of stone\n")
     court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
     sweep = Sweep(config, tmp_path / "out", Scorer((MEAN,), court, False, ()))
-    monkeypatch.setattr(Sweep, "draw", lambda *given: [Image.new("RGB", (8, 8))])
+    monkeypatch.setattr(Sweep, "draw", None)                               # nothing is drawn for that
     with pytest.raises(UserError, match="can be said of no prompt"):
         run_claim(CLAIMS["masks"], sweep)
 

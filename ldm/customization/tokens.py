@@ -157,13 +157,22 @@ def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
         UserError: nothing is left of a prompt without the concept, so that the second branch would have no token.
     """
     alone = token_sets(embedder, [["", concept, ""] for _ in prompts])
-    rests = [" ".join(re.sub(r"\b(?:an?|the)\s+$", "", piece, flags=re.IGNORECASE)
-                      for piece in split_at_concept(prompt, concept)) for prompt in prompts]
-    for prompt, rest in zip(prompts, rests, strict=True):
-        if not rest.strip():
-            raise UserError(f"the prompt '{prompt}' says nothing but the concept and cannot be divided; say more in "
-                            "it, or leave this ablation out.")
-    return alone, token_sets(embedder, [[" ".join(rest.split())] for rest in rests])
+    return alone, token_sets(embedder, [[rest_of_prompt(prompt, concept)] for prompt in prompts])
+
+
+def rest_of_prompt(prompt: str, concept: str) -> str:
+    """Returns a prompt without the concept and its articles.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    pieces = [re.sub(r"\b(?:an?|the)\s+$", "", piece, flags=re.IGNORECASE)
+              for piece in split_at_concept(prompt, concept)]
+    rest = " ".join(" ".join(pieces).split())
+    if not rest:
+        raise UserError(f"the prompt '{prompt}' says nothing but the concept and cannot be divided; say more in "
+                        "it, or leave this ablation out.")
+    return rest
 
 
 def describe_tokens(embedder: FrozenCLIPEmbedder, sets: TokenSets, roles: tuple[str, str]) -> str:

@@ -92,9 +92,10 @@ def sweep(config: SweepConfig) -> list[Line]:
 
 def dci(config: SweepConfig) -> list[Line]:
     """DCI with fewer steps, so that its U-Net work equals the raw model's."""
-    return [_curve(config, "raw model", config.method),
-            _curve(config, f"+ DCI, lambda {config.strength:g}", config.method, config.strength, "dci.match_cost=true",
-                   baseline="raw model")]
+    steps = () if config.work_steps is None else (f"steps={config.work_steps}",)
+    return [_curve(config, "raw model", config.method, None, *steps),
+            _curve(config, f"+ DCI, lambda {config.strength:g}", config.method, config.strength, *steps,
+                   "dci.match_cost=true", baseline="raw model")]
 
 
 def methods(config: SweepConfig) -> list[Line]:

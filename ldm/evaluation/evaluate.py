@@ -48,10 +48,13 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
     """Returns the class noun: the wanted one, or what the pictures themselves say.
 
     Raises:
-        UserError: a prompt has {} and nobody says what it stands for.
+        UserError: the pictures contradict each other, or a prompt has {} and nobody says what it stands for.
     """
     nouns = {item.settings.get("concept", {}).get("class_noun", "") for item in found} - {""}
-    noun = wanted or (nouns.pop() if len(nouns) == 1 else "")
+    if len(nouns) > 1 and not wanted:
+        raise UserError(f"the pictures contradict each other about the class noun ({', '.join(sorted(nouns))}); give "
+                        "the right one with --class_noun.")
+    noun = wanted or "".join(nouns)
     if not noun and any(item.prompt and "{}" in item.prompt for item in found):
         raise UserError("the prompts have {} and the pictures do not say which class noun that is; give it with "
                         "--class_noun.")

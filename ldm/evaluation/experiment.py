@@ -72,6 +72,9 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         raise UserError("a trade-off needs a metric of prompt agreement (judge or a CLIP) and one of images; give more "
                         "--metrics.")
     lines, jobs = claim.lines(sweep.config), jobs_of(claim, sweep)
+    if axes[0] == "judge_edit" and not any(sweep.scorer.court.wishes(text) for job in jobs for text in sweep.said(job)):
+        raise UserError(f"'{sweep.scorer.titles[axes[0]]}' can be said of no prompt of this sweep; give other prompts, "
+                        "or other --metrics.")
     rows = points(sweep.run(jobs))
     for axis in axes:
         if not any(row.get(axis) is not None for found in rows.values() for row in found):
@@ -111,7 +114,7 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     subjects = list(sweep.subjects.values())
     prompts = sorted({len(subject.prompts) for subject in subjects})
     return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
-            f"point; {minutes:.1f} minutes, with the fine-tuning that these points were the first to need."
+            f"point; {minutes:.1f} minutes of one process, with fine-tuning and points that other experiments share."
             + (f" Command: `{command}`" if command else ""))
 
 
@@ -156,7 +159,7 @@ def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[
     arrays = {label: np.array([[[axis[unit] for unit in shared] for axis in point] for point in points_])
               for label, points_ in values.items()}                                 # (points, 2, units) each
     pairs = [(line.label, line.baseline) for line in curves.values() if line.baseline in curves]
-    return compare_areas(arrays, pairs)
+    return compare_areas(arrays, pairs, shared)
 
 
 def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str], axes: tuple[str, str]) -> str:

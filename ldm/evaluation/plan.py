@@ -46,6 +46,7 @@ class SweepConfig:
     method: str = ""                      # claims about sampling: which method,
     step: int = 200                       # after how many steps,
     strength: float = 1.0                 # with which lambda where it is held fixed
+    work_steps: int | None = None         # the raw model's sampling steps at equal work; null: the sampler's
     lambdas: list[float] = field(default_factory=list)            # of the sweep over lambda
     agg_times: list[float] = field(default_factory=list)          # of the sweep over T_a
     nouns: dict[str, str | None] = field(default_factory=dict)    # ways to choose auxiliary nouns: name, replace_noun
@@ -183,9 +184,14 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
 
 
 def _references(config: SweepConfig, name: str, images: Path) -> Path:
-    """Returns the pictures fidelity is measured on: unseen ones where they exist."""
-    unseen = Path(config.held_out) / name if config.held_out else None
-    return unseen if unseen and unseen.is_dir() else images
+    """Returns the pictures fidelity is measured on: unseen ones where a folder of them is configured."""
+    if not config.held_out:
+        return images
+    unseen = Path(config.held_out) / name
+    if not unseen.is_dir():
+        raise UserError(f"held_out: there is no folder '{unseen}'; put unseen pictures of '{name}' there, or measure "
+                        "fidelity on the references with held_out=null.")
+    return unseen
 
 
 def describe(job: Job) -> dict[str, Any]:

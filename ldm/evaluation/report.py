@@ -11,25 +11,29 @@ from typing import Any
 from PIL import Image
 
 from ldm.checkpoint import write_atomically
-from ldm.evaluation.metrics import SCALES
+from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 
 Rows = Sequence[Mapping[str, Any]]
+CLIPPED = "_clipped"        # column name's end: cosines below zero counted as zero
 
 
 def units_of(rows: Rows) -> list[object]:
-    """Names what is resampled: the prompt of a concept; the picture where there are no two prompts."""
+    """Names what is resampled: concepts and prompts; pictures where there are no two of these."""
     units = [(row.get("concept"), row.get("prompt")) for row in rows]
     return units if len(set(units)) > 1 else list(range(len(rows)))
 
 
 def summarise(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
-    """Means with bootstrap intervals of the columns that hold numbers."""
+    """Means with bootstrap intervals of the columns that hold numbers; of CLIP-T also with negative cosines as zero."""
     units, found = units_of(rows), {}
     for column in columns:
-        means = unit_means([row.get(column) for row in rows], units)
-        if means:
+        values = [row.get(column) for row in rows]
+        if means := unit_means(values, units):
             found[column] = estimate(means)
+            if column.endswith("_t"):
+                clipped = [None if value is None else max(value, 0.0) for value in values]
+                found[column + CLIPPED] = estimate(unit_means(clipped, units))
     return found
 
 
@@ -55,7 +59,8 @@ def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str
     for name in names:
         for scale in SCALES if name.endswith("_t") else ("cosine",):
             title = titles[name] + (f", {scale}" if name.endswith(("_t", "_i")) else "")
-            cells = [str(_scaled(group[name], scale)) if name in group else "-" for group in groups.values()]
+            key = name + CLIPPED if scale in PER_PICTURE else name
+            cells = [str(_scaled(group[key], scale)) if key in group else "-" for group in groups.values()]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -63,6 +63,7 @@ class Scorer:
         record: dict[str, Any] = {extractor.name: dict(extractor.record) for extractor in self.extractors}
         if self.court:
             record["judge"] = {"weights": weights_hash(self.court.judge.state_dict()),
+                               "phrases": {kind: dict(labels) for kind, labels in self.court.phrases.items()},
                                "accuracy": dict(self.court.accuracy), "held_out": self.court.held_out}
         return record
 
@@ -100,11 +101,13 @@ class Scorer:
         features = features or self.features(pictures)
         texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
         spoken = [index for index, text in enumerate(texts) if text is not None]
+        unique = {text: place for place, text in enumerate(dict.fromkeys(texts[index] for index in spoken))}
         rows: list[dict[str, Any]] = [{} for _ in pictures]
         for extractor in self.extractors:
             own = features[extractor.name]                                          # (N, D)
             if extractor.encode_texts:
-                vectors = extractor.texts([texts[index] for index in spoken]) if spoken else own[:0]
+                vectors = extractor.texts(list(unique)) if spoken else own[:0]
+                vectors = vectors[[unique[texts[index]] for index in spoken]]       # (S, D)
                 _fill(rows, f"{extractor.name}_t", spoken, text_alignment(own[spoken], vectors))
             if references:
                 alignment = image_alignment(own, references[extractor.name])

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over prompts, and the area under a fidelity-editability curve."""
+"""Bootstrap intervals over concepts and prompts, and the area under a fidelity-editability curve."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,21 @@ class Estimate:
         return self.low is not None and (self.low > 0 or self.high < 0)
 
 
-def resamplings(units: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Weights (draws, units) of bootstrap resamplings: how often each unit is drawn, divided by their number."""
-    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1.0 / units), size=draws)
-    return counts / units
+def resamplings(units: Sequence[object], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Weights (draws, U) of bootstrap resamplings of named units; each draw's sum to one.
+
+    A unit that is a tuple, a concept's prompt, counts as often as its concept times as often as its prompt was drawn:
+    a concept's pictures share one fine-tuned model and a prompt's share its difficulty, so that drawing the pairs one
+    by one would promise too much (the pigeonhole bootstrap: McCullagh 2000, Owen 2007). Others are drawn one by one.
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.ones((draws, len(units)))
+    for column in zip(*(unit if isinstance(unit, tuple) else (unit,) for unit in units), strict=True):
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(column))}
+        drawn = rng.multinomial(len(numbers), np.full(len(numbers), 1.0 / len(numbers)), size=draws)
+        counts *= drawn[:, [numbers[name] for name in column]]
+    counts = counts[counts.any(axis=1)]         # where not every concept has every prompt, a draw can miss all pairs
+    return counts / counts.sum(axis=1, keepdims=True)
 
 
 def interval(statistics: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
@@ -43,7 +54,7 @@ def unit_means(values: Sequence[float | None], units: Sequence[object]) -> dict[
     """Means of the values of each unit, in order of appearance; values that are None are left out.
 
     Pictures of one prompt differ by their seed only, so that they are no independent witnesses: the unit that is
-    resampled is the prompt (of a concept), not the picture.
+    resampled is the prompt of a concept, not the picture.
     """
     groups: dict[object, list[float]] = {}
     for value, name in zip(values, units, strict=True):
@@ -63,7 +74,7 @@ def estimate(means: Mapping[object, float], draws: int = DRAWS, seed: int = 0) -
         raise ValueError("there is nothing to average")
     if len(values) == 1:
         return Estimate(float(values[0]), units=1)
-    low, high = interval(resamplings(len(values), draws, seed) @ values)
+    low, high = interval(resamplings(list(means), draws, seed) @ values)
     return Estimate(float(values.mean()), low, high, len(values))
 
 
@@ -99,7 +110,7 @@ class Areas:
     """Areas of several curves as shares of the box around all their points, and differences of pairs of them.
 
     Attributes:
-        corner, box: lower left corner and sides of that box: editability, fidelity.
+        corner, box: lower left corner and sides of that box: editability, fidelity. Each resampling has its own.
         differences: area of the first name's curve minus that of the second's.
     """
 
@@ -109,33 +120,38 @@ class Areas:
     differences: dict[tuple[str, str], Estimate]
 
 
-def compare_areas(curves: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], draws: int = DRAWS,
-                  seed: int = 0) -> Areas:
+def shares_of_box(curves: np.ndarray) -> np.ndarray:
+    """Areas (C,) under curves (C, P, 2), each as a share of the box around all points of all."""
+    corner, top = curves.min(axis=(0, 1)), curves.max(axis=(0, 1))
+    scaled = (curves - corner) / np.maximum(top - corner, 1e-12)
+    return np.array([area(curve, np.zeros(2)) for curve in scaled])
+
+
+def compare_areas(curves: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], units: Sequence[object],
+                  draws: int = DRAWS, seed: int = 0) -> Areas:
     """Areas under trade-off curves measured on the same units, resampled together.
 
     Args:
         curves: per name the units' points (points, 2, units): editability and fidelity.
         pairs: which curves to compare with which.
+        units: the units' names, as `resamplings` takes them.
 
     Raises:
         ValueError: the curves have different units or numbers of points; the latter matters because the best of more
             points is higher by chance alone.
     """
     shapes = {values.shape for values in curves.values()}
-    if len(shapes) != 1 or not shapes.copy().pop()[2]:
+    if len(shapes) != 1 or not units or shapes.copy().pop()[2] != len(units):
         raise ValueError(f"curves of shapes {sorted(shapes)} cannot be compared")
     stacked = np.stack(list(curves.values()))                                       # (C, P, 2, U)
     means = stacked.mean(axis=3)                                                    # (C, P, 2)
     corner, top = means.min(axis=(0, 1)), means.max(axis=(0, 1))
-    box = np.maximum(top - corner, 1e-12)
-    drawn = np.einsum("cpku,du->dcpk", stacked, resamplings(stacked.shape[3], draws, seed))
-    scaled = (drawn - corner) / box
-    values = np.array([[area(curve, np.zeros(2)) for curve in draw] for draw in scaled])          # (draws, C)
-    exact = np.array([area((curve - corner) / box, np.zeros(2)) for curve in means])              # (C,)
-    names, units = list(curves), stacked.shape[3]
-    areas = {name: Estimate(float(exact[i]), *interval(values[:, i]), units) for i, name in enumerate(names)}
+    drawn = np.einsum("cpku,du->dcpk", stacked, resamplings(units, draws, seed))
+    values = np.array([shares_of_box(draw) for draw in drawn])                      # (draws, C)
+    exact, names, count = shares_of_box(means), list(curves), len(units)
+    areas = {name: Estimate(float(exact[i]), *interval(values[:, i]), count) for i, name in enumerate(names)}
     differences = {}
     for pair in pairs:
         i, j = map(names.index, pair)
-        differences[pair] = Estimate(float(exact[i] - exact[j]), *interval(values[:, i] - values[:, j]), units)
-    return Areas(tuple(map(float, corner)), tuple(map(float, box)), areas, differences)
+        differences[pair] = Estimate(float(exact[i] - exact[j]), *interval(values[:, i] - values[:, j]), count)
+    return Areas(tuple(map(float, corner)), tuple(map(float, top - corner)), areas, differences)

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -18,20 +20,25 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config import DCIConfig
+from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
+from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
+from ldm.data.images import list_images
 from ldm.evaluation.evaluate import open_pictures
-from ldm.evaluation.plan import BASE, Job, SweepConfig, describe, digest, subjects
+from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import open_cell, write_json
-from ldm.evaluation.scoring import Scorer, load_scorer
+from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
 from ldm.pictures import save_png
-from ldm.pipeline import Generator, build_model, check_settings, choose_device
+from ldm.pipeline import Generator, check_settings
+from ldm.sampling import load_generator
 from ldm.training import fine_tune
 from ldm.util import UserError
 
-Metrics = tuple[Sequence[str] | None, Mapping[str, Path]]
+Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]
 
 INTERRUPTED = "interrupted; the same command goes on where this one stopped."
-VOLATILE = ("device", "batch_size")       # sampling settings that do not change pictures
+VOLATILE = ("device", "batch_size", "compile")      # sampling settings that do not change pictures
 
 
 class Sweep:
@@ -47,19 +54,19 @@ class Sweep:
         self._references: dict[str, dict[str, Tensor]] = {}
         self._settings: dict[Job, Any] = {}     # merging takes a while, and every path asks
         self._keys: dict[Job, str] = {}
+        self._contents: dict[Path, str] = {}
         self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
 
     @cached_property
     def generator(self) -> Generator:
         """The base model, built when the first picture is due."""
-        settings = Job("", BASE, 0).sampling(self.config)
-        return Generator(*build_model(settings.model, settings.base), choose_device(settings.device))
+        return load_generator(Job("", BASE, 0).sampling(self.config), None)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Refuses jobs that cannot be carried out, before any work.
 
         Raises:
-            UserError: a method is unknown, a configuration is wrong, or a prompt cannot be drawn.
+            UserError: a method is unknown, a configuration is wrong, pictures are missing, or a prompt cannot be drawn.
         """
         for method in dict.fromkeys(job.method for job in jobs):
             if method != BASE and method not in self.config.methods:
@@ -68,9 +75,17 @@ class Sweep:
             check_settings(self.settings(point))
             if point.method != BASE:
                 next(iter(self.subjects.values())).training(self.config, point.method)
+            if point.strength is not None:
+                for subject in self.subjects.values():
+                    check_prompts(subject, self.settings(point).dci)
+        taught = next((job.method for job in jobs if job.method != BASE), None)
         for subject in self.subjects.values():
-            if not subject.references.exists():
-                raise UserError(f"'{subject.name}': the pictures '{subject.references}' do not exist.")
+            photos = [subject.training(self.config, taught).concepts[0].images] if taught else []
+            for folder in {subject.references, *map(Path, photos)}:
+                try:
+                    list_images(folder)
+                except UserError as error:
+                    raise UserError(f"'{subject.name}': {error}") from error
 
     def run(self, jobs: Sequence[Job], quiet: bool = False) -> dict[Job, list[dict[str, Any]]]:
         """Carries out what is not on disk and returns every job's rows; the bar's ETA holds, as it counts U-Net rows.
@@ -97,7 +112,7 @@ class Sweep:
         if (job.concept, job.method) not in self._reported:
             self._reported.add((job.concept, job.method))
             bar.update(self.run_work(job, jobs))
-        return json.loads(path.read_text("utf-8"))["rows"]
+        return [{**row, **describe(job)} for row in json.loads(path.read_text("utf-8"))["rows"]]
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Returns the time that these jobs took when they were carried out."""
@@ -110,7 +125,7 @@ class Sweep:
         return self._settings[job.point]
 
     def key(self, job: Job) -> str:
-        """Names a job's pictures by everything that decides them."""
+        """Names a job's pictures by everything that decides them; a setting that is the default's changes nothing."""
         if job not in self._keys:
             self._keys[job] = self._make_key(job)
         return self._keys[job]
@@ -119,7 +134,7 @@ class Sweep:
         subject = self.subjects[job.concept]
         sampling = OmegaConf.to_container(self.settings(job))
         sampling = {name: value for name, value in sampling.items() if name not in VOLATILE}
-        content = [describe(job), job.prompts(subject), sampling, self.training_key(job), self.generator.identity]
+        content = [job.prompts(subject), job.words, sampling, job.step, self.training_key(job), self.generator.identity]
         strength = "" if job.strength is None else f"-lambda{job.strength:g}"
         name = f"{job.concept}-{job.method}-{job.step}{strength}".replace(" ", "_").replace("/", ".").replace("=", "")
         return f"{name}-{digest(content)}"
@@ -129,13 +144,35 @@ class Sweep:
         if job.method == BASE:
             return BASE
         content = OmegaConf.to_container(self.subjects[job.concept].training(self.config, job.method))
-        del content["method"]["steps"], content["trainer"]["logdir"], content["trainer"]["save_every"]
+        del content["method"]["steps"], content["preview"]
+        for name in ("logdir", "save_every", "logger"):
+            del content["trainer"][name]
+        for concept in content["concepts"]:
+            concept |= {name: concept[name] and self.contents(Path(concept[name]))
+                        for name in ("images", "regularization")}
         return digest([content, self.generator.identity])
 
+    def contents(self, path: Path) -> str:
+        """Names what lies in a folder, or a file, by the names and bytes of all files."""
+        if path not in self._contents:
+            found = hashlib.sha256()
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    found.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+                    found.update(file.read_bytes())
+            self._contents[path] = found.hexdigest()[:16]
+        return self._contents[path]
+
     def path(self, job: Job) -> Path:
-        """Where a job's rows are; measured by other metrics they would lie elsewhere."""
-        measured = digest([self.scorer.record, str(self.subjects[job.concept].references)])[:6]
+        """Where a job's rows are; measured by other metrics, or on other references, they would lie elsewhere."""
+        subject = self.subjects[job.concept]
+        measured = digest([self.scorer.record, self.contents(subject.references), self.said(job)])[:6]
         return self.outdir / "points" / f"{self.key(job)}-{measured}.json"
+
+    def said(self, job: Job) -> list[str]:
+        """What each prompt's pictures should show: its text without concept words, or with what replaces these."""
+        subject = self.subjects[job.concept]
+        return [plain_text(prompt, subject.class_noun) for prompt in job.prompts(subject)]
 
     def picture(self, job: Job, prompt: int, sample: int) -> Path:
         """Where a picture is."""
@@ -221,11 +258,29 @@ class Sweep:
             self._references[job.concept] = self.scorer.features(open_pictures(subject.references))
         prompts = [prompt for prompt in subject.prompts for _ in range(self.config.seeds)]
         seeds = [self.config.first_seed + index for index in range(self.config.seeds)] * len(subject.prompts)
-        values = self.scorer.rows(pictures, prompts, subject.class_noun, self._references[job.concept])
+        said = [text for text in self.said(job) for _ in range(self.config.seeds)]
+        values = self.scorer.rows(pictures, said, subject.class_noun, self._references[job.concept])
         return [{**describe(job), "class_noun": subject.class_noun, "prompt": prompt, "seed": seed,
                  "picture": str(self.picture(job, index // self.config.seeds, index % self.config.seeds)
                                 .relative_to(self.outdir)), **row}
                 for index, (prompt, seed, row) in enumerate(zip(prompts, seeds, values, strict=True))]
+
+
+def check_prompts(subject: Subject, dci: DCIConfig) -> None:
+    """Refuses prompts that DCI cannot draw.
+
+    Raises:
+        UserError: an auxiliary noun is the class noun, a word touches the concept, or nothing is said beside it.
+    """
+    for prompt in subject.prompts:
+        pieces = split_at_concept(prompt, PLACEHOLDER)
+        before, after = pieces[:-1], pieces[1:]
+        if any(re.search(r"\w$", piece) for piece in before) or any(re.match(r"\w", piece) for piece in after):
+            raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
+        if dci.ablation == "no_full_prompt":
+            rest_of_prompt(prompt, PLACEHOLDER)
+        elif dci.replace_noun != AUTO:
+            auxiliary_noun(subject.class_noun, pieces, dci.replace_noun)
 
 
 def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int) -> None:
@@ -234,7 +289,7 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
     On a CPU two processes of one thread do more than one process of two: small networks keep few threads busy.
 
     Args:
-        metrics: what `load_scorer` takes: names, and files of weights.
+        metrics: what `load_scorer` takes: names, files of weights, and where to compute.
     """
     runs: dict[tuple[str, str], list[Job]] = {}
     for job in jobs:
