@@ -312,12 +312,12 @@ def test_strength_zero_is_not_off(layer):
     assert (out - run(layer, branches, None)["concept"]).abs().max() > 0.1
 
 
-def test_without_masks_the_output_is_the_mean(layer):
+def test_without_masks_the_outputs_are_added(layer):
     branches = random_branches()
     plain = run(layer, branches, None)
-    mean = (plain["concept"] + plain["auxiliary"]) / 2
+    added = plain["concept"] + plain["auxiliary"] - layer.to_out[0].bias      # heads are added before the projection
     for strength in (-2.0, 0.0, 2.0):
-        assert close(run(layer, branches, make_control(strength, masked=False))["concept"], mean)
+        assert close(run(layer, branches, make_control(strength, masked=False))["concept"], added)
 
 
 def test_contradictory_controls_are_refused():

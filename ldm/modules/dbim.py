@@ -55,7 +55,7 @@ class DBIMControl:
     strength: Tensor                     # () or (B,) lambda; a tensor, so that its value recompiles nothing
     layout: BranchLayout
     full_pixels: int                     # h*w of the finest layer; ties gains to a layer's relative resolution
-    masked: bool = True                  # False: the paper's ablation without masks, equal shares everywhere
+    masked: bool = True                  # False: the paper's ablation without masks: both outputs are added
     last_layer_only: bool = False        # True: the paper's ablation without deep aggregation
     token_gain: float = TOKEN_GAIN
     spatial_gain: float = SPATIAL_GAIN
@@ -87,10 +87,13 @@ def branch_map(probs: Tensor, tokens: Tensor, prompt: Tensor, gain: float) -> Te
 
 
 def integration_masks(probs_c: Tensor, probs_a: Tensor, control: DBIMControl) -> tuple[Tensor, Tensor]:
-    """Computes the aggregation masks (M^c, M^a) of Eq 3-4, both (B, H, N) float32 with M^c + M^a = 1."""
+    """Computes the aggregation masks (M^c, M^a) of Eq 3-4, both (B, H, N) float32 with M^c + M^a = 1.
+
+    Without masks both are 1, as the paper's ablation adds the two branches directly (Fig. 10).
+    """
     if not control.masked:
-        half = torch.full(probs_c.shape[:-1], 0.5, device=probs_c.device)
-        return half, half
+        one = torch.ones(probs_c.shape[:-1], device=probs_c.device)
+        return one, one
     m_c = branch_map(probs_c, control.concept_tokens, control.concept_prompt, control.token_gain)   # Eq 3
     m_a = branch_map(probs_a, control.context_tokens, control.context_prompt, control.token_gain)   # Eq 3
     # 500 was chosen for a 64x64 finest layer: a mean logit of 500/N there, and of 4, 16, 64 times that below.
