@@ -157,6 +157,8 @@ def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
         UserError: nothing is left of a prompt without the concept, so that the second branch would have no token.
     """
     alone = token_sets(embedder, [["", concept, ""] for _ in prompts])
+    for prompt in prompts:
+        split_at_concept(prompt, concept)       # a prompt without the concept is the first thing to tell
     return alone, token_sets(embedder, [[rest_of_prompt(prompt, concept)] for prompt in prompts])
 
 
