@@ -147,7 +147,7 @@ def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Pat
 
     def names() -> tuple[str, str]:
         sweep = Sweep(merged, tmp_path / "out", SCORER)
-        return sweep.training_key(JOBS[0]), str(sweep.path(JOBS[0])).removeprefix(sweep.key(JOBS[0]))
+        return sweep.training_key(JOBS[0]), sweep.path(JOBS[0]).name
 
     first = names()
     assert names() == first

@@ -76,10 +76,6 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         raise UserError(f"'{sweep.scorer.titles[axes[0]]}' can be said of no prompt of this sweep; give other prompts, "
                         "or other --metrics.")
     rows = points(sweep.run(jobs))
-    for axis in axes:
-        if not any(row.get(axis) is not None for found in rows.values() for row in found):
-            raise UserError(f"'{sweep.scorer.titles[axis]}' can be said of no prompt of this sweep; give other "
-                            "prompts, or other --metrics.")
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
     write_rows([row for point in dict.fromkeys(job.point for job in jobs) for row in rows[point]], folder)

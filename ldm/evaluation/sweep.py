@@ -55,6 +55,7 @@ class Sweep:
         self._settings: dict[Job, Any] = {}     # merging takes a while, and every path asks
         self._keys: dict[Job, str] = {}
         self._contents: dict[Path, str] = {}
+        self._seen: set[Path] = set()           # folders whose pictures were found usable: that decodes them all
         self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
 
     @cached_property
@@ -79,13 +80,14 @@ class Sweep:
                 for subject in self.subjects.values():
                     check_prompts(subject, self.settings(point).dci)
         taught = next((job.method for job in jobs if job.method != BASE), None)
-        for subject in self.subjects.values():
+        for subject in (self.subjects[name] for name in dict.fromkeys(job.concept for job in jobs)):
             photos = [subject.training(self.config, taught).concepts[0].images] if taught else []
-            for folder in {subject.references, *map(Path, photos)}:
+            for folder in {subject.references, *map(Path, photos)} - self._seen:
                 try:
                     list_images(folder)
                 except UserError as error:
                     raise UserError(f"'{subject.name}': {error}") from error
+                self._seen.add(folder)
 
     def run(self, jobs: Sequence[Job], quiet: bool = False) -> dict[Job, list[dict[str, Any]]]:
         """Carries out what is not on disk and returns every job's rows; the bar's ETA holds, as it counts U-Net rows.

@@ -19,7 +19,8 @@ from ldm.evaluation.small_clip import pack_small_clip
 from ldm.pictures import save_png
 from ldm.util import instantiate_from_config
 
-HELD_OUT_SCENES = ("meadow", "room", "city street", "mountains", "sunset")    # of the pictures that fidelity is measured on; references have some too
+# Of the pictures that fidelity is measured on; some references have a scene of these too.
+HELD_OUT_SCENES = ("meadow", "room", "city street", "mountains", "sunset")
 
 
 def pack_model(state: Path, config_path: Path, out: Path) -> None:
