@@ -17,10 +17,12 @@ from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation import experiment
 from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
-from ldm.evaluation.experiment import compare, compare_curves, overview, run_claim
+from ldm.evaluation.experiment import compare, compare_curves, overview, run_claim, sheet_columns, sheet_rows
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
+from ldm.evaluation.plots import Curve, marked
 from ldm.evaluation.scoring import Scorer, load_scorer
+from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.sweep import Sweep, points
 from ldm.pipeline import Generator
 from ldm.util import UserError
@@ -322,6 +324,35 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
         assert (tmp_path / "out" / target).is_file(), target
     rows = (tmp_path / "out" / "dci" / "rows.jsonl").read_text().splitlines()
     assert len(rows) == 2 * 2 * 2 and {json.loads(row)["seed"] for row in rows} == {1000}
+
+
+def test_a_sheet_shows_every_concept_and_like_beside_like(tmp_path: Path) -> None:
+    def things(count: int, prompts: int) -> list[Subject]:
+        return [Subject(f"thing {i}", "thing", tuple(map(str, range(prompts))), tmp_path) for i in range(count)]
+
+    assert sheet_rows(things(2, 2)) == [("thing 0", "0"), ("thing 0", "1"), ("thing 1", "0"), ("thing 1", "1")]
+    for count, prompts in [(6, 16), (3, 8), (7, 2), (1, 16), (2, 7)]:
+        shown = sheet_rows(things(count, prompts))
+        assert len(set(shown)) == len(shown) == 12
+        assert len({name for name, _ in shown}) == count and {"0"} <= {prompt for _, prompt in shown}
+        assert max(int(prompt) for _, prompt in shown) >= prompts - 2
+    points_ = tuple(Job("", "ICO", step) for step in (1, 2, 3))
+    three, four = ([Line(str(i), points_, ("1", "2", "3")) for i in range(count)] for count in (3, 4))
+    assert sheet_columns(three) == tuple((line, index) for line in three for index in range(3))
+    assert sheet_columns(four) == tuple((line, 2) for line in four)
+
+
+def test_a_plot_says_once_what_all_curves_say() -> None:
+    def curve(label: str, *places: tuple[float, float, str]) -> Curve:
+        return Curve(label, [(Estimate(x), Estimate(y), mark) for x, y, mark in places])
+
+    long, short = curve("long", (0, 0, "a"), (1, 0, "b")), curve("short", (0, 0, "a"), (0.5, 0, "b"))
+    alone, other = curve("alone", (5, 9, "")), curve("other", (0, 0, "a"), (9, 0, "c"))
+    assert marked([short, long]) == [long] and marked([alone, short, long]) == [long]
+    assert marked([long, other]) == [long, other] and marked([alone]) == [alone]
+    # Both axes count alike: a tenth of a wide one is less than all of a narrow one.
+    high = curve("high", (0, 0, "a"), (0, 0.01, "b"))
+    assert marked([curve("wide", (0, 0, "a"), (1, 0, "b")), curve("far", (10, 0, "a"), (10, 0, "b")), high]) == [high]
 
 
 def test_points_join_concepts() -> None:

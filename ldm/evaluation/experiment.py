@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.evaluation.claims import Claim, Line
 from ldm.evaluation.evaluate import open_pictures
-from ldm.evaluation.plan import Job, spread
+from ldm.evaluation.plan import Job, Subject, spread
 from ldm.evaluation.plots import Curve, tradeoff_plot
 from ldm.evaluation.report import as_numbers, open_cell, summarise, table, write_json, write_rows, write_text
 from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
@@ -209,18 +209,31 @@ def _areas_as_json(areas: Areas | None) -> dict[str, Any] | None:
 
 def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Rows]) -> Image.Image:
     """Lays out prompts of all concepts in rows, points in columns, the first seed of each."""
-    places = spread([(line, index) for line in lines for index in range(len(line.points))], SHEET_COLUMNS)
+    places = sheet_columns(lines)
     first = {point: {(row["concept"], row["prompt"]): row for row in reversed(found)} for point, found in rows.items()}
-    # Prompts of the concepts in turn, so that a short sheet shows them all.
-    units = [(subject.name, prompt) for index in range(max(len(subject.prompts) for subject in sweep.subjects.values()))
-             for subject in sweep.subjects.values() for prompt in subject.prompts[index:index + 1]]
     references = {name: open_pictures(subject.references)[0] for name, subject in sweep.subjects.items()}
     shown = []
-    for concept, prompt in spread(units, SHEET_ROWS):
+    for concept, prompt in sheet_rows(list(sweep.subjects.values())):
         rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]
         cells = [open_cell(sweep.outdir / row["picture"]) for row in rows_shown]
         shown.append((f"{prompt.replace('{}', '[' + concept + ']')}", [references[concept], *cells]))
     return sheet(["reference", *(_name(line, index) for line, index in places)], shown, 128)
+
+
+def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
+    """Picks a sheet's points: all, or of many the lines' last ones, so that like stands beside like."""
+    places = [(line, index) for line in lines for index in range(len(line.points))]
+    if len(places) > SHEET_COLUMNS:
+        places = [(line, len(line.points) - 1) for line in lines]
+    return spread(places, SHEET_COLUMNS)
+
+
+def sheet_rows(found: Sequence[Subject]) -> list[tuple[str, str]]:
+    """Picks a sheet's concepts and prompts: concepts in turn, and over the sheet prompts from the first to the last."""
+    if sum(len(subject.prompts) for subject in found) <= SHEET_ROWS:
+        return [(subject.name, prompt) for subject in found for prompt in subject.prompts]
+    turns = [(row, found[row % len(found)]) for row in range(SHEET_ROWS)]
+    return [(subject.name, subject.prompts[row * len(subject.prompts) // SHEET_ROWS]) for row, subject in turns]
 
 
 def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> str:
