@@ -143,10 +143,13 @@ def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concep
 def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str, class_noun: str,
                       wanted: str | None = None) -> TokenSets:
     """Makes the auxiliary prompts, "V noun" replaced throughout; `others` of the result is S^a (Eq 3)."""
-    pieces = [split_at_concept(prompt, concept) for prompt in prompts]
-    nouns = [noun_for_context(embedder, class_noun, row) if wanted == AUTO else auxiliary_noun(class_noun, row, wanted)
-             for row in pieces]
-    return token_sets(embedder, [join_pieces(row, noun) for row, noun in zip(pieces, nouns, strict=True)])
+    texts = {}
+    for prompt in dict.fromkeys(prompts):       # often one for many pictures; a choice by context encodes 17 texts
+        row = split_at_concept(prompt, concept)
+        noun = (noun_for_context(embedder, class_noun, row) if wanted == AUTO
+                else auxiliary_noun(class_noun, row, wanted))
+        texts[prompt] = join_pieces(row, noun)
+    return token_sets(embedder, [texts[prompt] for prompt in prompts])
 
 
 def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
