@@ -17,7 +17,15 @@ from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation import experiment
 from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
-from ldm.evaluation.experiment import compare, compare_curves, overview, run_claim, sheet_columns, sheet_rows
+from ldm.evaluation.experiment import (
+    compare,
+    compare_curves,
+    jobs_of,
+    overview,
+    run_claim,
+    sheet_columns,
+    sheet_rows,
+)
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
 from ldm.evaluation.plots import Curve, marked
@@ -124,6 +132,31 @@ def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Pa
     # Step 2 was passed without being kept (both runs saved every 1 and 3 steps): only a new run reaches it.
     assert sweep.concept_file(Job("thing", "ICO", 2), [Job("thing", "ICO", 2)]).is_file()
     assert resumed[2] is None
+
+
+def test_runs_differ_by_their_seed_and_are_pooled(config: SweepConfig, tmp_path: Path) -> None:
+    twice = merge(SweepConfig, [tmp_path / "sweep.yaml"], ["runs=2", "steps=[1]"])
+    sweep = Sweep(twice, tmp_path / "out", SCORER)
+    jobs = jobs_of(CLAIMS["tradeoff"], sweep)
+    assert [(job.method, job.run) for job in jobs] == [("manual", 0), ("manual", 1), ("ICO", 0), ("ICO", 1)]
+    assert [job.run for job in jobs_of(CLAIMS["replaced"], sweep) if job.method == BASE] == [0, 0]
+    # Run 1 is what another first seed teaches, and its pictures are of the same prompts and seeds.
+    (subject,) = subjects(twice)
+    seed = subject.training(twice, "ICO").trainer.seed
+    assert subject.training(twice, "ICO", run=1).trainer.seed == seed + 1
+    other = Sweep(merge(SweepConfig, [tmp_path / "sweep.yaml"], [f"training=[trainer.seed={seed + 1}]"]),
+                  tmp_path / "out", SCORER)
+    assert other.path(Job("thing", "ICO", 1)) == sweep.path(jobs[3]) != sweep.path(jobs[2])
+    report = run_claim(CLAIMS["tradeoff"], sweep)
+    assert "2 fine-tuning runs x 2 prompts" in report.text
+    rows = [json.loads(line) for line in (report.folder / "rows.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["run"]) for row in rows] == [(job.method, job.run) for job in jobs for _ in range(2)]
+    first, second = ([row["mean_i"] for row in rows if row["method"] == "ICO" and row["run"] == run] for run in (0, 1))
+    assert first != second
+    summary = json.loads((report.folder / "summary.json").read_text())["points"]["ICO, 1 steps"]
+    assert summary["mean_i"]["mean"] == pytest.approx(sum(first + second) / 4) and summary["mean_i"]["units"] == 2
+    with pytest.raises(UserError, match="runs is 0"):
+        jobs_of(CLAIMS["tradeoff"], Sweep(merge(SweepConfig, [tmp_path / "sweep.yaml"], ["runs=0"]), tmp_path, SCORER))
 
 
 def test_pictures_are_named_by_what_decides_them(config: SweepConfig, tmp_path: Path) -> None:

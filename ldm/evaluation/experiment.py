@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.evaluation.claims import Claim, Line
 from ldm.evaluation.evaluate import open_pictures
-from ldm.evaluation.plan import Job, Subject, spread
+from ldm.evaluation.plan import BASE, Job, Subject, spread
 from ldm.evaluation.plots import Curve, tradeoff_plot
 from ldm.evaluation.report import as_numbers, open_cell, summarise, table, write_json, write_rows, write_text
 from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
@@ -52,13 +52,15 @@ def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
     """Returns what an experiment needs of every concept.
 
     Raises:
-        UserError: the sweep's configuration lists none of its points.
+        UserError: the sweep's configuration lists none of its points, or asks for no run.
     """
     needed = dict.fromkeys(point for line in claim.lines(sweep.config) for point in line.points)
     if not needed:
         raise UserError(f"experiment '{claim.name}' has no points; its list in the sweep's configuration is empty.")
-    return [Job(name, point.method, point.step, point.strength, point.settings, point.words)
-            for point in needed for name in sweep.subjects]
+    if sweep.config.runs < 1:
+        raise UserError(f"runs is {sweep.config.runs}; give at least 1.")
+    return [replace(point, concept=name, run=run) for point in needed for name in sweep.subjects
+            for run in range(1 if point.method == BASE else sweep.config.runs)]
 
 
 def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
@@ -109,7 +111,8 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     """Says in a line what was measured and how long it took."""
     subjects = list(sweep.subjects.values())
     prompts = sorted({len(subject.prompts) for subject in subjects})
-    return (f"{len(subjects)} concepts x {' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
+    runs = "" if sweep.config.runs == 1 else f"{sweep.config.runs} fine-tuning runs x "
+    return (f"{len(subjects)} concepts x {runs}{' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
             f"point; {minutes:.1f} minutes of one process, with fine-tuning and points that other experiments share."
             + (f" Command: `{command}`" if command else ""))
 
@@ -240,7 +243,7 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
     """Draws DBIM's masks for one prompt of each concept; returns a table of their mean and spread per resolution."""
     numbers: dict[int, list[np.ndarray]] = {}
     for index, (name, subject) in enumerate(sweep.subjects.items()):
-        job = Job(name, point.method, point.step, point.strength, point.settings)
+        job = replace(point, concept=name)
         generator, settings = sweep.ready(job, jobs), sweep.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
         record = generator.masks(Row(prompt, sweep.config.first_seed, point.strength), settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class SweepConfig:
     max_prompts: int | None = None        # so many, spread evenly
     seeds: int = 4                        # pictures per prompt
     first_seed: int = 1000
+    runs: int = 1                         # fine-tuning runs per concept and method, pooled; seeds from trainer.seed on
     methods: dict[str, list[str]] = field(default_factory=dict)   # overrides of the training files, by name
     schemes: list[str] | None = None      # which methods make curves; null: all
     steps: list[int] = field(default_factory=lambda: [100, 200])  # fine-tuning steps: the points of a curve
@@ -64,11 +65,15 @@ class Subject:
     files: tuple[str, ...] = ()
     entry: tuple[tuple[str, str], ...] = ()
 
-    def training(self, config: SweepConfig, method: str, *overrides: str) -> Any:
-        """Merges the training configuration of a method."""
+    def training(self, config: SweepConfig, method: str, *overrides: str, run: int = 0) -> Any:
+        """Merges the training configuration of a method's run number `run`."""
         extra = OmegaConf.create({"concepts": [dict(self.entry)]}) if self.entry else None
-        return merge(TrainConfig, [*config.model_files, *config.training_files, *self.files],
-                     [*config.training, *config.methods[method], "preview.prompts=[]", *overrides], extra)
+        files = [*config.model_files, *config.training_files, *self.files]
+        settings = [*config.training, *config.methods[method], "preview.prompts=[]", *overrides]
+        merged = merge(TrainConfig, files, settings, extra)
+        if run:
+            merged = merge(TrainConfig, files, [*settings, f"trainer.seed={merged.trainer.seed + run}"], extra)
+        return merged
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Job:
         settings: key=value overrides of the sampling configuration.
         words: text in the concept's place, drawn without any concept word; NOUN and AUXILIARY stand for the class noun
             and the preset auxiliary noun. None draws the concept.
+        run: which of the concept's fine-tuning runs with this method.
     """
 
     concept: str
@@ -89,11 +95,17 @@ class Job:
     strength: float | None = None
     settings: tuple[str, ...] = ()
     words: str | None = None
+    run: int = 0
 
     @property
     def point(self) -> Job:
-        """The same for all concepts."""
-        return Job("", self.method, self.step, self.strength, self.settings, self.words)
+        """The same for all concepts and runs."""
+        return replace(self, concept="", run=0)
+
+    @property
+    def taught(self) -> tuple[str, str, int]:
+        """What one fine-tuning run is for."""
+        return self.concept, self.method, self.run
 
     def prompts(self, subject: Subject) -> list[str]:
         """Returns what is drawn for each of the subject's prompts."""

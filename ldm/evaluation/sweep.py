@@ -56,7 +56,7 @@ class Sweep:
         self._keys: dict[Job, str] = {}
         self._contents: dict[Path, str] = {}
         self._seen: set[Path] = set()           # folders whose pictures were found usable: that decodes them all
-        self._reported: set[tuple[str, str]] = set()       # fine-tuning runs that the bar has counted
+        self._reported: set[tuple[str, str, int]] = set()       # fine-tuning runs that the bar has counted
 
     @cached_property
     def generator(self) -> Generator:
@@ -94,7 +94,7 @@ class Sweep:
         """
         self.check(jobs)
         self._reported.clear()
-        order = sorted(dict.fromkeys(jobs), key=lambda job: (job.concept, job.method, job.step))
+        order = sorted(dict.fromkeys(jobs), key=lambda job: (*job.taught, job.step))
         with progress_bar(self.total(order), quiet) as bar:
             try:
                 return {job: self._rows(job, order, bar) for job in order}
@@ -111,8 +111,8 @@ class Sweep:
             write_json(path, {"job": describe(job), "seconds": time.monotonic() - start, "rows": rows})
         else:
             bar.update(self.work(job))
-        if (job.concept, job.method) not in self._reported:
-            self._reported.add((job.concept, job.method))
+        if job.taught not in self._reported:
+            self._reported.add(job.taught)
             bar.update(self.run_work(job, jobs))
         return [{**row, **describe(job)} for row in json.loads(path.read_text("utf-8"))["rows"]]
 
@@ -145,7 +145,7 @@ class Sweep:
         """Names a fine-tuning run by everything that decides it; its length does not: step k is step k of any."""
         if job.method == BASE:
             return BASE
-        content = OmegaConf.to_container(self.subjects[job.concept].training(self.config, job.method))
+        content = OmegaConf.to_container(self.subjects[job.concept].training(self.config, job.method, run=job.run))
         del content["method"]["steps"], content["preview"]
         for name in ("logdir", "save_every", "logger"):
             del content["trainer"][name]
@@ -189,7 +189,7 @@ class Sweep:
 
     def total(self, jobs: Sequence[Job]) -> int:
         """U-Net rows of jobs and of the fine-tuning they need."""
-        teaching = {(job.concept, job.method): job for job in jobs}.values()
+        teaching = {job.taught: job for job in jobs}.values()
         return sum(map(self.work, jobs)) + sum(self.run_work(job, jobs) for job in teaching)
 
     def run_work(self, job: Job, jobs: Sequence[Job]) -> int:
@@ -202,7 +202,7 @@ class Sweep:
     @staticmethod
     def steps(job: Job, jobs: Sequence[Job]) -> list[int]:
         """The steps at which jobs need the model that this job uses."""
-        return sorted({other.step for other in jobs if (other.concept, other.method) == (job.concept, job.method)})
+        return sorted({other.step for other in jobs if other.taught == job.taught})
 
     def concept_file(self, job: Job, jobs: Sequence[Job]) -> Path:
         """Returns the concept file of a job's step, teaching or going on with the run if need be."""
@@ -214,7 +214,7 @@ class Sweep:
         if found is None:
             every = math.gcd(*steps)
             config = subject.training(self.config, job.method, f"method.steps={max(steps)}",
-                                      f"trainer.save_every={every}", f"trainer.logdir={logdir}")
+                                      f"trainer.save_every={every}", f"trainer.logdir={logdir}", run=job.run)
             done = max((int(path.stem[5:]) for run in runs[-1:] for path in run.glob("checkpoints/step-*")), default=0)
             logdir.mkdir(parents=True, exist_ok=True)
             with (logdir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
@@ -293,9 +293,9 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
     Args:
         metrics: what `load_scorer` takes: names, files of weights, and where to compute.
     """
-    runs: dict[tuple[str, str], list[Job]] = {}
+    runs: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
-        runs.setdefault((job.concept, job.method), []).append(job)
+        runs.setdefault(job.taught, []).append(job)
     # The longest first, so that none of them is left for one process at the end.
     shares = sorted(runs.values(), key=sweep.total, reverse=True)
     missing = {sweep.path(job): sweep.work(job) for job in jobs}
@@ -330,7 +330,7 @@ def progress_bar(total: int, quiet: bool = False) -> tqdm:
 
 
 def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
-    """Joins the concepts' rows of each point."""
+    """Joins the rows of each point's concepts and runs."""
     joined: dict[Job, list[dict[str, Any]]] = {}
     for job, found in rows.items():
         joined.setdefault(job.point, []).extend(found)
