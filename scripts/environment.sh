@@ -62,7 +62,7 @@ sys.exit(not metadata.distribution("pip").read_text("RECORD"))' 2>/dev/null && r
 # install WHY: fills .venv with the pins and the extra.
 install() {
     local path package packages=()
-    say "Installing requirements.txt into $venv, because $1: about 6 GB and one to two minutes the first time."
+    say "Installing requirements.txt into $venv, because $1: about 6 GB and a few minutes the first time."
     make_venv
     # Any stamp but the current one asks the next run to install again; this one lies there until all is done.
     : > "$venv/.installed-partly"
