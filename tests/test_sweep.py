@@ -373,6 +373,8 @@ def test_a_sheet_shows_every_concept_and_like_beside_like(tmp_path: Path) -> Non
     three, four = ([Line(str(i), points_, ("1", "2", "3")) for i in range(count)] for count in (3, 4))
     assert sheet_columns(three) == tuple((line, index) for line in three for index in range(3))
     assert sheet_columns(four) == tuple((line, 2) for line in four)
+    alone = Line("over lambda", tuple(Job("", "ICO", 1, strength) for strength in range(18)), ("",) * 18)
+    assert sheet_columns([alone]) == tuple((alone, index) for index in range(0, 18, 2))
 
 
 def test_a_plot_says_once_what_all_curves_say() -> None:

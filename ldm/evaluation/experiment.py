@@ -224,9 +224,9 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Row
 
 
 def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
-    """Picks a sheet's points: all, or of many the lines' last ones, so that like stands beside like."""
+    """Picks a sheet's points: all, or of many the curves' last ones, so that like stands beside like."""
     places = [(line, index) for line in lines for index in range(len(line.points))]
-    if len(places) > SHEET_COLUMNS:
+    if len(places) > SHEET_COLUMNS and sum(len(line.points) > 1 for line in lines) > 1:
         places = [(line, len(line.points) - 1) for line in lines]
     return spread(places, SHEET_COLUMNS)
 

@@ -68,12 +68,9 @@ class Subject:
     def training(self, config: SweepConfig, method: str, *overrides: str, run: int = 0) -> Any:
         """Merges the training configuration of a method's run number `run`."""
         extra = OmegaConf.create({"concepts": [dict(self.entry)]}) if self.entry else None
-        files = [*config.model_files, *config.training_files, *self.files]
-        settings = [*config.training, *config.methods[method], "preview.prompts=[]", *overrides]
-        merged = merge(TrainConfig, files, settings, extra)
-        if run:
-            merged = merge(TrainConfig, files, [*settings, f"trainer.seed={merged.trainer.seed + run}"], extra)
-        return merged
+        merged = merge(TrainConfig, [*config.model_files, *config.training_files, *self.files],
+                       [*config.training, *config.methods[method], "preview.prompts=[]", *overrides], extra)
+        return OmegaConf.merge(merged, {"trainer": {"seed": merged.trainer.seed + run}})
 
 
 @dataclass(frozen=True)
