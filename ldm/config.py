@@ -22,7 +22,7 @@ class MethodConfig:
 
     name: str = "ico"
     words: list[str] = field(default_factory=lambda: ["<new1>", "<new2>"])   # concept contexts "V", n of them
-    initial_words: list[str] = field(default_factory=lambda: ["ucd</w>", "pll", "ktn"])
+    initial_words: list[str] = field(default_factory=lambda: ["pll", "ktn"])
     prefix: str = "photo of a"            # words the prefix contexts start from, or "random", or "" for none
     prefix_length: int | None = None      # p where prefix is "random"
     suffix: str = "."

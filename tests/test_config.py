@@ -163,10 +163,12 @@ def test_numbers_of_the_papers_release() -> None:
     assert ico == OmegaConf.structured(MethodConfig)                         # the schema's defaults are ICO
     assert (ico.learning_rate, ico.learning_rate * ico.context_lr_factor) == pytest.approx((6e-5, 6e-4))
     assert (ico.steps, 2 * ico.batch_size, ico.prior_weight, ico.weight_decay) == (900, 6, 1.0, 0.01)
-    assert ico.initial_words == ["ucd</w>", "pll", "ktn"]
     for_dci = merge(TrainConfig, [CONFIGS / "method" / name for name in ("ico.yaml", "ico_for_dci.yaml")]).method
     assert [len(method.words) for method in (ico, for_dci)] == [2, 3]
     assert [len(method.prefix.split()) for method in (ico, for_dci)] == [3, 1]
+    manual = merge(TrainConfig, [CONFIGS / "method" / "custom_diffusion.yaml"]).method
+    rare = ["ucd</w>", "pll", "ktn"]                                         # the last word starts from the last
+    assert all(method.initial_words == rare[-len(method.words):] for method in (ico, for_dci, manual))
     paper = merge(SampleConfig, [CONFIGS / "sample" / "paper.yaml"])
     assert (paper.steps, paper.eta, paper.scale, paper.dci.agg_time) == (200, 1.0, 6.0, 0.3)
     assert (paper.dci.token_gain, paper.dci.spatial_gain, paper.dci.mask_sum) == (10.0, 10.0, 500.0)
