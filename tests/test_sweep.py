@@ -99,6 +99,37 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
 
 
+def test_results_follow_what_lists_name(small_world: SmallWorld, config: SweepConfig, tmp_path: Path) -> None:
+    """A changed photo or caption outside the concept's folder is another experiment."""
+    for name, colour in (("photos/a.png", "red"), ("class/b.png", "blue")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    (tmp_path / "photos.txt").write_text("photos/a.png\n")
+    for name, text in (("images.txt", "class/b.png\n"), ("caption.txt", "a cat\n"), ("words.txt", "a cat\n")):
+        (tmp_path / name).write_text(text)
+    concept = OmegaConf.load(small_world.folder / "concept.yaml")
+    concept.concepts[0] |= {"images": str(tmp_path / "photos.txt"), "regularization": str(tmp_path / "images.txt")}
+
+    def key() -> str:
+        OmegaConf.save(concept, tmp_path / "listed.yaml")
+        changed = OmegaConf.merge(config, {"concept_files": [str(tmp_path / "listed.yaml")]})
+        return Sweep(changed, tmp_path / "out", SCORER).training_key(JOBS[0])
+
+    keys = [key(), key()]
+    assert keys[0] == keys[1]
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "photos/a.png")
+    keys.append(key())
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "class/b.png")
+    keys.append(key())
+    (tmp_path / "caption.txt").write_text("a dog\n")
+    keys.append(key())
+    concept.concepts[0].regularization_caption = str(tmp_path / "words.txt")
+    keys.append(key())
+    (tmp_path / "words.txt").write_text("a dog\n")
+    keys.append(key())
+    assert len(set(keys)) == 6
+
+
 def test_processes_share_the_work(small_world: SmallWorld, tmp_path: Path, call_script: Call,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Afterwards everything is on disk; a mistake in any of them is told as if it had happened here."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
 from ldm.data.images import list_images
+from ldm.data.layouts import CAPTIONS, IMAGES
 from ldm.evaluation.evaluate import open_pictures
 from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import open_cell, write_json
@@ -152,15 +154,19 @@ class Sweep:
         for concept in content["concepts"]:
             concept |= {name: concept[name] and self.contents(Path(concept[name]))
                         for name in ("images", "regularization")}
+            if os.path.isfile(caption := concept["regularization_caption"] or ""):
+                concept["regularization_caption"] = Path(caption).read_text("utf-8", errors="replace")
         return digest([content, self.generator.identity])
 
     def contents(self, path: Path) -> str:
-        """Names what lies in a folder, or a file, by the names and bytes of all files."""
+        """Names a folder or list of pictures by the names and bytes of all files that lie in it or are listed."""
         if path not in self._contents:
-            found = hashlib.sha256()
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            found, listing = hashlib.sha256(), path / IMAGES if path.is_dir() else path
+            own = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_name(CAPTIONS)]
+            listed = list_images(listing)[0] if listing.is_file() else []
+            for file in dict.fromkeys([*own, *listed]):
                 if file.is_file():
-                    found.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+                    found.update(f"{os.path.relpath(file, path)}\0{file.stat().st_size}\0".encode())
                     found.update(file.read_bytes())
             self._contents[path] = found.hexdigest()[:16]
         return self._contents[path]
