@@ -25,6 +25,7 @@ from ldm.data.regularization import (
     write_lists,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import NEW_WORD
 from ldm.pipeline import Generator, choose_device
 from ldm.util import UserError
 
@@ -58,11 +59,16 @@ def load_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, s
         pictures, own = load_framed(found.paths, framing)
         images.append(pictures)
         masks.append(own)
-        captions += found.captions
+        captions += [without_tags(caption, concept.class_noun) for caption in found.captions]
         groups += [index] * len(found.paths)
     if not images:
         return None
     return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
+
+
+def without_tags(caption: str, class_noun: str) -> str:
+    """Returns a class picture's caption without <tags>, as web pages leave them: they would be read as new words."""
+    return " ".join(NEW_WORD.sub(" ", caption).split()) or class_caption(class_noun)
 
 
 def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

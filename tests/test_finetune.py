@@ -167,6 +167,25 @@ def test_masked_pixels_do_not_count_in_the_loss(small_world: SmallWorld, monkeyp
     assert module.training_step(batch, 0).item() == pytest.approx(float(error.mean()))
 
 
+def test_a_reference_weighs_the_same_whatever_stands_beside_it(small_world: SmallWorld, monkeypatch) -> None:
+    """Of two concepts one has class pictures: errors 1, 2 (references), 8 (class), however the step is divided."""
+    module = make_module(small_world)
+    plan = make_plan(small_world, module, batch_size=2)
+    plan.concept, plan.regularization = (replace(plan.concept, groups=[0, 1]),
+                                         replace(plan.regularization, groups=[0, 0, 0]))
+    parts = {size: TrainingPlan(plan.concept, plan.regularization, batch_size=size, flip=False, seed=3)
+             for size in (1, 2)}
+    errors = {"a photo of a cat": 8.0, **{caption: 1.0 + image for image, caption in enumerate(module.captions)}}
+
+    def step(rows: TrainingRows) -> float:
+        values = torch.tensor([errors[caption] for caption in rows.captions])
+        monkeypatch.setattr(module.model, "p_losses", lambda *given: values[:, None, None, None])
+        return module.training_step(rows, 0).item()
+
+    assert step(parts[2].rows(0)) == pytest.approx((1 + 2 + 8) / 4)
+    assert sum(step(parts[1].rows(part)) for part in (0, 1)) / 2 == pytest.approx((1 + 2 + 8) / 4)
+
+
 def test_prior_weight_is_the_share_of_regularisation_in_the_gradient(small_world: SmallWorld) -> None:
     module = make_module(small_world)
     alone, none, full, double = (gradients(module, make_plan(small_world, module, weight).rows(0))
@@ -274,6 +293,27 @@ def test_a_resumed_run_equals_the_whole_one(small_world: SmallWorld, tmp_path: P
         assert_close(whole.folder / "checkpoints" / name, resumed.folder / "checkpoints" / name, 0.0)
     assert stopped.concept.stat().st_mtime_ns == written          # earlier results stay, the log among them
     assert (stopped.folder / "metrics" / "metrics.csv").read_bytes() == log
+
+
+def test_a_run_goes_on_with_the_rates_it_is_given(small_world: SmallWorld, tmp_path: Path) -> None:
+    """The optimizer's file holds the old ones; at rate 0 nothing may move."""
+    stopped = fine_tune(small_world.train_config(tmp_path))
+    config = small_world.train_config(tmp_path, "method.steps=3", "method.learning_rate=0", "method.weight_decay=0.5")
+    resumed = fine_tune(config, resume=stopped.folder)
+    assert not tensors_differ(load_file(stopped.concept), load_file(resumed.concept))
+    state = torch.load(resumed.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer_states"][0]["param_groups"]] == [0.5, 0.0, 0.0]
+
+
+def test_a_resumed_run_may_divide_its_steps_otherwise(small_world: SmallWorld, tmp_path: Path) -> None:
+    """As a run out of memory is told to: half the batch, twice as often."""
+    def config(*overrides: str) -> DictConfig:
+        return small_world.train_config(tmp_path, "method.learning_rate=2e-5", *overrides)
+
+    whole = fine_tune(config("method.batch_size=2", "method.steps=3"))
+    stopped = fine_tune(config("method.batch_size=2", "method.steps=1"))
+    resumed = fine_tune(config("method.accumulate=2", "method.steps=3"), resume=stopped.folder)
+    assert_close(whole.concept, resumed.concept, 1e-6)
 
 
 def test_accumulated_steps_equal_a_larger_batch(small_world: SmallWorld, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from web import Web
 from ldm.config import RegularizationConfig
 from ldm.data.regularization import read_regularization, write_regularization
 from ldm.pipeline import Generator
-from ldm.prior import class_prompt, generate_prior, generated_folder
+from ldm.prior import class_prompt, generate_prior, generated_folder, without_tags
 from ldm.training import fine_tune
 
 
@@ -47,6 +47,19 @@ def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tm
                ({}, {"steps": 3}, {"seed": 1}, {"prompt": "a {}"}, {"scale": 3.0})}
     assert len(folders) == 5
     assert generated_folder({"hash": "other"}, "tabby cat", how(tmp_path), 32) not in folders
+
+
+def test_captions_from_the_web_do_not_stop_a_run(small_world: SmallWorld, tmp_path: Path) -> None:
+    """One is too long for the text encoder, one has a tag, which would be an unknown word, one is nothing else."""
+    pictures = [(Image.new("RGB", (32, 32), "red"), caption, "") for caption in
+                ("cat " * 100, "a <b>cat</b> of mine", "<title>")]
+    write_regularization(tmp_path / "set", "cat", pictures)
+    config = small_world.train_config(tmp_path / "logs", f"concepts.0.regularization={tmp_path / 'set'}",
+                                      "method.steps=3")
+    with pytest.warns(UserWarning, match="tokens and 75 fit"):
+        assert fine_tune(config).concept.name == "step-000003.safetensors"
+    captions = [without_tags(text, "cat") for _, text, _ in pictures]
+    assert captions == [("cat " * 100).strip(), "a cat of mine", "a photo of a cat"]
 
 
 def test_prompts_of_drawn_pictures(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """ConceptFinetune: the one training step of every method, its optimizer groups, what a checkpoint holds."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -76,7 +75,7 @@ class ConceptFinetune(pl.LightningModule):
         self.captions: list[str] = []                   # P_i of each reference picture (Eq 2)
         self._seen: frozenset[int] = frozenset()        # reference pictures since the last optimizer step
         self.posteriors: Posteriors | None = None       # of all pictures, where they are kept
-        self.text = partial(model.cond_stage_model, strict=True)
+        self.text: Callable[[Sequence[str]], Tensor] = model.cond_stage_model.encode
         self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
 
     def _add_words(self, image_counts: Sequence[int], templates: Sequence[str | None],
@@ -128,7 +127,7 @@ class ConceptFinetune(pl.LightningModule):
         with stopped_first_token(unet) if self.method.detach_first_token else nullcontext():
             error = masked_mean(self.model.p_losses(latents, cond, t, noise), batch.masks)   # (B,)
         weights = batch.weights.to(error)
-        loss = (weights * error).mean()
+        loss = (weights * error).sum() / batch.full
         self.log("loss", loss, prog_bar=True, batch_size=len(error))
         self._seen |= batch.concept_images
         return loss
@@ -163,12 +162,27 @@ class ConceptFinetune(pl.LightningModule):
                 block.grad = None
         self._seen = frozenset()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
         lr = self.effective_learning_rate
         groups = [{"params": list(self.trained.values()), "lr": lr, "weight_decay": self.method.weight_decay},
                   {"params": self.word_blocks, "lr": lr, "weight_decay": 0.0},
                   {"params": self.context_blocks, "lr": lr * self.method.context_lr_factor, "weight_decay": 0.0}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.effective_learning_rate)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts micro-steps as this configuration divides a step: Lightning steps when their number divides."""
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        more = checkpoint["global_step"] * self.method.accumulate - counts["ready"]
+        counts |= {name: count + more for name, count in counts.items()}
+
+    def on_train_start(self) -> None:
+        """Sets rates and weight decay: a resumed optimizer brings those it was saved with."""
+        for group, configured in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
+            group |= {name: configured[name] for name in ("lr", "weight_decay")}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns the trained tensors only: that is all a run needs beside its base."""

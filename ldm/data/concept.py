@@ -47,6 +47,8 @@ class TrainingRows:
         images: (n, H, W, 3) float32 in [-1, 1], flips applied.
         captions: n texts.
         weights: (n,) the rows' weights in the loss.
+        full: how many rows a share has where every reference has a class picture, or none has; the loss is divided by
+            it, so that a reference weighs the same whatever stands beside it.
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
         concept_images: indices of the reference pictures in the whole batch, all devices together.
         masks: (n, H, W) float32 in [0, 1], what counts in the loss, flips applied; None where everything does.
@@ -56,6 +58,7 @@ class TrainingRows:
     images: Tensor
     captions: list[str]
     weights: Tensor
+    full: int
     seeds: list[int]
     concept_images: frozenset[int]
     masks: Tensor | None = None
@@ -130,7 +133,8 @@ class TrainingPlan(IterableDataset):
             item = self.class_picture(start + row, picks[row])
             if item is not None:
                 take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
-        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), seeds, frozenset(picks),
+        full = self.batch_size * (2 if self._members else 1)
+        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), full, seeds, frozenset(picks),
                             torch.stack(masks) if self._masked else None, pictures)
 
     def class_picture(self, position: int, pick: int) -> int | None:
