@@ -379,7 +379,7 @@ def test_the_conda_environment_takes_its_pins_from_requirements() -> None:
     assert described["name"] == "ldm"
     *conda, pip = described["dependencies"]
     assert conda == ["python=3.11", "pip"]
-    assert pip == {"pip": ["-r requirements.txt", "-e .[test]"]}
+    assert pip == {"pip": ["-r requirements.txt", "-e .[evaluation,test]"]}
 
 
 def test_ci_runs_the_test_command() -> None:
