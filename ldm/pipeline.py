@@ -212,8 +212,8 @@ class Generator:
         else:
             strengths = [None] if settings.plain or not settings.dci.use else []
             strengths += list(settings.dci.agg_lambda) if settings.dci.use else []
-            if settings.dci.use:
-                self.token_sets(prompts, settings.dci)
+            for prompt in prompts if settings.dci.use else ():
+                self.token_sets([prompt], settings.dci)
         count = settings.n_samples * settings.n_iter
         return [Row(prompt, settings.seed + index, strength)
                 for prompt in prompts for index in range(count) for strength in strengths]
@@ -222,11 +222,16 @@ class Generator:
         """Returns the prompts of the concept and of the auxiliary branch with their token sets S^c and S^a (Eq 3)."""
         if self.concept is None:
             raise UserError("DCI needs a concept; give one with --delta_ckpt.")
-        embedder, scheme = self.model.cond_stage_model, self.concept.scheme
+        made = {prompt: self._token_sets(prompt, dci) for prompt in dict.fromkeys(prompts)}   # one for many pictures
+        concept, auxiliary = zip(*(made[prompt] for prompt in prompts), strict=True)
+        return tokens.stack(concept), tokens.stack(auxiliary)
+
+    def _token_sets(self, prompt: str, dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
+        embedder, scheme = self.model.cond_stage_model, tokens.named_scheme(prompt, self.concept.schemes)
         if dci.ablation == "no_full_prompt":
-            return tokens.divided_prompts(embedder, prompts, scheme.concept)
-        return (tokens.concept_prompts(embedder, prompts, scheme.concept),
-                tokens.auxiliary_prompts(embedder, prompts, scheme.concept, scheme.class_noun, dci.replace_noun))
+            return tokens.divided_prompts(embedder, [prompt], scheme.concept)
+        return (tokens.concept_prompts(embedder, [prompt], scheme.concept),
+                tokens.auxiliary_prompts(embedder, [prompt], scheme.concept, scheme.class_noun, dci.replace_noun))
 
     def describe(self, prompts: Sequence[str], dci: DCIConfig) -> str:
         """Returns a table of the tokens of both branches' prompts: position, id, text, role."""
@@ -236,21 +241,22 @@ class Generator:
                           tokens.describe_tokens(embedder, auxiliary, ("auxiliary noun", "S^a: context"))])
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Puts the concept where a prompt says {}; with a concept loaded, every prompt must mention it."""
+        """Puts the file's first concept where a prompt says {}; with a file loaded, every prompt must mention one."""
         if self.concept is None:
             if any("{}" in prompt for prompt in prompts):
                 raise UserError("a prompt has {} but no concept is loaded; give one with --delta_ckpt.")
             return list(prompts)
-        concept = self.concept.scheme.concept
+        named = [tokens.named_scheme(prompt, self.concept.schemes).concept for prompt in prompts]
         return ["".join(tokens.join_pieces(tokens.split_at_concept(prompt, concept), concept, articles=False))
-                for prompt in prompts]
+                for prompt, concept in zip(prompts, named, strict=True)]
 
     def generate(self, prompts: Sequence[str], settings: SampleConfig,
                  progress: Callable[[int], None] | None = None) -> Iterator[Sample]:
         """Draws all pictures of `plan`, in its order within each way of sampling: first the plain ones.
 
         Args:
-            prompts: texts in which {} or "V noun" stands for the concept.
+            prompts: texts in which {} or "V noun" stands for the concept; in each, DCI is for the first concept of the
+                file that it mentions.
             progress: called with the number of pictures after each batch.
 
         Raises:
@@ -267,8 +273,9 @@ class Generator:
                 except torch.OutOfMemoryError as error:
                     raise UserError(f"the GPU's memory does not hold {len(batch)} pictures at once; try batch_size=1, "
                                     "then --precision bf16.") from error
-                record = _record(settings, self.size(settings), self.identity, self.concept)
-                yield from (Sample(image, row, {**record, **asdict(row), **texts})
+                size = self.size(settings)
+                yield from (Sample(image, row, {**_record(settings, size, self.identity, self.concept, row.prompt),
+                                                **asdict(row), **texts})
                             for image, row, texts in zip(images, batch, self._texts_of(batch, settings), strict=True))
                 if progress:
                     progress(len(batch))
@@ -362,13 +369,13 @@ class Generator:
 
 
 def _record(settings: SampleConfig, size: tuple[int, int], identity: dict[str, str],
-            concept: Concept | None) -> dict[str, Any]:
-    """Returns the settings that decide a picture, without any path."""
+            concept: Concept | None, prompt: str) -> dict[str, Any]:
+    """Returns the settings that decide a prompt's picture, without any path."""
     record = {name: getattr(settings, name) for name in ("sampler", "steps", "eta", "scale", "precision")}
     record |= {"height": size[0], "width": size[1], "base": dict(identity)}
     if concept is not None:
-        record["concept"] = {"words": list(concept.scheme.words), "class_noun": concept.scheme.class_noun,
-                             "step": concept.step}
+        scheme = tokens.named_scheme(prompt, concept.schemes)
+        record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
         dci = settings.dci
         record["dci"] = {name: getattr(dci, name) for name in (
             "agg_time", "replace_noun", "guidance", "noise", "match_cost", "ablation", "token_gain", "spatial_gain",

@@ -331,6 +331,8 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
     print(f"each step: {method.batch_size} references" + (
         f" and as many regularisation pictures of weight {method.prior_weight:g}" if regularization else ""))
     print(f"prompts: p = {scheme.prefix}, n = {len(scheme.words)}, s = {scheme.suffix}; first: {module.captions[0]}")
+    for concept, further in zip(config.concepts[1:], module.schemes[1:], strict=True):
+        print(f"{concept.name}: write {further.concept} in prompts")
     print("trained values: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     print(f"effective learning rate: {learning_rate:g} for K/V and words, "
           f"{learning_rate * method.context_lr_factor:g} for contexts; {method.steps} steps")

@@ -190,6 +190,8 @@ def test_joint_training_keeps_contexts_and_classes_apart(small_world: SmallWorld
     assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
     assert any(line.startswith("pot: regularisation: 1 picture(s)") for line in lines)
     assert any(line.startswith("bare: no regularisation pictures") for line in lines)
+    assert [line for line in lines if " write " in line] == ["pot: write <new3> <new4> hat in prompts",
+                                                             "bare: write <new5> <new6> dog in prompts"]
     concept = load_concept(run.concept)
     assert [scheme.words for scheme in concept.schemes] == [("<new1>", "<new2>"), ("<new3>", "<new4>"),
                                                            ("<new5>", "<new6>")]

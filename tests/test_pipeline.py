@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.config import SampleConfig, merge
+from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
+from ldm.customization.tokens import TokenSets
 from ldm.modules.attention import SpatialTransformer
 from ldm.pictures import mask_panel, read_settings, save_png, sheet
 from ldm.pipeline import Generator, Row, cost_matched_steps
@@ -90,6 +92,58 @@ def test_braces_stand_for_the_concept(small_world: SmallWorld, small_generator: 
     for strength in (None, 1.0):
         assert torch.equal(draw(small_generator, config, Row(PROMPT, 5, strength)),
                            draw(small_generator, config, Row(spelled, 5, strength)))
+
+
+# Several concepts in one file.
+
+@pytest.fixture(scope="module")
+def joint_generator(small_world: SmallWorld, small_run: Run) -> Generator:
+    """The small model with a file of two concepts in it, a cat and a dog."""
+    one = load_concept(small_run.concept)
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(7)) * one.words["<new1>"].std()
+    generator = Generator(*small_world.build())
+    generator.load(dataclasses.replace(one, words={**one.words, "<new3>": vectors[0], "<new4>": vectors[1]},
+                                       schemes=(*one.schemes, PromptScheme(("<new3>", "<new4>"), "dog", index=1))))
+    return generator
+
+
+def named(generator: Generator, sets: TokenSets) -> list[list[str]]:
+    """Returns each prompt's tokens of the noun phrase."""
+    embedder = generator.model.cond_stage_model
+    return [[token.removesuffix("</w>") for token in embedder.tokenizer.convert_ids_to_tokens(ids[mask].tolist())]
+            for ids, mask in zip(embedder.tokenize(sets.prompts), sets.named, strict=True)]
+
+
+def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_generator: Generator) -> None:
+    """Where it names two, the file's first has DCI and the other is context."""
+    prompts = [PROMPT, "a <new3>  <NEW4> dog on the beach", "a <new3> <new4> dog beside {}", PROMPT]
+    config = small_world.sample_config()
+    concept, auxiliary = joint_generator.token_sets(prompts, config.dci)
+    assert concept.prompts == joint_generator.texts(prompts) == [
+        "a <new1> <new2> cat in the snow", "a <new3> <new4> dog on the beach",
+        "a <new3> <new4> dog beside <new1> <new2> cat", "a <new1> <new2> cat in the snow"]
+    first, second = ["<new1>", "<new2>", "cat"], ["<new3>", "<new4>", "dog"]
+    assert named(joint_generator, concept) == [first, second, first, first]
+    assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a <new3> <new4> dog beside man",
+                                 "a dog in the snow"]
+    assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["man"], ["dog"]]
+    alone, rest = joint_generator.token_sets(prompts[:2], small_world.sample_config("dci.ablation=no_full_prompt").dci)
+    assert named(joint_generator, alone) == [first, second] and rest.prompts == ["in the snow", "on the beach"]
+    with pytest.raises(UserError, match="write {} or '<new1> <new2> cat' or '<new3> <new4> dog' where"):
+        joint_generator.plan([PROMPT, "a <new3> dog"], config)
+
+
+def test_the_second_concept_is_drawn_alone_and_among_others(small_world: SmallWorld,
+                                                            joint_generator: Generator) -> None:
+    config, prompt = small_world.sample_config("eta=1.0"), "a <new3> <new4> dog on the beach"
+    for strength in (None, 1.0):
+        together = draw(joint_generator, config, Row(PROMPT, 5, strength), Row(prompt, 6, strength))
+        assert gap(draw(joint_generator, config, Row(prompt, 6, strength))[0], together[1]) < 1e-4
+        assert gap(*together) > 1e-3
+    plain, joint = joint_generator.generate([prompt], config)
+    assert plain.settings["concept"] == {"words": ["<new3>", "<new4>"], "class_noun": "dog", "step": 2}
+    assert (plain.settings["text"], joint.settings["auxiliary_text"]) == (prompt, "a cat on the beach")
+    assert joint_generator.plan([prompt], small_world.sample_config("dci.use=false")) == [Row(prompt, 5, None)]
 
 
 # Batches.

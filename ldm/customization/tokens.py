@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.customization.contexts import PLACEHOLDER
+from ldm.customization.contexts import PLACEHOLDER, PromptScheme
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import UserError
 
@@ -34,6 +34,22 @@ class TokenSets:
         return self.content & ~self.named
 
 
+def stack(batches: Sequence[TokenSets]) -> TokenSets:
+    """Puts batches of prompts one behind the other."""
+    return TokenSets([prompt for sets in batches for prompt in sets.prompts],
+                     torch.cat([sets.named for sets in batches]), torch.cat([sets.content for sets in batches]))
+
+
+def _cut(prompt: str, concept: str) -> list[str]:
+    words = r"\s+".join(re.escape(word) for word in concept.split())
+    return re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", prompt, flags=re.IGNORECASE)
+
+
+def _unnamed(prompt: str, concepts: Sequence[str]) -> UserError:
+    spelled = " or ".join([PLACEHOLDER, *(f"'{concept}'" for concept in concepts)])
+    return UserError(f"the prompt '{prompt}' does not mention the concept; write {spelled} where it stands.")
+
+
 def split_at_concept(prompt: str, concept: str) -> list[str]:
     """Cuts a prompt at every mention of the concept; n mentions give n + 1 pieces.
 
@@ -42,12 +58,22 @@ def split_at_concept(prompt: str, concept: str) -> list[str]:
     Raises:
         UserError: the prompt does not mention the concept.
     """
-    words = r"\s+".join(re.escape(word) for word in concept.split())
-    pieces = re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", prompt, flags=re.IGNORECASE)
+    pieces = _cut(prompt, concept)
     if len(pieces) == 1:
-        raise UserError(f"the prompt '{prompt}' does not mention the concept; "
-                        f"write {{}} or '{concept}' where it stands.")
+        raise _unnamed(prompt, [concept])
     return pieces
+
+
+def named_scheme(prompt: str, schemes: Sequence[PromptScheme]) -> PromptScheme:
+    """Returns the first of a concept file's schemes that a prompt mentions; `{}` mentions the file's first.
+
+    Raises:
+        UserError: the prompt mentions none.
+    """
+    for scheme in schemes:
+        if len(_cut(prompt, scheme.concept)) > 1:
+            return scheme
+    raise _unnamed(prompt, [scheme.concept for scheme in schemes])
 
 
 def fit_article(before: str, noun: str) -> str:
@@ -143,13 +169,13 @@ def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concep
 def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str, class_noun: str,
                       wanted: str | None = None) -> TokenSets:
     """Makes the auxiliary prompts, "V noun" replaced throughout; `others` of the result is S^a (Eq 3)."""
-    texts = {}
-    for prompt in dict.fromkeys(prompts):       # often one for many pictures; a choice by context encodes 17 texts
+    alternations = []
+    for prompt in prompts:
         row = split_at_concept(prompt, concept)
         noun = (noun_for_context(embedder, class_noun, row) if wanted == AUTO
                 else auxiliary_noun(class_noun, row, wanted))
-        texts[prompt] = join_pieces(row, noun)
-    return token_sets(embedder, [texts[prompt] for prompt in prompts])
+        alternations.append(join_pieces(row, noun))
+    return token_sets(embedder, alternations)
 
 
 def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
