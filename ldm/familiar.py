@@ -1,11 +1,14 @@
 """Forms other tools use, as configuration: Custom Diffusion's captions, lists and trees of concepts."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.util import UserError
+
+ONE_CONCEPT = {"datapath": "images", "class_noun": "class_noun", "reg_datapath": "regularization",
+               "reg_caption": "regularization_caption"}      # familiar flags of one concept, by the keys they set
 
 
 def caption_to_method(caption: str, class_noun: str) -> dict[str, Any]:
@@ -17,6 +20,14 @@ def caption_to_method(caption: str, class_noun: str) -> dict[str, Any]:
         raise UserError(f"--caption '{caption}' must contain the concept words and then the class noun '{class_noun}' "
                         "(--class_noun), as in 'photo of a <new1> cat'.")
     return {"words": words, "template": caption.replace(concept, "{}")}
+
+
+def check_list(path: Path | None, chosen: Sequence[str], flags: Iterable[str]) -> None:
+    """Refuses what would be ignored: flags of one concept beside a list of them, subjects without a list."""
+    for flag in flags if path else ():
+        raise UserError(f"--{flag} is for one concept and means nothing beside --concepts_list; give one of the two.")
+    if chosen and not path:
+        raise UserError(f"--subject '{chosen[0]}' chooses from a list, and none is given; add --concepts_list.")
 
 
 def listed_concepts(path: Path, chosen: Sequence[str]) -> list[dict[str, Any]]:

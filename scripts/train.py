@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm import cli
 from ldm.config import TrainConfig, merge
-from ldm.familiar import caption_to_method, listed_concepts
+from ldm.familiar import ONE_CONCEPT, caption_to_method, check_list, listed_concepts
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
@@ -49,9 +49,9 @@ def options_to_config(options, files: Sequence[str]):
         method__words=options.modifier_token.split("+") if options.modifier_token else None)
     if options.gpus:
         OmegaConf.update(flags, "trainer", {"accelerator": "gpu", "devices": cli.count_gpus(options.gpus)}, merge=True)
-    concept = {"images": options.datapath, "class_noun": options.class_noun, "regularization": options.reg_datapath,
-               "regularization_caption": options.reg_caption}
-    concept = {key: value for key, value in concept.items() if value is not None}
+    given = {flag: value for flag in ONE_CONCEPT if (value := getattr(options, flag)) is not None}
+    check_list(options.concepts_list, options.subject, given)
+    concept = {ONE_CONCEPT[flag]: value for flag, value in given.items()}
     configured = merge(TrainConfig, files).concepts
     if options.concepts_list:
         flags.concepts = listed_concepts(options.concepts_list, options.subject)

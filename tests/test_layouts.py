@@ -147,6 +147,20 @@ def test_a_list_of_concepts_becomes_a_configuration(call_script: Call, tmp_path:
     assert "has no subject 'x'" in call_script("train", "--concepts_list", path, "--subject", "x").error
 
 
+@pytest.mark.parametrize("flag", ["class_noun", "datapath", "reg_datapath", "reg_caption"])
+def test_flags_of_one_concept_are_refused_beside_a_list(call_script: Call, tmp_path: Path, flag: str) -> None:
+    put(tmp_path, "data/my_cat/a.png", "data/pot/a.png")
+    path = tmp_path / "concept_list.json"
+    path.write_text(json.dumps(RECORDS))
+    outcome = call_script("train", "--concepts_list", path, f"--{flag}", "x", "--print_config")
+    assert f"--{flag} is for one concept" in outcome.error
+
+
+def test_subjects_are_refused_without_a_list(call_script: Call) -> None:
+    outcome = call_script("train", "--subject", "cat2", "teapot", "--print_config")
+    assert "--subject 'cat2' chooses from a list" in outcome.error
+
+
 # ---- captions as templates, joint words
 
 
