@@ -41,9 +41,11 @@ def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None,
 
 
 def file_name(number: int, sample: Sample, first_seed: int) -> str:
-    """Names a picture: prompt number, picture number, the prompt's words, plain or lambda."""
+    """Names a picture: prompt number, picture number, the prompt's words, plain or lambda (in full past two places)."""
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]*>|[{}]", "", sample.row.prompt.lower())).strip("-")[:40]
-    way = "plain" if sample.row.strength is None else f"lambda{sample.row.strength:+.2f}"
+    strength, way = sample.row.strength, "plain"
+    if strength is not None:
+        way = f"lambda{strength:+.2f}" if round(strength, 2) == strength else f"lambda{strength:+}"
     return f"{number:03d}-{sample.row.seed - first_seed:02d}-{words}-{way}.png"
 
 

@@ -377,3 +377,12 @@ def test_draw_run_writes_every_picture_and_a_sheet(small_world: SmallWorld, smal
         assert page.width == 4 * (160 + 8) + 8 and page.height > 4 * 160
     again = merge(SampleConfig, [tmp_path / "config.yaml"])
     assert again == config
+
+
+def test_near_strengths_have_names_of_their_own(small_world: SmallWorld, small_generator: Generator,
+                                                tmp_path: Path) -> None:
+    config = small_world.sample_config("dci.agg_lambda=[1,1.002,0.999,-0.5]", "plain=false", "steps=2")
+    written = draw_run(small_generator, config, ["{}"], tmp_path, grid=False)
+    assert [path.name for path in written.files] == [
+        f"000-00--lambda{text}.png" for text in ("+1.00", "+1.002", "+0.999", "-0.50")]
+    assert [read_settings(path)["strength"] for path in written.files] == [1.0, 1.002, 0.999, -0.5]
