@@ -259,10 +259,15 @@ def test_context_lengths(embedder):
     assert several > 4                                               # tokens, not words
     assert context_length(embedder, "photo of a plushy", None, "prefix") == several
     assert context_length(embedder, "photo of a", 3, "prefix") == 3
-    assert context_length(embedder, "random", 4, "prefix") == context_length(embedder, "", 4, "suffix") == 4
-    assert context_length(embedder, "", None, "prefix") == context_length(embedder, "random", None, "suffix") == 0
+    assert context_length(embedder, "random", 4, "prefix") == 4
+    assert context_length(embedder, "", None, "prefix") == context_length(embedder, "", 0, "suffix") == 0
+    assert context_length(embedder, "random", 0, "prefix") == 0
     with pytest.raises(UserError, match="method.suffix_length is 2 but method.suffix 'photo of a' has 3 tokens"):
         context_length(embedder, "photo of a", 2, "suffix")
+    with pytest.raises(UserError, match="method.prefix_length is 3 but method.prefix '' has 0 tokens"):
+        context_length(embedder, "", 3, "prefix")
+    with pytest.raises(UserError, match="method.suffix is 'random', but method.suffix_length does not say how many"):
+        context_length(embedder, "random", None, "suffix")
 
 
 def test_contexts_may_start_at_random(embedder):

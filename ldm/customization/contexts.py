@@ -82,10 +82,12 @@ def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None,
     """Returns how many contexts `words` start: one per byte-pair token, or `length` random ones.
 
     Raises:
-        UserError: words and length are both given and contradict each other.
+        UserError: random ones are wanted without their number, or words and length contradict each other.
     """
-    if words in ("", RANDOM):
-        return length or 0
+    if words == RANDOM:
+        if length is None:
+            raise UserError(f"method.{name} is 'random', but method.{name}_length does not say how many; set it.")
+        return length
     tokens = len(embedder.content_ids(words))
     if length is not None and length != tokens:
         raise UserError(f"method.{name}_length is {length} but method.{name} '{words}' has {tokens} tokens; give one "
