@@ -43,6 +43,7 @@ SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSam
 ABLATIONS = ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights")
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
+MAX_SEED = 2 ** 63 - 1
 
 
 def choose_device(name: str) -> torch.device:
@@ -97,6 +98,12 @@ class Sample:
     settings: dict[str, Any]
 
 
+def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
+    """Refuses a seed, called `name`, that random generators do not take."""
+    if not 0 <= seed <= most:
+        raise UserError(f"{name} is {seed}; give a whole number from 0 to {most}.")
+
+
 def check_settings(settings: SampleConfig) -> None:
     """Refuses values outside their range in one sentence."""
     dci = settings.dci
@@ -124,6 +131,7 @@ def check_settings(settings: SampleConfig) -> None:
     for name in ("n_samples", "n_iter", "batch_size", "steps"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; give at least 1.")
+    check_seed("seed", settings.seed, MAX_SEED - settings.n_samples * settings.n_iter)    # every picture adds 1 to it
 
 
 def cost_matched_steps(steps: int, agg_time: float, separate: bool, guided: bool = True) -> int:

@@ -32,7 +32,7 @@ from ldm.data.images import CROPS, Framing, check_colour, has_black_bars, load_f
 from ldm.data.layouts import Captioned, captioned
 from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
-from ldm.pipeline import build_model, choose_device, picture_side
+from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
 from ldm.prior import MODES, join_masks, load_prior
 from ldm.util import UserError
 
@@ -90,6 +90,9 @@ def check_config(config: DictConfig) -> None:
         raise UserError(f"trainer.precision '{config.trainer.precision}' is unknown; "
                         f"use one of {', '.join(PRECISIONS)}.")
     check_data(config)
+    check_seed("trainer.seed", config.trainer.seed, 2 ** 32 - 1)      # numpy's generator takes no more
+    check_seed("preview.seed", config.preview.seed)
+    check_seed("data.reg.seed", config.data.reg.seed, MAX_SEED - config.data.reg.num)
     if config.trainer.accelerator == "gpu":
         choose_device("cuda")
 

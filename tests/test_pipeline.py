@@ -297,7 +297,8 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
     ("precision=half", "precision"), ("dci.agg_lambda=[51]", "agg_lambda 51.0 is out of range"),
     ("dci.agg_lambda=[.nan]", "agg_lambda nan"), ("dci.agg_time=1.1", "agg_time 1.1"),
     ("dci.agg_time=.nan", "agg_time nan"), ("eta=2", "eta 2.0"), ("scale=.inf", "scale inf"),
-    ("n_samples=0", "n_samples is 0"), ("steps=0", "steps is 0"),
+    ("n_samples=0", "n_samples is 0"), ("seed=9223372036854775807", "seed is 9223372036854775807; give .* to 9223"),
+    ("steps=0", "steps is 0"),
     ("steps=1001", "steps is 1001; ddim takes at most 1000"),
     ("width=20", "W is 20 px; this model needs a multiple of 16"), ("height=0", "H is 0 px"),
     ("precision=fp16", "fp16 has no use on a CPU")])
@@ -305,6 +306,11 @@ def test_settings_out_of_range(small_world: SmallWorld, small_generator: Generat
                                message: str) -> None:
     with pytest.raises(UserError, match=message):
         next(small_generator.generate([PROMPT], small_world.sample_config(override)))
+
+
+def test_the_largest_seed(small_world: SmallWorld, small_generator: Generator) -> None:
+    config = small_world.sample_config("seed=9223372036854775805", "n_samples=2", "steps=2")
+    assert len(images(small_generator, config)) == 4
 
 
 def test_contradictory_settings(small_world: SmallWorld, small_generator: Generator) -> None:
