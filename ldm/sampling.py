@@ -1,8 +1,9 @@
 """One sampling run from configuration to files: pictures with their settings inside, sheets, mask panels."""
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +50,28 @@ def file_name(number: int, sample: Sample, first_seed: int) -> str:
     return f"{number:03d}-{sample.row.seed - first_seed:02d}-{words}-{way}.png"
 
 
+def free_names(outdir: Path) -> tuple[int, str]:
+    """Returns the first prompt number and the end of a sheet's name that earlier runs into a folder left free."""
+    found = (re.match(r"(\d{3,})[-.]", path.name) for path in (outdir / "samples").glob("*.png"))
+    number = max((int(match[1]) + 1 for match in found if match), default=0)
+    tails = itertools.chain([""], (f"-{run:04d}" for run in itertools.count(1)))
+    return number, next(tail for tail in tails if not ((outdir / f"grid{tail}.png").exists() or
+                                                       (outdir / f"config{tail}.yaml").exists()))
+
+
 def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
              concept_path: Path | None = None, grid: bool = True, masks: bool = False) -> Written:
     """Draws all prompts into `outdir`/samples and lays them out as sheets.
 
-    Every picture is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once.
+    Every picture is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
+    the folder is replaced: prompts are numbered on, and grid-0001.png and config-0001.yaml stand beside earlier ones.
     """
     prompts = list(dict.fromkeys(prompts))
     rows = generator.plan(prompts, config)
-    number = {prompt: index for index, prompt in enumerate(prompts)}
+    first, tail = free_names(outdir)
+    if first:
+        print(f"'{outdir}' holds pictures already; those of this run are numbered from {first:03d}", flush=True)
+    number = {prompt: index for index, prompt in enumerate(prompts, first)}
     drawn: dict[Row, Image.Image] = {}
     files = []
     with tqdm(total=len(rows), desc="sampling", unit="picture") as bar:
@@ -66,13 +80,13 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
             drawn[sample.row] = sample.image
     if isinstance(config, DictConfig):
-        save_config(config, outdir / "config.yaml")
+        save_config(config, outdir / f"config{tail}.yaml")
     sheets = []
     if grid:
         page = comparison_sheet(generator, prompts, drawn, reference_picture(concept_path))
-        sheets.append(save_png(page, outdir / "grid.png"))
+        sheets.append(save_png(page, outdir / f"grid{tail}.png"))
     if masks:
-        sheets += draw_masks(generator, config, rows, outdir)
+        sheets += draw_masks(generator, config, rows, outdir, number)
     return Written(outdir, len(drawn), sheets, files)
 
 
@@ -100,15 +114,15 @@ def comparison_sheet(generator: Generator, prompts: Sequence[str], drawn: dict[R
     return sheet(columns, rows, title=title)
 
 
-def draw_masks(generator: Generator, config: SampleConfig | DictConfig, rows: Sequence[Row],
-               outdir: Path) -> list[Path]:
-    """Draws DBIM's masks of the first DCI picture of each prompt."""
+def draw_masks(generator: Generator, config: SampleConfig | DictConfig, rows: Sequence[Row], outdir: Path,
+               number: Mapping[str, int]) -> list[Path]:
+    """Draws DBIM's masks of the first DCI picture of each prompt, named by the prompt's number."""
     first = {row.prompt: row for row in reversed(rows) if row.strength is not None}
     if not first:
         raise UserError("there are no masks to draw: no picture uses DCI; set dci.use to true.")
     paths = []
-    for index, row in enumerate(first[prompt] for prompt in dict.fromkeys(row.prompt for row in rows)):
-        record = generator.masks(row, config)
+    for prompt, index in number.items():
+        record = generator.masks(first[prompt], config)
         layers = len({name for name, _ in record})
         if not record:
             raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")

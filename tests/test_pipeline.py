@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SmallWorld
+from conftest import SmallWorld, contents
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
@@ -392,3 +392,20 @@ def test_near_strengths_have_names_of_their_own(small_world: SmallWorld, small_g
     assert [path.name for path in written.files] == [
         f"000-00--lambda{text}.png" for text in ("+1.00", "+1.002", "+0.999", "-0.50")]
     assert [read_settings(path)["strength"] for path in written.files] == [1.0, 1.002, 0.999, -0.5]
+
+
+def test_a_second_run_into_a_folder_replaces_nothing(small_world: SmallWorld, small_generator: Generator,
+                                                     tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, other = (small_world.sample_config("steps=2", "plain=false", f"scale={scale}") for scale in (3, 2))
+    draw_run(small_generator, config, [PROMPT, "{}"], tmp_path, masks=True)
+    assert "already" not in capsys.readouterr().out
+    before = contents(tmp_path)
+    assert before.keys() >= {"grid.png", "config.yaml", "masks/001.png"}
+    draw_run(small_generator, other, [PROMPT], tmp_path, masks=True)
+    assert f"'{tmp_path}' holds pictures already; those of this run are numbered from 002" in capsys.readouterr().out
+    draw_run(small_generator, other, ["{}"], tmp_path, grid=False)
+    after = contents(tmp_path)
+    assert after.items() >= before.items() and after.keys() - before.keys() == {
+        "samples/002-00-a-in-the-snow-lambda+1.00.png", "masks/002.png", "grid-0001.png", "config-0001.yaml",
+        "samples/003-00--lambda+1.00.png", "config-0002.yaml"}
+    assert merge(SampleConfig, [tmp_path / "config-0001.yaml"]) == other
