@@ -331,7 +331,7 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
               "contexts": sum(block.numel() for block in module.context_blocks)}
     print(f"base: {module.base['name']} ({module.base['hash']})")
     print(f"references: {len(references)}, regularisation pictures: {len(regularization) if regularization else 0}")
-    print(f"each step: {method.batch_size} references" + (
+    print(f"method: {method.name}; each step: {method.batch_size} references" + (
         f" and as many regularisation pictures of weight {method.prior_weight:g}" if regularization else ""))
     print(f"prompts: p = {scheme.prefix}, n = {len(scheme.words)}, s = {scheme.suffix}; first: {module.captions[0]}")
     for concept, further in zip(config.concepts[1:], module.schemes[1:], strict=True):

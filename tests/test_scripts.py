@@ -56,6 +56,7 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome]) -> None:
     assert f"pictures:     {folder / 'images' / 'preview-000002.png'}" in lines
     assert lines[-1].startswith("next:") and str(folder) in lines[-1]
     assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
+    assert "method: ico; each step: 1 references and as many regularisation pictures of weight 1" in lines
     assert "effective learning rate: 0.001 for K/V and words, 0.01 for contexts; 2 steps" in lines
     assert "fine-tuning: 100%" in outcome.err and "loss=" in outcome.err and "warning" not in outcome.err.lower()
     with Image.open(folder / "images" / "preview-000002.png") as page:     # fine-tuned, and DCI at two strengths
