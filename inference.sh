@@ -30,6 +30,7 @@ if [[ -n "$PROMPT" ]]; then arguments+=(--prompt "$PROMPT"); else arguments+=(--
 # shellcheck disable=SC2206
 [[ -n "$LAMBDAS" ]] && arguments+=(--agg_lambda $LAMBDAS)
 
-echo "+ python scripts/sample.py ${arguments[*]} $*"
+echo "+ python$(printf ' %q' scripts/sample.py "${arguments[@]}" "$@")"
 "$PYTHON" scripts/sample.py "${arguments[@]}" "$@"
-echo "next:     PROMPT=\"a {} in the forest\" CONCEPT=$CONCEPT bash inference.sh   (or another concept: bash train.sh -b configs/model/tiny.yaml configs/method/ico_for_dci.yaml configs/method/tiny.yaml configs/concept/striped_cat.yaml)"
+again="${CKPT:+CKPT=$(printf '%q' "$CKPT") }CONCEPT=$(printf '%q' "$CONCEPT")$(printf ' %q' bash inference.sh "$@")"
+echo "next:     PROMPT=\"a {} in the forest\" $again   (or another concept: bash train.sh -b configs/model/tiny.yaml configs/method/ico_for_dci.yaml configs/method/tiny.yaml configs/concept/striped_cat.yaml)"

@@ -30,5 +30,5 @@ fi
 [[ -n "$REG_MODE" ]] && arguments+=(--reg_mode "$REG_MODE")
 [[ -n "$NAME" ]] && arguments+=(--name "$NAME")
 
-echo "+ python scripts/train.py ${arguments[*]} $*"
+echo "+ python$(printf ' %q' scripts/train.py ${arguments[@]+"${arguments[@]}"} "$@")"
 exec "$PYTHON" scripts/train.py ${arguments[@]+"${arguments[@]}"} "$@"

@@ -224,7 +224,7 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
 def way_on(folder: Path) -> str:
     """Says how an interrupted run goes on."""
     if (folder / "checkpoints" / "last.ckpt").exists():
-        return f"go on from the last checkpoint with: bash train.sh -r {folder}"
+        return f"go on from the last checkpoint with: bash train.sh -r {shlex.quote(str(folder))}"
     return f"'{folder}' holds no checkpoint yet (trainer.save_every)."
 
 

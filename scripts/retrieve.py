@@ -1,6 +1,7 @@
 """Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures."""
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         for line in built.skipped:
             print(f"skipped {line}")
         print(f"index: {built.pictures} pictures in {built.folder}")
-        return print(f"next:  python scripts/retrieve.py serve {built.folder}")
+        return print(f"next:  python scripts/retrieve.py serve {shlex.quote(str(built.folder))}")
     query = clip_client.Query(options.class_noun, options.num, options.url, options.index, options.text,
                               options.oversample, options.clip, options.threshold, options.deduplicate)
     folder = options.out or Path("real_reg") / f"samples_{regularization.folder_name(options.class_noun)}"
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     for reason, count in found.refused.items():
         print(f"left out: {count} ({reason})")
     print(f"regularisation set: {found.pictures} of {options.num} pictures in {found.folder}")
-    print(f"next: python scripts/train.py ... --class_noun '{options.class_noun}' --reg_datapath {found.folder}")
+    flags = shlex.join(["--class_noun", options.class_noun, "--reg_datapath", str(found.folder)])
+    print(f"next: python scripts/train.py ... {flags}")
 
 
 if __name__ == "__main__":

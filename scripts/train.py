@@ -1,6 +1,7 @@
 """Teaches a model one or several concepts: parse, build, fine-tune, say where the files are."""
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str]) -> None:
     run = fine_tune(config, folder)
     print(f"concept file: {run.concept}")
     print(f"pictures:     {run.preview}" if run.preview else f"pictures:     {run.folder / 'images'}")
-    print(f"next:         CONCEPT={run.concept} bash inference.sh")
+    base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""
+    print(f"next:         {base}CONCEPT={shlex.quote(str(run.concept))} bash inference.sh")
 
 
 if __name__ == "__main__":

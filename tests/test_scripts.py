@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def trained(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -
     return folder, outcome
 
 
-def test_training_from_the_command_line(trained: tuple[Path, Outcome]) -> None:
+def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_world: SmallWorld) -> None:
     folder, outcome = trained
     assert set(contents(folder)) == {
         "checkpoints/step-000001.safetensors", "checkpoints/step-000002.safetensors", "checkpoints/last.ckpt",
@@ -54,7 +55,8 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome]) -> None:
     lines = outcome.out.splitlines()
     assert f"concept file: {folder / 'checkpoints' / 'step-000002.safetensors'}" in lines
     assert f"pictures:     {folder / 'images' / 'preview-000002.png'}" in lines
-    assert lines[-1].startswith("next:") and str(folder) in lines[-1]
+    assert lines[-1] == (f"next:         CKPT={small_world.checkpoint} "
+                         f"CONCEPT='{folder / 'checkpoints' / 'step-000002.safetensors'}' bash inference.sh")
     assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
     assert "method: ico; each step: 1 references and as many regularisation pictures of weight 1" in lines
     assert "effective learning rate: 0.001 for K/V and words, 0.01 for contexts; 2 steps" in lines
@@ -102,6 +104,38 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
                     "--ckpt", small_world.folder / "none.ckpt")
     assert outcome.out == "[]\n"
     assert "checkpoint" in outcome.error and "does not exist" in outcome.error
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """A folder with the two commands, whose Python writes down its arguments and does nothing else."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "environment.sh").write_text("PYTHON=./python\n")
+    (tmp_path / "python").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" > arguments\n")
+    (tmp_path / "python").chmod(0o755)
+    for name in ("train.sh", "inference.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def shell(folder: Path, command: str) -> tuple[list[str], list[str]]:
+    """Runs a command line and returns what it prints and the arguments that Python got."""
+    result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines(), (folder / "arguments").read_text().splitlines()
+
+
+def test_what_the_commands_print_can_be_run(commands: Path) -> None:
+    """Base, further options and odd file names are in the lines they print."""
+    lines, arguments = shell(commands, "CKPT='my sd.ckpt' CONCEPT='logs/my run/checkpoints/a.ckpt' PROMPT='a {} here' "
+                                       "bash inference.sh --class_noun 'plush toy'")
+    assert shlex.split(lines[0]) == ["+", "python", *arguments] and arguments[0] == "scripts/sample.py"
+    again = lines[-1].removeprefix("next:").partition("   (or another concept: ")
+    assert shell(commands, again[0])[1] == ["a {} in the forest" if item == "a {} here" else item for item in arguments]
+    assert shell(commands, again[2].removesuffix(")"))[1][:3] == ["scripts/train.py", "-b", "configs/model/tiny.yaml"]
+    lines, arguments = shell(commands, "bash train.sh")
+    assert lines == ["+ python scripts/train.py"] and arguments == ["scripts/train.py"]
+    lines, arguments = shell(commands, "CLASS_NOUN='plush toy' bash train.sh --caption 'a <new1> plush toy'")
+    assert shlex.split(lines[0]) == ["+", "python", *arguments] and arguments[-1] == "a <new1> plush toy"
 
 
 # Familiar flags.
@@ -192,7 +226,7 @@ def test_spellings_and_switches_of_a_whole_run(call_script: Call, small_world: S
 
 def test_ctrl_c_says_how_to_go_on(call_script: Call, small_run: Run, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "run"
+    folder = tmp_path / "my run"
     shutil.copytree(small_run.folder, folder)
 
     def interrupt(*_: object) -> None:
@@ -202,7 +236,7 @@ def test_ctrl_c_says_how_to_go_on(call_script: Call, small_run: Run, tmp_path: P
     outcome = call_script("train", "-r", folder, "method.steps=4")
     assert outcome.status == 130
     assert outcome.err.splitlines()[-1] == \
-        f"interrupted at step 3; go on from the last checkpoint with: bash train.sh -r {folder}"
+        f"interrupted at step 3; go on from the last checkpoint with: bash train.sh -r '{folder}'"
 
 
 def test_resuming_takes_no_other_configuration(call_script: Call, small_run: Run) -> None:
