@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from ldm import cli
 from ldm.config import merge
 from ldm.util import UserError
@@ -22,6 +24,7 @@ def parser() -> cli.Parser:
     """Makes the parser; words that are no overrides name claims."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help=f"merge {QUICK}: the same comparisons on less")
+    parser.add_argument("--ckpt", help="SD v1 checkpoint to teach and to draw with (base.ckpt of both)")
     parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: "
                         "all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
@@ -41,6 +44,9 @@ def main(arguments: Sequence[str]) -> None:
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
     config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
+    if options.ckpt:
+        config = OmegaConf.merge(config, {name: [*config[name], f"base.ckpt={options.ckpt}"]
+                                          for name in ("training", "sampling")})
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
     from ldm.evaluation.experiment import jobs_of, overview, run_claim

@@ -27,12 +27,12 @@ from ldm.evaluation.experiment import (
     sheet_rows,
 )
 from ldm.evaluation.features import Extractor, _transform
-from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects
+from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
 from ldm.evaluation.plots import Curve, marked
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.sweep import Sweep, points
-from ldm.pipeline import Generator
+from ldm.pipeline import Generator, check_settings
 from ldm.util import UserError
 
 MEAN = Extractor("mean", "mean colour", _transform(8, 8, (0, 0, 0), (1, 1, 1)), lambda x: x.mean(dim=(2, 3)),
@@ -260,6 +260,41 @@ def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
 
 
 # What is drawn.
+
+@pytest.mark.parametrize("name", ["tiny", "sd-v1"])
+def test_shipped_sweeps_can_be_carried_out(name: str) -> None:
+    config = merge(SweepConfig, [ROOT / "configs" / "sweep" / f"{name}.yaml"])
+    methods = {scheme: training_of(config, scheme).method for scheme in config.methods}
+    assert like_with_like(config, methods) == {f"ICO {scheme}": f"manual n={scheme[-1]}"
+                                               for scheme in ("1/1/3", "3/1/2", "3/1/1")}
+    assert [len(method.words) for method in methods.values()] == [1, 2, 3, 3, 2, 1]
+    assert [len(method.prefix.split()) for method in methods.values()] == [0, 0, 0, 1, 3, 3]
+    if name == "sd-v1":
+        rare = ["ucd</w>", "pll", "ktn"]
+        assert all(method.initial_words == rare[-len(method.words):] for method in methods.values())
+    points = {point for claim in [SWEEP, *CLAIMS.values()] for line in claim.lines(config) for point in line.points}
+    for point in points:
+        check_settings(point.sampling(config))
+
+
+def test_a_sweep_takes_a_checkpoint_by_its_flag(small_world: SmallWorld, tmp_path: Path, call_script: Call,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taught and drawn with; the small world's model file names another, which would be there."""
+    file = sweep_file(small_world, tmp_path)
+    outcome = call_script("tradeoff", "-b", file, "--ckpt", tmp_path / "none.ckpt", "--outdir", tmp_path / "out")
+    assert f"'{tmp_path / 'none.ckpt'}' does not exist" in outcome.err
+    asked = []
+
+    def run(self: Sweep, jobs: list[Job]) -> None:
+        asked.append((self, jobs[0]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(Sweep, "run", run)
+    call_script("tradeoff", "-b", file, "--ckpt", small_world.checkpoint, "--outdir", tmp_path / "out")
+    ((sweep, job),) = asked
+    assert sweep.settings(job).base.ckpt == str(small_world.checkpoint)
+    assert sweep.subjects["thing"].training(sweep.config, "ICO").base.ckpt == str(small_world.checkpoint)
+
 
 def test_other_words_in_the_concepts_place() -> None:
     subject = Subject("s", "owl", ("a {} in the snow", "{}"), Path("."))
