@@ -12,6 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.util import UserError
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Says defaults, and keeps a description's lines as they are."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes --from-file for --from_file, gathers overrides and errs in a sentence.
 
@@ -22,8 +26,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, configured: bool = True, prog: str | None = None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
         self.configured = configured
         if not configured:
             return

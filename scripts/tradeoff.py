@@ -1,6 +1,8 @@
 """Fidelity against editability: concepts x methods x steps x lambda to curves, and the paper's claims one by one.
 
 python scripts/tradeoff.py                      all that configs/sweep/tiny.yaml lists
+python scripts/tradeoff.py claim NAME ...       claims of the paper, by name; all is every one:
+  tradeoff dci methods lambda ablations masks nouns phase guidance replaced gains all
 python scripts/tradeoff.py claim dci --quick    one claim on fewer concepts, prompts and seeds
 An interrupted sweep goes on where it was when the same command is given again.
 """

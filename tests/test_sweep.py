@@ -480,6 +480,13 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     assert again.status == 0 and "fine-tuning" not in again.err
 
 
+def test_help_keeps_its_lines_and_names_every_claim(call_script: Call) -> None:
+    outcome = call_script("tradeoff", "--help")
+    lines = [line.split() for line in outcome.out.splitlines()]
+    assert outcome.status == 0 and [*CLAIMS, "all"] in lines
+    assert {"NAME", "dci"} <= {line[3] for line in lines if line[:3] == ["python", "scripts/tradeoff.py", "claim"]}
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["claim"], "no claim is named; claims: tradeoff, dci"), (["claim", "nothing"], "claim 'nothing' is unknown"),
     (["dci"], "'dci' is neither 'claim' nor an override"),
