@@ -28,7 +28,7 @@ from ldm.evaluation.experiment import (
 )
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
-from ldm.evaluation.plots import Curve, marked
+from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.sweep import Sweep, points
@@ -454,6 +454,32 @@ def test_a_plot_says_once_what_all_curves_say() -> None:
     # Both axes count alike: a tenth of a wide one is less than all of a narrow one.
     high = curve("high", (0, 0, "a"), (0, 0.01, "b"))
     assert marked([curve("wide", (0, 0, "a"), (1, 0, "b")), curve("far", (10, 0, "a"), (10, 0, "b")), high]) == [high]
+
+
+def test_a_plots_legend_stays_inside_and_its_marks_lie_apart() -> None:
+    def draw(*curves: Curve):
+        figure = tradeoff_figure(curves, "agreement", "similarity", "title")
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, page, boxes = legend.get_window_extent(), figure.bbox, [text.get_window_extent() for text in
+                                                                     figure.axes[0].texts]
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
+        assert not any(box.count_overlaps(boxes[:index]) for index, box in enumerate(boxes))
+        return legend, figure.axes[0].texts
+
+    labels = [f"separate guidance, independent noise {index}" for index in range(4)]
+    legend, _ = draw(*(Curve(label, [(Estimate(0.9), Estimate(index), "")]) for index, label in enumerate(labels)))
+    assert legend.get_title().get_text() == ""
+    draw(Curve("a method with " + "many " * 60 + "words", [(Estimate(0), Estimate(0), "")]))
+    places = [(0.954, 0.4955, "0"), (0.9688, 0.4925, "0.3"), (0.97, 0.4922, "0.5"), (0.97, 0.4922, "0.6")]
+    curve = Curve("phase", [(Estimate(x), Estimate(y), mark) for x, y, mark in places])
+    legend, texts = draw(curve)
+    assert [text.get_text() for text in texts] == ["0", "0.3", "0.5", "0.6"] and legend.get_title().get_text() == ""
+    legend, texts = draw(curve, Curve("short", curve.points[:1] * 4), Curve("other", curve.points[::-1]))
+    assert len(texts) == 12 and legend.get_title().get_text() == ""        # marks differ: each curve says its own
+    short = Curve("short", [(Estimate(0.96), Estimate(0.49), mark) for *_, mark in places])
+    legend, texts = draw(curve, short)
+    assert len(texts) == 4 and legend.get_title().get_text() == "markers grow along a curve, from 0 to 0.6"
 
 
 def test_points_join_concepts() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
 from ldm.checkpoint import write_atomically
 from ldm.evaluation.statistics import Estimate
 from ldm.util import UserError
+
+SMALLEST, LARGEST = 4, 8                                                        # markers, in points
+MARK_PLACES = [(x, y) for far in (5, 15, 25) for x, y in ((5, far), (5, -far), (-5, far), (-5, -far))]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ def _figure(width: float, height: float):
 
 
 def tradeoff_plot(curves: Sequence[Curve], editability: str, fidelity: str, title: str, path: Path) -> Path:
+    """Writes `tradeoff_figure` as PNG."""
+    figure = tradeoff_figure(curves, editability, fidelity, title)
+    return write_atomically(path, lambda part: figure.savefig(part, format="png"))
+
+
+def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, title: str):
     """Draws curves with their 95 % intervals as crosses; up and right is better.
 
     Points grow along a curve. Where all curves have the same marks, the longest alone says them: others lie too close.
@@ -42,21 +52,54 @@ def tradeoff_plot(curves: Sequence[Curve], editability: str, fidelity: str, titl
     """
     figure = _figure(7.2, 5.4)
     axes = figure.add_subplot()
-    spoken = marked(curves)
+    spoken, several = marked(curves), [curve for curve in curves if len(curve.points) > 1]
+    marks = []
     for number, curve in enumerate(curves):
         x, y = [point[0].mean for point in curve.points], [point[1].mean for point in curve.points]
         colour, shape = f"C{number % 10}", "os^Dv<>pP*"[number % 10]
+        sizes = np.linspace(LARGEST, SMALLEST, len(x))[::-1]
         for i, (across, up, mark) in enumerate(curve.points):
             axes.errorbar(x[i], y[i], xerr=_arms(across), yerr=_arms(up), color=colour, alpha=0.2, linewidth=1)
-            axes.plot(x[i], y[i], color=colour, marker=shape, markersize=7 - 3 * (len(x) - 1 - i) / len(x))
-            if curve in spoken:
-                axes.annotate(mark, (x[i], y[i]), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+            axes.plot(x[i], y[i], color=colour, marker=shape, markersize=sizes[i])
+            marks.append((mark if curve in spoken else "", (x[i], y[i]), colour))
         axes.plot(x, y, color=colour, linewidth=1.4)
-        axes.plot([], [], color=colour, label=curve.label, marker=shape, markersize=6, linewidth=1.4)
+        axes.plot([], [], color=colour, label=fill(curve.label, 80), marker=shape, markersize=6, linewidth=1.4)
     axes.set(xlabel=f"editability: {editability}", ylabel=f"fidelity: {fidelity}", title=title)
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return write_atomically(path, lambda part: figure.savefig(part, format="png"))
+    ends = [several[0].points[end][2] for end in (0, -1)] if len(several) > len(spoken) else []
+    _add_legend(figure, f"markers grow along a curve, from {' to '.join(ends)}" if ends else None)
+    _write_marks(axes, marks)
+    return figure
+
+
+def _add_legend(figure, title: str | None) -> None:
+    """Puts the legend below the axes, in as many columns as the figure is wide enough for."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(loc="outside lower center", ncols=columns, fontsize=8, title=title, title_fontsize=8)
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
+
+
+def _write_marks(axes, marks: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Writes marks (text, point, colour) beside their points, where they cover the fewest others and other points."""
+    from matplotlib.transforms import Bbox
+    reach, written = LARGEST * axes.figure.dpi / 72, []                         # px: a marker, and as much around it
+    points = [Bbox([spot - reach, spot + reach]) for spot in axes.transData.transform([spot for _, spot, _ in marks])]
+    for index, (mark, spot, colour) in enumerate(marks):
+        if not mark:
+            continue
+        text = axes.annotate(mark, spot, (0, 0), textcoords="offset points", fontsize=8, color=colour)
+        others = [*points[:index], *points[index + 1:], *written]
+        covered = [_put(text, place).count_overlaps(others) for place in MARK_PLACES]
+        written.append(_put(text, MARK_PLACES[int(np.argmin(covered))]))
+
+
+def _put(text, place: tuple[int, int]):
+    """Moves a mark to a side of its point, `place` points away; returns its box."""
+    text.set(position=place, ha="left" if place[0] > 0 else "right", va="bottom" if place[1] > 0 else "top")
+    return text.get_window_extent()
 
 
 def marked(curves: Sequence[Curve]) -> Sequence[Curve]:
