@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.evaluation import statistics
+from ldm.evaluation.experiment import area_table
 from ldm.evaluation.metrics import SCALES, diversity, image_alignment, kid, text_alignment, unit
 from ldm.evaluation.report import summarise, table
 from ldm.evaluation.statistics import Estimate, area, compare_areas, difference, estimate, frontier, unit_means
@@ -64,6 +65,14 @@ def test_what_all_curves_share_does_not_widen_areas() -> None:
     for found, expected in ((result.areas["low"], 0.125), (result.areas["high"], 0.875),
                             (result.differences["high", "low"], 0.75)):
         assert (found.mean, found.low, found.high) == pytest.approx((expected,) * 3)
+
+
+def test_areas_of_one_unit_have_no_interval() -> None:
+    low, high = np.array([[[0.0], [2.0]], [[1.0], [1.0]]]), np.array([[[1.0], [3.0]], [[2.0], [2.0]]])
+    result = compare_areas({"low": low, "high": high}, [("high", "low")], range(1))
+    gain = result.differences["high", "low"]
+    assert gain == Estimate(0.75, units=1) and result.areas["low"] == Estimate(0.125, units=1)
+    assert not gain.excludes_zero and "| high - low | 0.750 | |" in area_table(result).replace("  ", " ")
 
 
 def test_curves_of_different_lengths_are_not_compared() -> None:

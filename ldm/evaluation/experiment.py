@@ -190,7 +190,7 @@ def area_table(areas: Areas | None) -> str:
         return ""
     lines = ["| area under the curve, share of the box around all points | [95 % interval] | excludes zero |",
              "|---|---|---|", *(f"| {name} | {value} | |" for name, value in areas.areas.items())]
-    lines += [f"| {name} - {base} | {value} | {'yes' if value.excludes_zero else 'no'} |"
+    lines += [f"| {name} - {base} | {value} | {'' if value.low is None else 'yes' if value.excludes_zero else 'no'} |"
               for (name, base), value in areas.differences.items()]
     return "\n".join(lines)
 

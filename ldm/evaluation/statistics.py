@@ -129,7 +129,7 @@ def shares_of_box(curves: np.ndarray) -> np.ndarray:
 
 def compare_areas(curves: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, str]], units: Sequence[object],
                   draws: int = DRAWS, seed: int = 0) -> Areas:
-    """Areas under trade-off curves measured on the same units, resampled together.
+    """Areas under trade-off curves measured on the same units, resampled together; one unit gives no intervals.
 
     Args:
         curves: per name the units' points (points, 2, units): editability and fidelity.
@@ -149,9 +149,13 @@ def compare_areas(curves: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, s
     drawn = np.einsum("cpku,du->dcpk", stacked, resamplings(units, draws, seed))
     values = np.array([shares_of_box(draw) for draw in drawn])                      # (draws, C)
     exact, names, count = shares_of_box(means), list(curves), len(units)
-    areas = {name: Estimate(float(exact[i]), *interval(values[:, i]), count) for i, name in enumerate(names)}
+
+    def about(value: float, drawn: np.ndarray) -> Estimate:
+        return Estimate(float(value), *(interval(drawn) if count > 1 else (None, None)), count)
+
+    areas = {name: about(exact[i], values[:, i]) for i, name in enumerate(names)}
     differences = {}
     for pair in pairs:
         i, j = map(names.index, pair)
-        differences[pair] = Estimate(float(exact[i] - exact[j]), *interval(values[:, i] - values[:, j]), count)
+        differences[pair] = about(exact[i] - exact[j], values[:, i] - values[:, j])
     return Areas(tuple(map(float, corner)), tuple(map(float, top - corner)), areas, differences)
