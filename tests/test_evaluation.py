@@ -15,6 +15,7 @@ from ldm.evaluation import features, scoring
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
+from ldm.pictures import save_png
 from ldm.training import Run
 from ldm.util import UserError
 
@@ -65,6 +66,18 @@ def test_pictures_without_prompts_or_references(call_script: Call, metric_option
     assert "skipped image alignment" in outcome.out and "skipped text alignment" in outcome.out
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert (row["small_clip_t"], row["small_clip_i"], row["judge_edit"]) == (None, None, None)
+
+
+def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_options: list[str],
+                                                      tmp_path: Path) -> None:
+    plain = {"prompt": "a cat", "strength": None, "seed": 1, "steps": 2, "sampler": "ddim", "scale": 3.0}
+    tuned = plain | {"concept": {"words": ["<new1>"], "class_noun": "cat", "step": 2}}
+    ways = {"base model": plain, "fine-tuned": tuned, "DCI, lambda 1": tuned | {"strength": 1.0}}
+    for number, settings in enumerate(ways.values()):
+        save_png(Image.new("RGB", (20, 20), "red"), tmp_path / "p" / f"{number}.png", settings)
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]) == list(ways)
 
 
 def test_a_folder_per_prompt(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:

@@ -10,17 +10,7 @@ from PIL import Image
 
 from ldm.data.images import list_images, open_image
 from ldm.evaluation.layouts import Found
-from ldm.evaluation.report import (
-    as_numbers,
-    grouped,
-    open_cell,
-    summarise,
-    table,
-    way,
-    write_json,
-    write_rows,
-    write_text,
-)
+from ldm.evaluation.report import as_numbers, open_cell, summarise, table, way, write_json, write_rows, write_text
 from ldm.evaluation.scoring import Scorer
 from ldm.pictures import save_png, sheet
 from ldm.util import UserError
@@ -93,9 +83,10 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     notes += ["skipped image alignment: there are no references; give them with --references"] * (not known)
     notes += ["skipped text alignment: the pictures do not say their prompts; give them with --prompts"] * (
         not any(item.prompt for item in found))
-    groups, sets = grouped(rows, way), {}
-    for name in groups:
-        drawn = [index for index, row in enumerate(rows) if way(row) == name]
+    ways, groups, sets = [way(item.settings) for item in found], {}, {}
+    for name in dict.fromkeys(ways):
+        drawn = [index for index, other in enumerate(ways) if other == name]
+        groups[name] = [rows[index] for index in drawn]
         sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
         notes += [f"skipped {reason} ({name})"] if (reason := scorer.why_no_kid(len(drawn), len(compared))) else []
     return _write(Evaluation(rows, "", notes, outdir), groups, sets, found, scorer, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,13 @@ def summarise(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
     return found
 
 
-def grouped(rows: Rows, key: Callable[[Mapping[str, Any]], str]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows by a name, in order of appearance."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def way(row: Mapping[str, Any]) -> str:
-    """How a picture was drawn, as headings say it."""
-    if "strength" not in row:
+def way(settings: Mapping[str, Any]) -> str:
+    """How a picture was drawn by its own settings, as headings say it."""
+    if "strength" not in settings:
         return "pictures"
-    return "fine-tuned" if row["strength"] is None else f"DCI, lambda {row['strength']:g}"
+    if settings["strength"] is not None:
+        return f"DCI, lambda {settings['strength']:g}"
+    return "fine-tuned" if "concept" in settings else "base model"
 
 
 def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "") -> str:
