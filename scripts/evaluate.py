@@ -57,9 +57,9 @@ def check(options) -> None:
         raise UserError("--prompts belongs to --pictures; name the file of what to draw with --from_file.")
     if options.kid_references and options.metrics and "kid" not in options.metrics:
         raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
-    from ldm.data.images import list_images
+    from ldm.data.layouts import captioned
     for folder in filter(None, (options.references, options.kid_references)):
-        list_images(folder)
+        captioned(folder)
 
 
 def main(arguments: Sequence[str]) -> None:

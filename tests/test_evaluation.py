@@ -80,6 +80,24 @@ def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_
     assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]) == list(ways)
 
 
+def test_references_are_read_as_training_reads_them(call_script: Call, metric_options: list[str],
+                                                    tmp_path: Path) -> None:
+    for place, colours in (("p", ["red"]), ("mine", ["red", "blue"]), ("class/images", ["blue", "green"])):
+        (tmp_path / place).mkdir(parents=True)
+        for colour in colours:
+            Image.new("RGB", (20, 20), colour).save(tmp_path / place / f"{colour}.png")
+    (tmp_path / "p" / "images.txt").write_text("none.png\n")                       # of drawn pictures it says nothing
+    (tmp_path / "mine" / "images.txt").write_text("red.png\n")
+    (tmp_path / "class" / "images.txt").write_text("images/blue.png\nimages/green.png\n")
+    metrics = ["--metrics", "small_clip", "kid", *metric_options[metric_options.index("--metric_weights"):]]
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", "--references", tmp_path / "mine",
+                          "--kid_references", tmp_path / "class", *metrics, "--outdir", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert row["small_clip_i"] == pytest.approx(1, abs=1e-5)
+    assert "here are 1 drawn and 2 to compare with" in outcome.out
+
+
 def test_a_folder_per_prompt(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
     for colour in ("red", "green"):
         (tmp_path / "p" / f"a_{colour}_cat").mkdir(parents=True)

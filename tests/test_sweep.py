@@ -227,6 +227,25 @@ def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Pat
         Sweep(merged, tmp_path / "out", SCORER)
 
 
+def test_fidelity_is_measured_on_the_photos_that_teach(config: SweepConfig, tmp_path: Path) -> None:
+    photos, unseen = tmp_path / "photos", tmp_path / "unseen" / "thing"
+    for folder, chosen in ((photos, "images/red.png"), (unseen, "images/blue.png")):
+        (folder / "images").mkdir(parents=True)
+        for colour in ("red", "blue"):
+            Image.new("RGB", (40, 40), colour).save(folder / "images" / f"{colour}.png")
+        (folder / "images.txt").write_text(f"{chosen}\n")
+    concept = {"concepts": [{"name": "thing", "images": str(photos), "class_noun": "cat"}]}
+    OmegaConf.save(OmegaConf.create(concept), tmp_path / "concept.yaml")
+    picture = Image.new("RGB", (8, 8), "red")
+    for held_out, similarity in ((None, 1), (str(tmp_path / "unseen"), 0)):
+        changed = OmegaConf.merge(OmegaConf.structured(SweepConfig), config,
+                                  {"concept_files": [str(tmp_path / "concept.yaml")], "held_out": held_out})
+        sweep = Sweep(changed, tmp_path / "out", SCORER)
+        sweep.check(JOBS)
+        rows = sweep.measure(JOBS[0], [picture, picture])
+        assert [row["mean_i"] for row in rows] == pytest.approx([similarity] * 2, abs=1e-6)
+
+
 def test_pictures_of_another_noun_are_compared_with_its_own_text(config: SweepConfig, tmp_path: Path) -> None:
     sweep, jobs = Sweep(config, tmp_path, SCORER), [Job("thing", "ICO", 1, words=words) for words in (NOUN, AUXILIARY)]
     subject = sweep.subjects["thing"]

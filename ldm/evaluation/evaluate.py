@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.data.images import list_images, open_image
+from ldm.data.images import open_image
+from ldm.data.layouts import captioned
 from ldm.evaluation.layouts import Found
 from ldm.evaluation.report import as_numbers, open_cell, summarise, table, way, write_json, write_rows, write_text
 from ldm.evaluation.scoring import Scorer
@@ -29,9 +30,9 @@ class Evaluation:
     folder: Path
 
 
-def open_pictures(folder: Path) -> list[Image.Image]:
-    """Opens every usable picture of a folder or list."""
-    return [open_image(path) for path in list_images(folder)[0]]
+def open_references(source: Path) -> list[Image.Image]:
+    """Opens the usable pictures of any layout that training reads."""
+    return [open_image(path) for path in captioned(source).paths]
 
 
 def class_noun_of(found: Sequence[Found], wanted: str) -> str:
@@ -71,8 +72,8 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     """
     noun = class_noun_of(found, class_noun)
     pictures = [open_image(item.path) for item in found]
-    known = open_pictures(references) if references else []
-    compared = open_pictures(real) if real else known
+    known = open_references(references) if references else []
+    compared = open_references(real) if real else known
     features, references_seen = scorer.features(pictures), scorer.features(known) if known else None
     measured = scorer.rows(pictures, [item.prompt for item in found], noun, references_seen, features)
     compared_seen = scorer.features(compared) if real else references_seen

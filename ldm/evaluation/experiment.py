@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.evaluation.claims import Claim, Line
-from ldm.evaluation.evaluate import open_pictures
+from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.plan import BASE, Job, Subject, spread
 from ldm.evaluation.plots import Curve, tradeoff_plot
 from ldm.evaluation.report import as_numbers, open_cell, summarise, table, write_json, write_rows, write_text
@@ -214,7 +214,7 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Row
     """Lays out prompts of all concepts in rows, points in columns, the first seed of each."""
     places = sheet_columns(lines)
     first = {point: {(row["concept"], row["prompt"]): row for row in reversed(found)} for point, found in rows.items()}
-    references = {name: open_pictures(subject.references)[0] for name, subject in sweep.subjects.items()}
+    references = {name: open_references(subject.references)[0] for name, subject in sweep.subjects.items()}
     shown = []
     for concept, prompt in sheet_rows(list(sweep.subjects.values())):
         rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]

@@ -26,8 +26,8 @@ from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
 from ldm.data.images import list_images
-from ldm.data.layouts import CAPTIONS, IMAGES
-from ldm.evaluation.evaluate import open_pictures
+from ldm.data.layouts import CAPTIONS, IMAGES, captioned
+from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import open_cell, write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
@@ -86,7 +86,7 @@ class Sweep:
             photos = [subject.training(self.config, taught).concepts[0].images] if taught else []
             for folder in {subject.references, *map(Path, photos)} - self._seen:
                 try:
-                    list_images(folder)
+                    captioned(folder)
                 except UserError as error:
                     raise UserError(f"'{subject.name}': {error}") from error
                 self._seen.add(folder)
@@ -263,7 +263,7 @@ class Sweep:
         """Measures a job's pictures; a row per picture, with what it is and its seed."""
         subject = self.subjects[job.concept]
         if job.concept not in self._references:
-            self._references[job.concept] = self.scorer.features(open_pictures(subject.references))
+            self._references[job.concept] = self.scorer.features(open_references(subject.references))
         prompts = [prompt for prompt in subject.prompts for _ in range(self.config.seeds)]
         seeds = [self.config.first_seed + index for index in range(self.config.seeds)] * len(subject.prompts)
         said = [text for text in self.said(job) for _ in range(self.config.seeds)]
