@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,22 +74,23 @@ def mask_panel(record: Sequence[tuple[str, Tensor]], steps: int, columns: int = 
     """Draws the concept masks M^c of one picture per resolution and step (paper Fig. 11).
 
     Args:
-        record: layer names and masks (2, 1, H, N) of square feature maps, in order of time, as `Generator.masks` gives.
+        record: layer names and masks (2, 1, H, h, w), in order of time, as `Generator.masks` gives.
         steps: how many joint steps the record holds.
         columns: how many of them to show, evenly spaced.
     """
     layers = len(record) // steps
     shown = np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
-    sizes = sorted({int(math.isqrt(masks.shape[-1])) for _, masks in record}, reverse=True)
     rows = []
-    for size in sizes:
+    for height, width in sorted({tuple(masks.shape[-2:]) for _, masks in record}, reverse=True):
+        scale = cell / max(height, width)
         cells = []
         for step in shown:
             maps = [masks[0].mean(dim=(0, 1)) for _, masks in record[step * layers:(step + 1) * layers]
-                    if masks.shape[-1] == size * size]
-            mean = np.mean([values.numpy() for values in maps], axis=0).reshape(size, size)
-            cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize((cell, cell), Image.NEAREST))
-        title = f"{size} x {size}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
+                    if masks.shape[-2:] == (height, width)]
+            mean = np.mean([values.numpy() for values in maps], axis=0)                     # (h, w)
+            cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize(
+                (round(width * scale), round(height * scale)), Image.NEAREST))
+        title = f"{height} x {width}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
         rows.append((title, cells))
     return sheet([f"step {step + 1}" for step in shown], rows, cell, "DBIM's concept masks M^c")
 

@@ -157,6 +157,12 @@ def picture_side(model: LatentDiffusion, name: str, side: int | None) -> int:
     return side
 
 
+def layer_size(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """Returns the sides of a layer of so many pixels over latents of these sides, which it divides alike."""
+    factor = math.isqrt(height * width // pixels)
+    return height // factor, width // factor
+
+
 class Generator:
     """Draws pictures with a base model and, if one is loaded, a concept. One thread draws at a time.
 
@@ -349,12 +355,13 @@ class Generator:
         return torch.stack([self._texts[text, kind] for text in texts])
 
     def masks(self, row: Row, settings: SampleConfig) -> list[tuple[str, Tensor]]:
-        """Samples one DCI row and returns each integration's layer name and masks (2, 1, H, N), in order of time."""
+        """Samples one DCI row and returns each integration's layer name and masks (2, 1, H, h, w), in order of time."""
         record: list[tuple[str, Tensor]] = []
         with self._lock, torch.compiler.set_stance("force_eager"), \
                 record_masks(self.model.model.diffusion_model, record):      # a compiled network cannot be watched
             self.latents([row], settings)
-        return record
+        _, height, width = self._shape(settings)
+        return [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width))) for name, masks in record]
 
     def _shape(self, settings: SampleConfig) -> tuple[int, int, int]:
         factor = self.model.first_stage_model.encoder.reduction

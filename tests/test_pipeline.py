@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from ldm import pictures
 from ldm.config import SampleConfig, merge
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
@@ -280,13 +281,26 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
     record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
     assert len(record) == 2 * layers == 20                     # half of four steps are joint
     assert [name for name, _ in record[:layers]] == [name for name, _ in record[layers:]]
-    sizes = [masks.shape[-1] for _, masks in record[:layers]]
-    assert sizes == [64, 16, 4, 4, 4, 4, 16, 16, 64, 64]       # 8 x 8, 4 x 4, 2 x 2 pixels, and back
+    sizes = [tuple(masks.shape[-2:]) for _, masks in record[:layers]]
+    assert sizes == [(side, side) for side in (8, 4, 2, 2, 2, 2, 4, 4, 8, 8)]
     for _, masks in record:
         assert masks.shape[:2] == (2, 1) and torch.allclose(masks.sum(dim=0), torch.ones(()))
     panel = mask_panel(record, steps=2, cell=48)
     assert panel.width == 2 * (48 + 8) + 8
     assert small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0")) == []
+
+
+def test_masks_of_pictures_that_are_not_square(small_world: SmallWorld, small_generator: Generator,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
+    assert {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
+    first = record[0][1]
+    monkeypatch.setattr(pictures, "sheet", lambda *given: given)
+    _, rows, *_ = mask_panel([("layer", first), ("layer below", first[..., ::2, ::2])], steps=1, cell=48)
+    shades = (255 * first[0].mean(dim=(0, 1)).clip(0, 1)).to(torch.uint8)
+    expected = shades.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
+    assert rows[0][0].startswith("8 x 24: ") and rows[0][1][0].size == rows[1][1][0].size == (48, 16)
+    assert np.array_equal(rows[0][1][0], expected)
 
 
 # Refusals.

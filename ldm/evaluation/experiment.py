@@ -1,7 +1,6 @@
 """One experiment from claim to report: jobs, points with intervals, comparisons, areas, plot, sheet, masks."""
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,7 +240,7 @@ def sheet_rows(found: Sequence[Subject]) -> list[tuple[str, str]]:
 
 def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> str:
     """Draws DBIM's masks for one prompt of each concept; returns a table of their mean and spread per resolution."""
-    numbers: dict[int, list[np.ndarray]] = {}
+    numbers: dict[tuple[int, int], list[np.ndarray]] = {}
     for index, (name, subject) in enumerate(sweep.subjects.items()):
         job = replace(point, concept=name)
         generator, settings = sweep.ready(job, jobs), sweep.settings(job)
@@ -252,8 +251,8 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         layers = len({layer for layer, _ in record})
         save_png(mask_panel(record, len(record) // layers), folder / "masks" / f"{name}.png")
         for _, masks in record:
-            numbers.setdefault(math.isqrt(masks.shape[-1]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
+            numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]
-    lines += [f"| {side} x {side} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
-              for side, maps in sorted(numbers.items(), reverse=True)]
+    lines += [f"| {height} x {width} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
+              for (height, width), maps in sorted(numbers.items(), reverse=True)]
     return "\n".join([*lines, "", *(f"![masks](masks/{name}.png)" for name in sweep.subjects)])
