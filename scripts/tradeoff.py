@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     names, files = read_words(words, options.base)
     from ldm.evaluation.claims import SWEEP, find_claims
     from ldm.evaluation.plan import BASE, Job, SweepConfig
+    from ldm.evaluation.plots import check_plots
     from ldm.evaluation.scoring import load_scorer, read_weights
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
                                           for name in ("training", "sampling")})
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
+    check_plots()       # the last thing that is made; hours may lie before it
     from ldm.evaluation.experiment import jobs_of, overview, run_claim
     from ldm.evaluation.sweep import Sweep, share_out
     from ldm.pipeline import choose_device

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ldm.config import merge
 from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
-from ldm.evaluation import experiment
+from ldm.evaluation import experiment, plots
 from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
 from ldm.evaluation.experiment import (
@@ -313,6 +313,13 @@ def test_a_sweep_takes_a_checkpoint_by_its_flag(small_world: SmallWorld, tmp_pat
     ((sweep, job),) = asked
     assert sweep.settings(job).base.ckpt == str(small_world.checkpoint)
     assert sweep.subjects["thing"].training(sweep.config, "ICO").base.ckpt == str(small_world.checkpoint)
+
+
+def test_a_missing_plot_library_is_told_before_any_work(small_world: SmallWorld, tmp_path: Path, call_script: Call,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    outcome = call_script("tradeoff", "-b", sweep_file(small_world, tmp_path), "--outdir", tmp_path / "out")
+    assert "pip install matplotlib" in outcome.error and not (tmp_path / "out").exists()
 
 
 def test_other_words_in_the_concepts_place() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 
@@ -24,13 +25,16 @@ class Curve:
     points: Sequence[tuple[Estimate, Estimate, str]]
 
 
+def check_plots() -> None:
+    """Refuses to go on without matplotlib, which is not among the packages that fine-tuning and sampling need."""
+    if not find_spec("matplotlib"):
+        raise UserError("plots need the package matplotlib; install it with: pip install matplotlib.")
+
+
 def _figure(width: float, height: float):
     """Makes an empty figure without any window system."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError("plots need the package matplotlib; install it with: pip install matplotlib.") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -46,9 +50,6 @@ def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, ti
     """Draws curves with their 95 % intervals as crosses; up and right is better.
 
     Points grow along a curve. Where all curves have the same marks, the longest alone says them: others lie too close.
-
-    Raises:
-        UserError: matplotlib is not installed.
     """
     figure = _figure(7.2, 5.4)
     axes = figure.add_subplot()
