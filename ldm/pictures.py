@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from ldm.checkpoint import write_atomically
+from ldm.util import UserError
 
 MARGIN = 8
 SETTINGS_KEY = "dci-ico"        # PNG text entry with all settings as JSON
@@ -39,16 +40,17 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
     face, small = font(max(12, cell // 11)), font(max(11, cell // 13))
     width = len(columns) * (cell + MARGIN) + MARGIN
     line = int(small.size * 1.4)
+    titles = wrap(title, width - 2 * MARGIN, face)
     captions = [wrap(caption, width - 2 * MARGIN, small) for caption, _ in rows]
     heads = [wrap(column, cell, face) for column in columns]
     head = int(face.size * 1.35) * max(len(lines) for lines in heads) + MARGIN
-    top = head + (int(face.size * 1.6) if title else 0) + MARGIN
+    top = head + int(face.size * 1.6) * len(titles) + MARGIN
     height = top + sum(len(lines) * line + cell + 2 * MARGIN for lines in captions)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     y = MARGIN
-    if title:
-        draw.text((MARGIN, y), title, fill="black", font=face)
+    for text in titles:
+        draw.text((MARGIN, y), text, fill="black", font=face)
         y += int(face.size * 1.6)
     for index, lines in enumerate(heads):
         draw.multiline_text((MARGIN + index * (cell + MARGIN), y), "\n".join(lines), fill="black", font=face)
@@ -70,15 +72,22 @@ def fit(picture: Image.Image, cell: int) -> Image.Image:
     return picture.convert("RGB").resize(size, Image.LANCZOS if scale < 1 else Image.BICUBIC)
 
 
-def mask_panel(record: Sequence[tuple[str, Tensor]], steps: int, columns: int = 8, cell: int = 96) -> Image.Image:
-    """Draws the concept masks M^c of one picture per resolution and step (paper Fig. 11).
+def mask_panel(picture: Image.Image, record: Sequence[tuple[str, Tensor]], title: str, columns: int = 8,
+               cell: int = 96) -> Image.Image:
+    """Draws the concept masks M^c of one picture, beside it, per resolution and step (paper Fig. 11).
 
     Args:
         record: layer names and masks (2, 1, H, h, w), in order of time, as `Generator.masks` gives.
-        steps: how many joint steps the record holds.
-        columns: how many of them to show, evenly spaced.
+        title: which picture it is.
+        columns: how many of the record's joint steps to show, evenly spaced.
+
+    Raises:
+        UserError: the record is empty.
     """
-    layers = len(record) // steps
+    if not record:
+        raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")
+    layers = len({name for name, _ in record})
+    steps = len(record) // layers
     shown = np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
     rows = []
     for height, width in sorted({tuple(masks.shape[-2:]) for _, masks in record}, reverse=True):
@@ -90,9 +99,9 @@ def mask_panel(record: Sequence[tuple[str, Tensor]], steps: int, columns: int = 
             mean = np.mean([values.numpy() for values in maps], axis=0)                     # (h, w)
             cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize(
                 (round(width * scale), round(height * scale)), Image.NEAREST))
-        title = f"{height} x {width}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
-        rows.append((title, cells))
-    return sheet([f"step {step + 1}" for step in shown], rows, cell, "DBIM's concept masks M^c")
+        caption = f"{height} x {width}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
+        rows.append((caption, [picture, *cells]))
+    return sheet(["picture", *(f"step {step + 1}" for step in shown)], rows, cell, f"DBIM's concept masks M^c: {title}")
 
 
 def save_png(picture: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> Path:

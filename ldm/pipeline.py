@@ -354,14 +354,17 @@ class Generator:
                 self._texts[text, kind] = self.model.cond_stage_model([text])[0]
         return torch.stack([self._texts[text, kind] for text in texts])
 
-    def masks(self, row: Row, settings: SampleConfig) -> list[tuple[str, Tensor]]:
-        """Samples one DCI row and returns each integration's layer name and masks (2, 1, H, h, w), in order of time."""
+    def masks(self, row: Row, settings: SampleConfig) -> tuple[Image.Image, list[tuple[str, Tensor]]]:
+        """Draws one DCI row; returns the picture and each integration's layer name and masks (2, 1, H, h, w), in order
+        of time.
+        """
         record: list[tuple[str, Tensor]] = []
         with self._lock, torch.compiler.set_stance("force_eager"), \
                 record_masks(self.model.model.diffusion_model, record):      # a compiled network cannot be watched
-            self.latents([row], settings)
+            (picture,) = to_images(decode(self.model, self.latents([row], settings)))
         _, height, width = self._shape(settings)
-        return [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width))) for name, masks in record]
+        return picture, [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width)))
+                         for name, masks in record]
 
     def _shape(self, settings: SampleConfig) -> tuple[int, int, int]:
         factor = self.model.first_stage_model.encoder.reduction

@@ -122,10 +122,8 @@ def draw_masks(generator: Generator, config: SampleConfig | DictConfig, rows: Se
         raise UserError("there are no masks to draw: no picture uses DCI; set dci.use to true.")
     paths = []
     for prompt, index in number.items():
-        record = generator.masks(first[prompt], config)
-        layers = len({name for name, _ in record})
-        if not record:
-            raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")
-        panel = mask_panel(record, len(record) // layers)
+        row = first[prompt]
+        title = f"{generator.texts([prompt])[0]} (seed {row.seed}, lambda {row.strength:g})"
+        panel = mask_panel(*generator.masks(row, config), title)
         paths.append(save_png(panel, outdir / "masks" / f"{index:03d}.png"))
     return paths

@@ -275,32 +275,41 @@ def test_a_concept_of_another_base_is_refused(small_world: SmallWorld, small_run
     generator.load(load_concept(small_run.concept))
 
 
-def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_generator: Generator) -> None:
+def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_generator: Generator,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_generator.model.model.diffusion_model
     layers = sum(isinstance(module, SpatialTransformer) for module in network.modules())
-    record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
+    picture, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
     assert len(record) == 2 * layers == 20                     # half of four steps are joint
     assert [name for name, _ in record[:layers]] == [name for name, _ in record[layers:]]
     sizes = [tuple(masks.shape[-2:]) for _, masks in record[:layers]]
     assert sizes == [(side, side) for side in (8, 4, 2, 2, 2, 2, 4, 4, 8, 8)]
     for _, masks in record:
         assert masks.shape[:2] == (2, 1) and torch.allclose(masks.sum(dim=0), torch.ones(()))
-    panel = mask_panel(record, steps=2, cell=48)
-    assert panel.width == 2 * (48 + 8) + 8
-    assert small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0")) == []
+    (drawn,) = small_generator.generate([PROMPT], small_world.sample_config("plain=false"))
+    assert (drawn.row.seed, drawn.row.strength) == (5, 1.0) and picture == drawn.image
+    short, panel = (mask_panel(picture, record, title, cell=48) for title in ("a cat", "a cat " * 20))
+    assert panel.width == 3 * (48 + 8) + 8 and panel.height > short.height          # the title has room
+    monkeypatch.setattr(pictures, "sheet", lambda *given: given)
+    columns, rows, _, title = mask_panel(picture, record, "a cat in the snow", cell=48)
+    assert columns == ["picture", "step 1", "step 2"] and title.endswith(": a cat in the snow")
+    assert len(rows) == 3 and all(cells[0] is picture and len(cells) == 3 for _, cells in rows)
+    _, none = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0"))
+    with pytest.raises(UserError, match="no masks to draw: agg_time"):
+        mask_panel(picture, none, "a cat")
 
 
 def test_masks_of_pictures_that_are_not_square(small_world: SmallWorld, small_generator: Generator,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
-    assert {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
+    picture, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
+    assert picture.size == (96, 32) and {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
     first = record[0][1]
     monkeypatch.setattr(pictures, "sheet", lambda *given: given)
-    _, rows, *_ = mask_panel([("layer", first), ("layer below", first[..., ::2, ::2])], steps=1, cell=48)
+    _, rows, *_ = mask_panel(picture, [("layer", first), ("below", first[..., ::2, ::2])], "a cat", cell=48)
     shades = (255 * first[0].mean(dim=(0, 1)).clip(0, 1)).to(torch.uint8)
     expected = shades.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
-    assert rows[0][0].startswith("8 x 24: ") and rows[0][1][0].size == rows[1][1][0].size == (48, 16)
-    assert np.array_equal(rows[0][1][0], expected)
+    assert rows[0][0].startswith("8 x 24: ") and rows[0][1][1].size == rows[1][1][1].size == (48, 16)
+    assert np.array_equal(rows[0][1][1], expected)
 
 
 # Refusals.

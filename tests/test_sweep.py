@@ -32,6 +32,7 @@ from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.sweep import Sweep, points
+from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings
 from ldm.util import UserError
 
@@ -438,7 +439,8 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
         reports.append(run_claim(claim, sweep, "the command"))
         report = reports[-1]
         files = set(contents(tmp_path / "out" / claim.name))
-        assert files == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md"}
+        plots = set() if claim.masks else {"plot.png"}                     # one point would be a dot in an empty plot
+        assert files == plots | {"rows.jsonl", "rows.csv", "summary.json", "sheet.png", "report.md"}
         summary = json.loads((report.folder / "summary.json").read_text())
         assert summary["command"] == "the command" and summary["minutes"] >= 0
         assert claim.question in report.text and ("| masks |" in report.text) == claim.masks
@@ -517,16 +519,23 @@ def test_points_join_concepts() -> None:
 # The command.
 
 def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld, metric_options: list[str],
-                                      tmp_path: Path) -> None:
+                                      tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = []
+    monkeypatch.setattr(experiment, "mask_panel", lambda *given: panels.append(given) or mask_panel(*given))
     file = sweep_file(small_world, tmp_path)
     command = ["tradeoff", "claim", "masks", "-b", file, "seeds=1", *metric_options, "--outdir", tmp_path / "out"]
     outcome = call_script(*command)
     assert outcome.status == 0, outcome.err
     folder = tmp_path / "out" / "masks"
-    assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "plot.png", "sheet.png", "report.md",
+    assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "sheet.png", "report.md",
                                      "masks/thing.png"}
+    ((picture, _, title),) = panels
+    assert title == "a [thing] in the snow (seed 1000, lambda 1)"
+    with Image.open(next((tmp_path / "out" / "pictures").rglob("000-00.png"))) as drawn:    # it is that very picture
+        assert drawn.tobytes() == picture.tobytes()
     text = (folder / "report.md").read_text()
-    assert "1 concepts x 2 prompts x 1 seeds" in text and "| 8 x 8 |" in text and "![masks](masks/thing.png)" in text
+    assert "1 concepts x 2 prompts x 1 seeds" in text and "| 8 x 8 |" in text
+    assert "![masks of thing](masks/thing.png)" in text and "plot.png" not in text
     assert "sweep: 100%" in outcome.err and f"report: {folder / 'report.md'}" in outcome.out
     again = call_script(*command)
     assert again.status == 0 and "fine-tuning" not in again.err

@@ -65,6 +65,8 @@ def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
 def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     """Carries an experiment out and writes rows.jsonl, rows.csv, summary.json, plot.png, sheet.png and report.md.
 
+    One point makes no plot.
+
     Raises:
         UserError: the sweep lacks what the experiment needs, or no metric measures one of its two sides.
     """
@@ -83,11 +85,12 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     titles = sweep.scorer.titles
     estimates = {_name(line, index): summarise(rows[point], list(titles))
                  for line in lines for index, point in enumerate(line.points)}
-    minutes = sweep.seconds(jobs) / 60
+    several, minutes = len(estimates) > 1, sweep.seconds(jobs) / 60
     text = "\n\n".join(filter(None, [
         f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
-        "![plot](plot.png)", "![pictures](sheet.png)", table(estimates, titles, "mean [95 % interval]"),
-        comparison_table(comparisons, titles, axes), area_table(areas)]))
+        "![plot](plot.png)" if several else "", "![pictures](sheet.png)",
+        table(estimates, titles, "mean [95 % interval]"), comparison_table(comparisons, titles, axes),
+        area_table(areas)]))
     if claim.masks:
         text += "\n\n" + draw_masks(sweep, lines[0].points[0], jobs, folder)
     write_json(folder / "summary.json", {
@@ -96,7 +99,8 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     write_text(folder / "report.md", text + "\n")
     curves = [Curve(line.label, [(*(estimates[_name(line, index)][axis] for axis in axes), mark)
                                  for index, mark in enumerate(line.marks)]) for line in lines]
-    tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], f"{claim.name} ({claim.source})", folder / "plot.png")
+    if several:
+        tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], f"{claim.name} ({claim.source})", folder / "plot.png")
     save_png(experiment_sheet(sweep, lines, rows), folder / "sheet.png")
     return Report(folder, text, comparisons, areas)
 
@@ -245,14 +249,13 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         job = replace(point, concept=name)
         generator, settings = sweep.ready(job, jobs), sweep.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
-        record = generator.masks(Row(prompt, sweep.config.first_seed, point.strength), settings)
-        if not record:
-            raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")
-        layers = len({layer for layer, _ in record})
-        save_png(mask_panel(record, len(record) // layers), folder / "masks" / f"{name}.png")
+        row = Row(prompt, sweep.config.first_seed, point.strength)
+        picture, record = generator.masks(row, settings)
+        title = f"{prompt.replace('{}', '[' + name + ']')} (seed {row.seed}, lambda {row.strength:g})"
+        save_png(mask_panel(picture, record, title), folder / "masks" / f"{name}.png")
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]
     lines += [f"| {height} x {width} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
               for (height, width), maps in sorted(numbers.items(), reverse=True)]
-    return "\n".join([*lines, "", *(f"![masks](masks/{name}.png)" for name in sweep.subjects)])
+    return "\n".join([*lines, "", *(f"![masks of {name}](masks/{name}.png)" for name in sweep.subjects)])
