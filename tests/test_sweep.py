@@ -464,11 +464,19 @@ def test_a_sheet_shows_every_concept_and_like_beside_like(tmp_path: Path) -> Non
         assert len({name for name, _ in shown}) == count and {"0"} <= {prompt for _, prompt in shown}
         assert max(int(prompt) for _, prompt in shown) >= prompts - 2
     points_ = tuple(Job("", "ICO", step) for step in (1, 2, 3))
-    three, four = ([Line(str(i), points_, ("1", "2", "3")) for i in range(count)] for count in (3, 4))
+    three, four, ten = ([Line(str(i), points_, ("1", "2", "3")) for i in range(count)] for count in (3, 4, 10))
     assert sheet_columns(three) == tuple((line, index) for line in three for index in range(3))
-    assert sheet_columns(four) == tuple((line, 2) for line in four)
-    alone = Line("over lambda", tuple(Job("", "ICO", 1, strength) for strength in range(18)), ("",) * 18)
-    assert sheet_columns([alone]) == tuple((alone, index) for index in range(0, 18, 2))
+    assert sheet_columns(four) == tuple((line, index) for line in four for index in (0, 2))
+    assert sheet_columns(ten) == tuple((line, 2) for line in ten[:9])
+
+    def over(count: int) -> Line:
+        return Line("over lambda", tuple(Job("", "ICO", 1, strength) for strength in range(count)), ("",) * count)
+
+    shown = {tuple(index for _, index in sheet_columns([over(count)])) for count in (9, 17, 18)}
+    assert shown == {tuple(range(9)), tuple(range(0, 17, 2)), (0, 2, 4, 6, 8, 11, 13, 15, 17)}
+    short = Line("raw", points_[:1], ("",))
+    assert sheet_columns([short, over(9)])[1:] == tuple((over(9), index) for index in (0, 1, 2, 3, 5, 6, 7, 8))
+    assert [index for _, index in sheet_columns([short, over(5), over(5)])] == [0, 0, 1, 3, 4, 0, 1, 3, 4]
 
 
 def test_a_plot_says_once_what_all_curves_say() -> None:

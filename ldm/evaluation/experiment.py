@@ -227,10 +227,16 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Row
 
 
 def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
-    """Picks a sheet's points: all, or of many the curves' last ones, so that like stands beside like."""
-    places = [(line, index) for line in lines for index in range(len(line.points))]
-    if len(places) > SHEET_COLUMNS and sum(len(line.points) > 1 for line in lines) > 1:
-        places = [(line, len(line.points) - 1) for line in lines]
+    """Picks a sheet's points: of every curve as many as fit, evenly spread, always with its last one.
+
+    Where not even the last ones fit, some curves are left out.
+    """
+    for count in range(SHEET_COLUMNS, 0, -1):
+        sizes = [min(count, len(line.points)) for line in lines]
+        if sum(sizes) <= SHEET_COLUMNS or count == 1:
+            break
+    places = [(line, int(index)) for line, size in zip(lines, sizes, strict=True)
+              for index in np.linspace(len(line.points) - 1, 0, size).round()[::-1]]
     return spread(places, SHEET_COLUMNS)
 
 
