@@ -1,7 +1,7 @@
 """Forms other tools use, as configuration: Custom Diffusion's captions, lists and trees of concepts."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ def caption_to_method(caption: str, class_noun: str) -> dict[str, Any]:
     return {"words": words, "template": caption.replace(concept, "{}")}
 
 
-def check_list(path: Path | None, chosen: Sequence[str], flags: Iterable[str]) -> None:
+def check_list(path: Path | None, chosen: Sequence[str], flags: Sequence[str]) -> None:
     """Refuses what would be ignored: flags of one concept beside a list of them, subjects without a list."""
-    for flag in flags if path else ():
-        raise UserError(f"--{flag} is for one concept and means nothing beside --concepts_list; give one of the two.")
+    if path and flags:
+        raise UserError(f"--{flags[0]} is for one concept and means nothing beside --concepts_list; "
+                        "give one of the two.")
     if chosen and not path:
         raise UserError(f"--subject '{chosen[0]}' chooses from a list, and none is given; add --concepts_list.")
 

@@ -51,7 +51,7 @@ def options_to_config(options, files: Sequence[str]):
     if options.gpus:
         OmegaConf.update(flags, "trainer", {"accelerator": "gpu", "devices": cli.count_gpus(options.gpus)}, merge=True)
     given = {flag: value for flag in ONE_CONCEPT if (value := getattr(options, flag)) is not None}
-    check_list(options.concepts_list, options.subject, given)
+    check_list(options.concepts_list, options.subject, list(given))
     concept = {ONE_CONCEPT[flag]: value for flag, value in given.items()}
     configured = merge(TrainConfig, files).concepts
     if options.concepts_list:
