@@ -7,12 +7,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
 from ldm.config import DCIConfig, PreviewConfig, SampleConfig
 from ldm.pictures import save_png
 from ldm.pipeline import Generator
+from ldm.progress import progress
 from ldm.sampling import comparison_sheet
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -61,8 +61,8 @@ class Progress(Callback):
     """One bar with loss and remaining time."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="fine-tuning", unit="step",
-                        disable=not trainer.is_global_zero)
+        self.bar = progress(total=trainer.max_steps, initial=trainer.global_step, desc="fine-tuning", unit="step",
+                        quiet=not trainer.is_global_zero)
         self.mean: float | None = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
@@ -27,6 +26,7 @@ from ldm.data.regularization import (
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import NEW_WORD
 from ldm.pipeline import Generator, choose_device
+from ldm.progress import progress
 from ldm.util import UserError
 
 MODES = ("folder", "retrieve", "generate", "none")
@@ -165,7 +165,7 @@ def generate_prior(generator: Generator, class_noun: str, settings: Regularizati
                            scale=settings.scale, height=side, width=side, n_samples=settings.num - done,
                            batch_size=settings.batch_size, seed=settings.seed + done)
         generator.plan([prompt], how)       # a setting out of range is refused before any work
-        with tqdm(total=settings.num, initial=done, desc=f"drawing '{prompt}'", unit="picture") as bar:
+        with progress(total=settings.num, initial=done, desc=f"drawing '{prompt}'", unit="picture") as bar:
             for number, sample in enumerate(generator.generate([prompt], how, bar.update), done):
                 save_jpeg(sample.image, pictures / f"{number:05d}.jpg")
         done = settings.num

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from tqdm import tqdm
 
 from ldm.config import SampleConfig, save_config
 from ldm.customization.delta import load_concept
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device
+from ldm.progress import progress
 from ldm.util import UserError
 
 
@@ -74,7 +74,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
     drawn: dict[Row, Image.Image] = {}
     files = []
-    with tqdm(total=len(rows), desc="sampling", unit="picture") as bar:
+    with progress(total=len(rows), desc="sampling", unit="picture") as bar:
         for sample in generator.generate(prompts, config, bar.update):
             name = file_name(number[sample.row.prompt], sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))

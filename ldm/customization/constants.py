@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.data.concept import Picture
 from ldm.modules.encoders.modules import NEW_WORD
+from ldm.progress import progress
 
 
 class Posteriors:
@@ -20,7 +20,7 @@ class Posteriors:
     def __init__(self, pictures: Iterable[Picture], image: Callable[[Picture], Tensor],
                  encode: Callable[[Tensor], Tensor], quiet: bool = True):
         self._moments = {picture: encode(image(picture)).cpu()
-                         for picture in tqdm(pictures, desc="encoding the pictures", unit="picture", disable=quiet)}
+                         for picture in progress(pictures, desc="encoding the pictures", unit="picture", quiet=quiet)}
 
     def __len__(self) -> int:
         return len(self._moments)

@@ -33,6 +33,7 @@ from ldm.evaluation.report import open_cell, write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
 from ldm.pictures import save_png
 from ldm.pipeline import Generator, check_settings
+from ldm.progress import progress
 from ldm.sampling import load_generator
 from ldm.training import fine_tune
 from ldm.util import UserError
@@ -332,7 +333,7 @@ def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequen
 
 def progress_bar(total: int, quiet: bool = False) -> tqdm:
     """Makes a sweep's bar."""
-    return tqdm(total=total, desc="sweep", unit="row", unit_scale=True, disable=quiet)
+    return progress(total=total, desc="sweep", unit="row", quiet=quiet)
 
 
 def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:

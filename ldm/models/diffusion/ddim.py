@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Guidance, draw_noise, make_guidance
 from ldm.models.diffusion.sampler import Record, Sampler
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.progress import progress
 from ldm.util import UserError
 
 
@@ -49,7 +49,7 @@ class DDIMSampler(Sampler):
         if mask is not None and x0 is None:
             raise UserError("a mask needs x0, the latents to keep where it is 1.")
         guidance.plan(self.ddim_timesteps[:steps])
-        for index in tqdm(range(steps - 1, -1, -1), desc="DDIM", disable=not verbose):
+        for index in progress(range(steps - 1, -1, -1), desc="DDIM", unit="step", quiet=not verbose):
             t, sigma = int(self.ddim_timesteps[index]), float(self.ddim_sigmas[index])
             (x,) = guidance.narrow(t, x)
             if mask is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.models.diffusion.ddim import DDIMSampler, ddim_step
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler import Record
+from ldm.progress import progress
 from ldm.util import UserError
 
 # Adams-Bashforth weights of orders 2, 3 and 4, newest prediction first (order 4: Liu et al. 2022, Eq 12).
@@ -44,7 +44,7 @@ class PLMSSampler(DDIMSampler):
             raise UserError("PLMS cannot keep part of a picture by mask and x0; sample with DDIM, which can.")
         guidance.plan([0, *self.ddim_timesteps[:steps]])
         earlier: list[Tensor] = []                                                # newest first, at most 3
-        for index in tqdm(reversed(range(steps)), total=steps, desc="PLMS", disable=not verbose):
+        for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not verbose):
             t = int(self.ddim_timesteps[index])
             t_next = int(self.ddim_timesteps[index - 1]) if index else 0          # as `ddim_alphas_prev` has it
             alphas = float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index])

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler import Record, Sampler
+from ldm.progress import progress
 from ldm.util import UserError
 
 FEW_STEPS = 15      # below it the last step is of first order, which is stabler (Lu et al.'s lower_order_final)
@@ -64,7 +64,7 @@ class DPMSolverSampler(Sampler):
         levels = [noise_level(float(alphas_cumprod[t])) for t in timesteps]
         guidance.plan(timesteps[:-1])
         before: list[Tensor] = []                                        # the data prediction of the step before
-        for i in tqdm(range(steps), desc="DPM-Solver++", disable=not verbose):
+        for i in progress(range(steps), desc="DPM-Solver++", unit="step", quiet=not verbose):
             x, *before = guidance.narrow(timesteps[i], x, *before)
             source, target = levels[i], levels[i + 1]
             pred_x0 = (x - source.sigma * guidance.eps(x, timesteps[i])) / source.alpha     # (rows, C, h, w)

@@ -1,0 +1,63 @@
+"""Tests of progress bars: a line a minute in a file, one moving line on a terminal, nowhere a bar of another kind."""
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from ldm.progress import LOG_INTERVAL, progress
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Stands for a log file that stderr goes to."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    return sys.stderr
+
+
+def test_a_file_gets_a_line_at_the_start_each_minute_and_at_the_end(stream: io.StringIO,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress(total=610, desc="work", unit="row") as bar:
+        now = bar._time()
+        for second in range(1, 611):
+            bar._time = lambda second=second: now + second
+            bar.update()
+    counts = [int(re.search(r" (\d+)/610 ", line)[1]) for line in stream.getvalue().splitlines()]
+    assert counts == [*range(0, 610, int(LOG_INTERVAL)), 610]
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_bars_within_bars_write_plain_lines(stream: io.StringIO) -> None:
+    with progress(total=2, desc="outer", unit="job") as outer:
+        for _ in range(2):
+            assert list(progress("ab", desc="inner", unit="letter")) == ["a", "b"]
+            outer.update()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["outer", "inner", "inner", "inner", "inner", "outer"]
+    assert "\x1b" not in stream.getvalue() and "\n\n" not in stream.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress(range(3), desc="work", unit="row")) == [0, 1, 2]
+    assert sys.stderr.getvalue().count("\r") > 1 and sys.stderr.getvalue().count("\n") == 1
+
+
+def test_quiet_shows_nothing(stream: io.StringIO) -> None:
+    assert list(progress(range(3), desc="work", unit="row", quiet=True)) == [0, 1, 2] and not stream.getvalue()
+
+
+def test_every_bar_is_made_here() -> None:
+    sources = [path for folder in ("ldm", "scripts") for path in Path(ROOT / folder).rglob("*.py")]
+    assert [path.name for path in sources if "tqdm(" in path.read_text("utf-8")] == ["progress.py"]
