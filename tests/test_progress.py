@@ -29,7 +29,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_a_file_gets_a_line_at_the_start_each_minute_and_at_the_end(stream: io.StringIO,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     with progress(total=610, desc="work", unit="row") as bar:
-        now = bar._time()
+        now = bar.start_t = bar.last_print_t = int(bar._time())       # whole seconds, whose differences are exact
         for second in range(1, 611):
             bar._time = lambda second=second: now + second
             bar.update()
