@@ -19,33 +19,26 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Stands for a log file that stderr goes to."""
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    return sys.stderr
-
-
-def test_a_file_gets_a_line_at_the_start_each_minute_and_at_the_end(stream: io.StringIO,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_gets_a_line_at_the_start_each_minute_and_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(total=610, desc="work", unit="row") as bar:
         now = bar.start_t = bar.last_print_t = int(bar._time())       # whole seconds, whose differences are exact
         for second in range(1, 611):
             bar._time = lambda second=second: now + second
             bar.update()
-    counts = [int(re.search(r" (\d+)/610 ", line)[1]) for line in stream.getvalue().splitlines()]
+    written = capsys.readouterr().err
+    counts = [int(re.search(r" (\d+)/610 ", line)[1]) for line in written.splitlines()]
     assert counts == [*range(0, 610, int(LOG_INTERVAL)), 610]
-    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+    assert "\r" not in written and "\x1b" not in written
 
 
-def test_bars_within_bars_write_plain_lines(stream: io.StringIO) -> None:
+def test_bars_within_bars_write_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(total=2, desc="outer", unit="job") as outer:
         for _ in range(2):
             assert list(progress("ab", desc="inner", unit="letter")) == ["a", "b"]
             outer.update()
-    lines = stream.getvalue().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["outer", "inner", "inner", "inner", "inner", "outer"]
-    assert "\x1b" not in stream.getvalue() and "\n\n" not in stream.getvalue()
+    written = capsys.readouterr().err
+    assert [line.split(":")[0] for line in written.splitlines()] == ["outer", "inner", "inner", "inner", "inner", "outer"]
+    assert "\x1b" not in written
 
 
 def test_a_terminal_gets_one_line_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +47,9 @@ def test_a_terminal_gets_one_line_that_moves(monkeypatch: pytest.MonkeyPatch) ->
     assert sys.stderr.getvalue().count("\r") > 1 and sys.stderr.getvalue().count("\n") == 1
 
 
-def test_quiet_shows_nothing(stream: io.StringIO) -> None:
-    assert list(progress(range(3), desc="work", unit="row", quiet=True)) == [0, 1, 2] and not stream.getvalue()
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), desc="work", unit="row", quiet=True)) == [0, 1, 2]
+    assert not capsys.readouterr().err
 
 
 def test_every_bar_is_made_here() -> None:
