@@ -37,7 +37,7 @@ def test_bars_within_bars_write_plain_lines(capsys: pytest.CaptureFixture[str]) 
             assert list(progress("ab", desc="inner", unit="letter")) == ["a", "b"]
             outer.update()
     written = capsys.readouterr().err
-    assert [line.split(":")[0] for line in written.splitlines()] == ["outer", "inner", "inner", "inner", "inner", "outer"]
+    assert [line.split(":")[0] for line in written.splitlines()] == ["outer", *["inner"] * 4, "outer"]
     assert "\x1b" not in written
 
 
