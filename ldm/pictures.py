@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import json
+import statistics
+import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +17,99 @@ from ldm.checkpoint import write_atomically
 from ldm.util import UserError
 
 MARGIN = 8
+WIDEST, TALLEST = 4000, 12000   # px of a page, where its cells are not at their least already
+FONT = Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"
 SETTINGS_KEY = "dci-ico"        # PNG text entry with all settings as JSON
 PARAMETERS_KEY = "parameters"   # the entry other tools read
 
 
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Returns Pillow's own font at a size in px."""
-    return ImageFont.load_default(size)
+    """Returns the sheets' font at a size in px, laid out alike on every machine."""
+    return ImageFont.truetype(FONT, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@cache
+def _shown(letter: str) -> str:
+    """Returns a letter, or its number where the font would draw a box that says nothing."""
+    face = font(16)
+    missing = bytes(face.getmask("\uffff")) == bytes(face.getmask(letter))       # U+FFFF is no letter of any font
+    return f"[U+{ord(letter):04X}]" if missing else letter
+
+
+def readable(text: str) -> str:
+    """Returns a text that the sheets' font can draw: accents joined to their letters, unknown letters as [U+732B]."""
+    return "".join(map(_shown, unicodedata.normalize("NFC", text)))
 
 
 def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
-    """Breaks a text into lines of at most `width` px."""
+    """Breaks a text into lines of at most `width` px, a longer word wherever it must be."""
     lines: list[str] = []
-    for word in text.split():
+    for word in readable(text).split():
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and face.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines
+
+
+def cell_side(pictures: Sequence[Image.Image | None], columns: int, rows: int, least: int) -> int:
+    """Returns the side in px of a sheet's cells: the pictures' own where the page has room, at least `least`.
+
+    Their median decides, so that one large reference does not enlarge all others.
+    """
+    sides = [max(picture.size) for picture in pictures if picture is not None]
+    room = min(WIDEST // max(1, columns), TALLEST // max(1, rows)) - MARGIN
+    return max(least, min(room, int(statistics.median(sides or [least]))))
 
 
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image | None]]], cell: int = 160,
           title: str = "") -> Image.Image:
-    """Lays pictures out under column headings, each row below its own caption; None leaves a cell empty."""
-    face, small = font(max(12, cell // 11)), font(max(11, cell // 13))
+    """Lays pictures out under column headings, each row below its own caption; None leaves a cell empty.
+
+    Args:
+        cell: side of a picture in px, at least; larger ones are shown in their own size as far as the page has room.
+    """
+    cell = cell_side([picture for _, pictures in rows for picture in pictures], len(columns), len(rows), cell)
+    face, small = font(max(12, cell // 12)), font(max(11, cell // 14))
     width = len(columns) * (cell + MARGIN) + MARGIN
-    line = int(small.size * 1.4)
     titles = wrap(title, width - 2 * MARGIN, face)
     captions = [wrap(caption, width - 2 * MARGIN, small) for caption, _ in rows]
     heads = [wrap(column, cell, face) for column in columns]
-    head = int(face.size * 1.35) * max(len(lines) for lines in heads) + MARGIN
-    top = head + int(face.size * 1.6) * len(titles) + MARGIN
-    height = top + sum(len(lines) * line + cell + 2 * MARGIN for lines in captions)
+    top = MARGIN + _height(face) * (len(titles) + max(len(lines) for lines in heads)) + MARGIN
+    height = top + sum(len(lines) * _height(small) + cell + 2 * MARGIN for lines in captions)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    y = MARGIN
-    for text in titles:
-        draw.text((MARGIN, y), text, fill="black", font=face)
-        y += int(face.size * 1.6)
+    y = _write(draw, (MARGIN, MARGIN), titles, face, "black")
     for index, lines in enumerate(heads):
-        draw.multiline_text((MARGIN + index * (cell + MARGIN), y), "\n".join(lines), fill="black", font=face)
+        _write(draw, (MARGIN + index * (cell + MARGIN), y), lines, face, "black")
     y = top
     for lines, (_, pictures) in zip(captions, rows, strict=True):
-        draw.multiline_text((MARGIN, y), "\n".join(lines), fill="#444444", font=small)
-        y += len(lines) * line
+        y = _write(draw, (MARGIN, y), lines, small, "#444444")
         for index, picture in enumerate(pictures):
             if picture is not None:
                 page.paste(fit(picture, cell), (MARGIN + index * (cell + MARGIN), y))
         y += cell + 2 * MARGIN
     return page
+
+
+def _height(face: ImageFont.FreeTypeFont) -> int:
+    """Px from one line of text to the next."""
+    return int(face.size * 1.4)
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont,
+           fill: str) -> int:
+    """Writes lines below each other and returns how far down the next one would be."""
+    x, y = place
+    for line in lines:
+        draw.text((x, y), line, fill=fill, font=face)
+        y += _height(face)
+    return y
 
 
 def fit(picture: Image.Image, cell: int) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
 from ldm.customization.tokens import TokenSets
 from ldm.modules.attention import SpatialTransformer
-from ldm.pictures import mask_panel, read_settings, save_png, sheet
+from ldm.pictures import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
 from ldm.pipeline import Generator, Row, cost_matched_steps
 from ldm.sampling import draw_run
 from ldm.training import Run
@@ -392,6 +393,32 @@ def test_sheet_sizes() -> None:
     assert (pixels == (0, 0, 255)).all(axis=1).sum() == 64 * 32
     titled = sheet(["one", "two", "three"], [("first", [red, None, wide])], cell=64, title="step 7")
     assert titled.width == page.width and titled.height < page.height
+
+
+@pytest.mark.parametrize(("sizes", "columns", "rows", "side"), [
+    ([64, 64, 64], 3, 1, 160), ([512, 512, 512], 3, 1, 512), ([512] * 9, 9, 1, 436), ([512] * 9, 9, 60, 192),
+    ([512] * 9, 9, 90, 160), ([3000, 64, 64], 3, 1, 160), ([3000, 512, 512], 3, 1, 512), ([], 3, 1, 160)])
+def test_a_sheet_shows_pictures_in_their_own_size_while_the_page_has_room(sizes: list[int], columns: int, rows: int,
+                                                                          side: int) -> None:
+    # Room is 4000 / columns - 8 across and 12000 / rows - 8 down; the median picture decides; 160 is the least.
+    assert cell_side([None, *(Image.new("L", (side, side // 2)) for side in sizes)], columns, rows, 160) == side
+
+
+def test_sheets_have_letters_beyond_ascii() -> None:
+    text = "café, São, Łódź, λ, кот, Việt, – × → ≤ “so”"
+    assert readable(text) == text and readable("cafe\u0301") == "café"
+    assert readable("a 猫\ufffe") == "a [U+732B][U+FFFE]"
+    known = pytest.importorskip("fontTools.ttLib").TTFont(FONT).getBestCmap()
+    assert {ord(letter) for letter in text} <= known.keys() and 0x732b not in known
+    assert all((readable(chr(code)) == chr(code)) == (code in known) for code in range(0x20, 0x2400)
+               if unicodedata.is_normalized("NFC", chr(code)))
+
+
+def test_lines_fit_whatever_the_words() -> None:
+    face = font(13)
+    words = f"one {'overlong' * 9} two"
+    lines = wrap(words, 100, face)
+    assert max(map(face.getlength, lines)) <= 100 and "".join(lines).replace(" ", "") == words.replace(" ", "")
 
 
 def test_draw_run_writes_every_picture_and_a_sheet(small_world: SmallWorld, small_run: Run,
