@@ -2,18 +2,30 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config import meanings, merge
 from ldm.util import UserError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Says defaults, and keeps a description's lines as they are."""
+    """Says defaults that say something, explains configuration keys, and keeps a description's lines as they are."""
+
+    def __init__(self, prog: str, explain: Callable[[str], str]):
+        super().__init__(prog)
+        self.explain = explain
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = self.explain(action.help or "")
+        silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
+        return text if silent else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,16 +35,42 @@ class Parser(argparse.ArgumentParser):
         description: of the script, for --help.
         configured: takes configuration files and overrides too.
         prog: the command's name in --help, where it is not the script's.
+        schema: what the configuration files fill; an option whose help ends in "(a.key)" sets that key, and --help adds
+            the key's own meaning, where the option has no text beside it, and its default.
+        shipped: the files that give defaults, by what they are for; "" for those used where none are given.
     """
 
-    def __init__(self, description: str | None, configured: bool = True, prog: str | None = None):
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
-        self.configured = configured
+    def __init__(self, description: str | None, configured: bool = True, prog: str | None = None,
+                 schema: type | None = None, shipped: Mapping[str, Sequence[str]] | None = None):
+        super().__init__(prog=prog, description=description, allow_abbrev=False,
+                         formatter_class=lambda prog: _Formatter(prog, self.explain))
+        self.configured, self.schema, self.shipped = configured, schema, shipped or {}
         if not configured:
             return
+        files = "".join(f"; {name or 'left out'}: {' '.join(paths)}" for name, paths in self.shipped.items())
         self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML",
-                          help="configuration files, merged left to right; key=value overrides may follow")
+                          help=f"configuration files, merged left to right; key=value overrides may follow{files}")
         self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
+
+    @cached_property
+    def _configurations(self) -> dict[str, DictConfig]:
+        """The shipped configurations; none where a script of another folder's is asked for help."""
+        try:
+            return {name: merge(self.schema, files) for name, files in self.shipped.items()}
+        except UserError:
+            return {}
+
+    def explain(self, text: str) -> str:
+        """Completes an option's help that names a configuration key: what the key means and what it is by default."""
+        named = re.fullmatch(r"(.*)\(([\w.]+)\)", text)
+        if self.schema is None or named is None:
+            return text
+        words, key = named[1].strip(), named[2]
+        values = {name: OmegaConf.select(config, key) for name, config in self._configurations.items()}
+        usual = values.pop("", None)
+        defaults = [] if usual is None else [f"default: {usual}"]
+        defaults += [f"{name}: {value}" for name, value in values.items() if value not in (None, usual)]
+        return f"{words or meanings(self.schema)[key]} ({'; '.join([key, *defaults])})".strip().replace("%", "%%")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,7 +74,7 @@ class TrainerConfig:
     cache: bool = True                    # encode pictures and fixed captions once, then drop the VAE's encoder
     checkpointing: bool | None = None     # recompute activations in the backward pass; null is the model file's
     memory_gb: float | None = None        # the GPU's memory: prints an estimate, and refuses what exceeds it
-    seed: int = 23
+    seed: int = 23                        # of everything random in a run
     save_every: int = 100                 # steps between concept files
     save_dtype: str = "fp16"              # fp16 | fp32, of K/V in concept files
     logdir: str = "logs"
@@ -163,19 +165,30 @@ class SampleConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     dci: DCIConfig = field(default_factory=DCIConfig)
     sampler: str = "ddim"                 # ddim | plms | dpm_solver
-    steps: int = 200
+    steps: int = 200                      # sampling steps; more take longer
     eta: float = 1.0                      # DDIM's noise, 0 to 1
     scale: float = 6.0                    # guidance; 1 is none
-    height: int | None = None             # px; null is the model's own
-    width: int | None = None
+    height: int | None = None             # of pictures in px; null is the model's own
+    width: int | None = None              # of pictures in px; null is the model's own
     n_samples: int = 3                    # pictures per prompt and iteration
-    n_iter: int = 1
+    n_iter: int = 1                       # iterations, numbered on by seed
     batch_size: int = 4                   # rows sampled together; does not change the pictures
-    seed: int = 42
+    seed: int = 42                        # of a prompt's first picture; the next ones count on
     plain: bool = True                    # draw the fine-tuned model without DCI too
     precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
     compile: bool = False                 # compile the U-Net: minutes once, then faster; for many pictures of a size
     device: str = "auto"                  # auto | cpu | cuda
+
+
+def meanings(schema: type, path: str = "") -> dict[str, str]:
+    """Returns what each dotted key of a schema means: the comment in its margin, "" where there is none."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
+    found = {}
+    for name, kind in get_type_hints(schema).items():
+        found[f"{path}{name}"] = comments.get(name, "")
+        if dataclasses.is_dataclass(kind):
+            found |= meanings(kind, f"{path}{name}.")
+    return found
 
 
 def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = (),

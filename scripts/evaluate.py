@@ -14,15 +14,15 @@ PROMPTS = "configs/prompts/evaluation.txt"
 
 def parser() -> cli.Parser:
     """Makes the parser."""
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, schema=SampleConfig, shipped={"": EMBEDDED})
     parser.add_argument("--pictures", type=Path, help="folder of pictures, any known layout")
     parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per picture")
     parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
-    parser.add_argument("--from_file", type=Path, help="what to draw with it, a prompt per line; CustomConcept101's "
-                        f"files fit; default: {PROMPTS}")
+    parser.add_argument("--from-file", "--from_file", type=Path, help="what to draw with it, a prompt per line; "
+                        f"CustomConcept101's files fit; default: {PROMPTS}")
     parser.add_argument("--ckpt", help="SD v1 checkpoint it belongs to (base.ckpt)")
-    parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds")
-    parser.add_argument("--seed", type=int, help="the first seed")
+    parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds (n_samples)")
+    parser.add_argument("--seed", type=int, help="(seed)")
     parser.add_argument("--references", type=Path, help="the concept's pictures; default: beside the concept file")
     parser.add_argument("--class_noun", default="", help="what the thing is, where pictures do not say it")
     parser.add_argument("--kid_references", type=Path, help="real pictures for KID; default: the references")

@@ -11,31 +11,33 @@ from ldm.config import SampleConfig, merge
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
+SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/sample/paper.yaml")}
 
 
 def parser() -> cli.Parser:
     """Makes the parser; the familiar flags are short forms of configuration keys."""
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, schema=SampleConfig, shipped=SHIPPED)
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
     parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
     parser.add_argument("--delta_ckpt", type=Path, help="concept file; also the release's or Custom Diffusion's")
     parser.add_argument("--class_noun", default="", help="class noun, for concept files that do not say it")
     parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
-    parser.add_argument("--from_file", type=Path, help="a file with one prompt per line")
+    parser.add_argument("--from-file", "--from_file", type=Path, help="a file with one prompt per line")
     parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go")
     for flag, kind, key in (("ddim_steps", int, "steps"), ("ddim_eta", float, "eta"), ("scale", float, "scale"),
                             ("n_samples", int, "n_samples"), ("n_iter", int, "n_iter"), ("H", int, "height"),
                             ("W", int, "width"), ("seed", int, "seed"), ("precision", str, "precision")):
-        parser.add_argument(f"--{flag}", type=kind, help=f"configuration key {key}")
-    parser.add_argument("--compile", action="store_const", const=True, help="configuration key compile")
+        parser.add_argument(f"--{flag}", type=kind, help=f"({key})")
+    parser.add_argument("--compile", action="store_const", const=True, help="(compile)")
     parser.add_argument("--plms", action="store_true", help="sample with PLMS")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++(2M)")
-    parser.add_argument("--use_dci", type=cli.yes_or_no, help="true or false (dci.use)")
+    parser.add_argument("--use_dci", type=cli.yes_or_no, help="draw with DCI too, true or false (dci.use)")
     parser.add_argument("--replace_noun", help="auxiliary noun, or auto: by the context (dci.replace_noun)")
     parser.add_argument("--agg_lambda", type=float, nargs="+", help="injection strengths (dci.agg_lambda)")
     parser.add_argument("--agg_time", type=float, help="share of steps with two branches (dci.agg_time)")
-    parser.add_argument("--share_guidance", type=cli.yes_or_no, help="one unconditional prediction for both branches")
+    parser.add_argument("--share_guidance", type=cli.yes_or_no,
+                        help="one unconditional prediction for both branches, true or false (dci.guidance)")
     parser.add_argument("--skip_grid", action="store_true", help="write no sheet")
     parser.add_argument("--save_masks", action="store_true", help="draw DBIM's masks of each prompt's first picture")
     parser.add_argument("--show_tokens", action="store_true", help="print tokens, ids and roles, and stop")

@@ -25,6 +25,7 @@ EMBEDDED, QUICK = ("configs/sweep/tiny.yaml",), "configs/sweep/quick.yaml"
 def parser() -> cli.Parser:
     """Makes the parser; words that are no overrides name claims."""
     parser = cli.Parser(__doc__)
+    parser.usage = "%(prog)s [claim NAME ...] [options] [key=value ...]"
     parser.add_argument("--quick", action="store_true", help=f"merge {QUICK}: the same comparisons on less")
     parser.add_argument("--ckpt", help="SD v1 checkpoint to teach and to draw with (base.ckpt of both)")
     parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: "

@@ -14,27 +14,30 @@ from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
             "configs/concept/dotted_backpack.yaml")
+SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/method/ico.yaml",
+                                   "configs/method/ico_for_dci.yaml")}
 
 
 def parser() -> cli.Parser:
     """Makes the parser; the familiar flags are short forms of configuration keys."""
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, schema=TrainConfig, shipped=SHIPPED)
     parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
     parser.add_argument("--datapath", help="folder of reference photos (concepts.0.images)")
     parser.add_argument("--reg_datapath", help="real_reg folder or any folder of the class (concepts.0.regularization)")
     parser.add_argument("--reg_mode", help="folder, retrieve, generate or none (data.reg.mode)")
     parser.add_argument("--concepts_list", type=Path, help="concept_list.json, dataset.json, or a folder of subjects")
     parser.add_argument("--subject", nargs="+", default=[], help="which of --concepts_list to learn, together")
-    parser.add_argument("--reg_caption", help="caption of regularisation pictures, or a file of captions")
+    parser.add_argument("--reg_caption", help="caption of regularisation pictures, or a file of captions "
+                        "(concepts.0.regularization_caption)")
     parser.add_argument("--caption", help="caption of the references with words and noun, e.g. 'photo of a <new1> cat'")
     parser.add_argument("--class_noun", help="what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun)")
     parser.add_argument("--modifier_token", help="concept words joined by +, e.g. '<new1>+<new2>' (method.words)")
     parser.add_argument("--init_ctx", help="words the prefix contexts start from (method.prefix)")
     parser.add_argument("--ctx_end_init", help="words the suffix contexts start from (method.suffix)")
-    parser.add_argument("-n", "--name", help="name of the run")
+    parser.add_argument("-n", "--name", help="of the run; left out, the first concept's (name)")
     parser.add_argument("-r", "--resume", type=Path, help="run folder (or its last.ckpt) to go on with")
     parser.add_argument("-l", "--logdir", help="where run folders go (trainer.logdir)")
-    parser.add_argument("-s", "--seed", type=int, help="trainer.seed")
+    parser.add_argument("-s", "--seed", type=int, help="(trainer.seed)")
     parser.add_argument("--gpus", help="GPUs, as '0,' or '0,1,' or their number")
     parser.add_argument("--inspect", nargs="?", const=Path("outputs/inspect"), type=Path, metavar="FOLDER",
                         help="write what the network would see, and a table of all files, and stop")

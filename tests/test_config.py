@@ -10,7 +10,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
-from ldm.config import MethodConfig, SampleConfig, TrainConfig, merge, save_config
+from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
 from ldm.util import UserError
 
 CONFIGS = ROOT / "configs"
@@ -172,3 +172,15 @@ def test_numbers_of_the_papers_release() -> None:
     paper = merge(SampleConfig, [CONFIGS / "sample" / "paper.yaml"])
     assert (paper.steps, paper.eta, paper.scale, paper.dci.agg_time) == (200, 1.0, 6.0, 0.3)
     assert (paper.dci.token_gain, paper.dci.spatial_gain, paper.dci.mask_sum) == (10.0, 10.0, 500.0)
+
+
+@pytest.mark.parametrize("schema", [SampleConfig, TrainConfig])
+def test_what_keys_mean_stands_in_their_margin(schema: type) -> None:
+    found = meanings(schema)
+    assert list(found) == all_keys(OmegaConf.structured(schema))
+    assert found["base.ckpt"] == ".ckpt or .safetensors; null is the embedded model of ldm/tiny" and found["base"] == ""
+
+
+def test_a_margin_may_hold_any_sign() -> None:
+    assert meanings(TrainConfig)["data.background"].endswith("padded; or '#rrggbb'")
+    assert meanings(SampleConfig)["dci.agg_lambda"] == "strengths, one picture each; about -2 to 2"

@@ -106,6 +106,31 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
     assert "checkpoint" in outcome.error and "does not exist" in outcome.error
 
 
+@pytest.mark.parametrize(("script", "entry"), [
+    ("sample", "--ddim_steps DDIM_STEPS sampling steps; more take longer (steps; default: 50; SD v1: 200)"),
+    ("sample", "--H H of pictures in px; null is the model's own (height) --W"),
+    ("sample", "(dci.agg_lambda; default: [-1.0, 0.0, 1.5]; SD v1: [0.0])"),
+    ("sample", "left out: configs/model/tiny.yaml configs/sample/tiny.yaml; SD v1: configs/model/sd-v1.yaml"),
+    ("sample", "--from-file FROM_FILE, --from_file FROM_FILE a file with"), ("sample", "--skip_grid write no sheet --"),
+    ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
+    ("train", "where run folders go (trainer.logdir; default: logs) -s"),
+    ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: backpack)"),
+    ("evaluate", "pictures per prompt, by seeds (n_samples; default: 1)"),
+    ("evaluate", "(default: outputs/evaluation)"),
+    ("tradeoff", "usage: tradeoff.py [claim NAME ...] [options] [key=value ...]")])
+def test_help_says_what_keys_mean_and_what_will_be_used(call_script: Call, script: str, entry: str) -> None:
+    outcome = call_script(script, "--help")
+    text = " ".join(outcome.out.split())
+    assert outcome.status == 0 and entry in text
+    assert "default: None" not in text and "default: False)" not in text.replace("compile; default: False)", "")
+
+
+def test_help_needs_no_files(call_script: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: False)      # as from another folder
+    text = " ".join(call_script("sample", "--help").out.split())
+    assert "sampling steps; more take longer (steps)" in text
+
+
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     """A folder with the two commands, whose Python writes down its arguments and does nothing else."""
