@@ -145,6 +145,24 @@ def load_state(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[s
     return state
 
 
+def named(names: Iterable[str], most: int = 3) -> str:
+    """Lists the first names and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Refuses tensors with a NaN or an infinity, by name; `what` says whose they are: "concept file 'x'".
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    wrong = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if wrong:
+        raise UserError(f"{what} has values that are not finite, in {named(wrong)}; use one of an earlier step, or "
+                        "train anew with a smaller method.learning_rate.")
+
+
 def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: Iterable[str] = ()) -> str:
     """Says in words how `state` differs from what `model` expects; empty where it does not."""
     expected, accepted = model.state_dict(), set(accepted)
@@ -153,10 +171,7 @@ def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: I
     misshapen = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
                  for key in expected if key in state and state[key].shape != expected[key].shape]
 
-    def some(keys: list[str]) -> str:
-        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-    parts = [f"{len(keys)} {word} ({some(keys)})" for word, keys in
+    parts = [f"{len(keys)} {word} ({named(keys)})" for word, keys in
              (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)) if keys]
     return "; ".join(parts)
 

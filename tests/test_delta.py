@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,33 @@ def test_a_concept_comes_back_as_it_was(model, tmp_path, dtype):
     assert (loaded.schemes, loaded.base, loaded.step, loaded.info) == \
         (concept.schemes, concept.base, concept.step, concept.info)
     assert loaded.scheme.concept == "<new1> <new2> tortoise plushy"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["words", "contexts", "weights"])
+def test_values_that_are_not_finite_are_neither_written_nor_read(model, tmp_path, part, bad):
+    concept = make_concept(model)
+    name, value = next(iter(getattr(concept, part).items()))
+    broken = dataclasses.replace(concept, **{part: {**getattr(concept, part), name: value.clone().fill_(bad)}})
+    with pytest.raises(UserError, match=f"concept of step 520 has values that are not finite, in {name};"):
+        broken.save(tmp_path / "broken.safetensors")
+    assert not list(tmp_path.iterdir())
+    path = concept.save(tmp_path / "concept.safetensors")
+    tensors, metadata = load_safetensors(path), read_metadata(path)
+    key = {"words": "words.", "contexts": "contexts.", "weights": UNET}[part] + name
+    save_safetensors(path, tensors | {key: tensors[key].fill_(bad)}, metadata)
+    with pytest.raises(UserError, match=f"concept.safetensors' has values that are not finite, in {key};"):
+        load_concept(path)
+
+
+def test_a_weight_beyond_float16_is_stored_in_float32(model, tmp_path):
+    concept = make_concept(model)
+    large, *rest = concept.weights
+    concept.weights[large][0, 0] = 70000.0
+    with pytest.warns(UserWarning, match=f"'{large}' exceeds what float16 can hold"):
+        loaded = load_concept(concept.save(tmp_path / "concept.safetensors"))
+    assert torch.equal(loaded.weights[large], concept.weights[large])
+    assert {loaded.weights[name].dtype for name in rest} == {torch.float16}
 
 
 def test_several_concepts_keep_their_order_and_numbers(model, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import existing_file, is_safetensors, load_file, read_metadata, save_safetensors
+from ldm.checkpoint import (
+    existing_file,
+    is_safetensors,
+    load_file,
+    read_metadata,
+    refuse_non_finite,
+    save_safetensors,
+)
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -53,14 +61,29 @@ class Concept:
         return self.schemes[0]
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> Path:
-        """Writes one safetensors file atomically; words stay float32, weights become `dtype`."""
+        """Writes one safetensors file atomically; words stay float32, weights become `dtype` where that holds them.
+
+        Raises:
+            UserError: a value is not finite, or the file cannot be written.
+        """
+        refuse_non_finite({**self.words, **self.contexts, **self.weights}, f"the concept of step {self.step}")
         tensors = {f"words.{name}": value.float() for name, value in self.words.items()}
         tensors |= {f"contexts.{name}": value.float() for name, value in self.contexts.items()}
-        tensors |= {f"{UNET_PREFIX}{name}": value.to(dtype) for name, value in self.weights.items()}
+        tensors |= {f"{UNET_PREFIX}{name}": _stored(name, value, dtype) for name, value in self.weights.items()}
         schemes = [{"words": list(scheme.words), "class_noun": scheme.class_noun, "prefix": scheme.prefix,
                     "suffix": scheme.suffix, "template": scheme.template} for scheme in self.schemes]
         return save_safetensors(path, tensors, {"format": FORMAT, "concepts": schemes, "base": dict(self.base),
                                                 "step": self.step, "info": dict(self.info)})
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight in the format of the file, or in float32, with a warning, where the format cannot hold it."""
+    stored = value.to(dtype)
+    if bool(stored.isfinite().all()):
+        return stored
+    warnings.warn(f"'{name}' exceeds what {str(dtype).removeprefix('torch.')} can hold; it is stored as float32.",
+                  stacklevel=3)
+    return value.float()
 
 
 def base_identity(model: LatentDiffusion, name: str) -> dict[str, str]:
@@ -106,6 +129,7 @@ def _read_own(path: Path) -> Concept:
 
     schemes = tuple(PromptScheme(**{**entry, "words": tuple(entry["words"]), "index": index})
                     for index, entry in enumerate(json.loads(metadata["concepts"])))
+    refuse_non_finite(tensors, f"concept file '{path}'")
     words = part("words.")
     ordered = {name: words[name] for scheme in schemes for name in scheme.words}
     return Concept(ordered, part("contexts."), part(UNET_PREFIX), schemes, json.loads(metadata["base"]),
@@ -113,6 +137,7 @@ def _read_own(path: Path) -> Concept:
 
 
 def _read_foreign(path: Path, state: Mapping[str, Tensor], words: tuple[str, ...], class_noun: str) -> Concept:
+    refuse_non_finite(state, f"concept file '{path}'")
     weights = {key.removeprefix(UNET_PREFIX): value for key, value in state.items()
                if re.search(r"attn2\.to_(?:[kqv]|out)", key)}
     if PEER_EMBED in state:
