@@ -89,8 +89,7 @@ def load_file(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[st
         if is_safetensors(path):
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
-        with _restricted_globals():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+        content = _unpickle(path)
     except SafetensorError as error:
         raise UserError(f"{what} '{path}' is damaged ({error}); copy or download it again.") from error
     except Exception as error:  # torch raises many kinds for a bad file; each becomes one sentence
@@ -98,6 +97,21 @@ def load_file(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[st
     if not isinstance(content, dict):
         raise UserError(f"{what} '{path}' holds a {type(content).__name__} where a table of tensors was expected.")
     return content
+
+
+def is_mapped(path: Path) -> bool:
+    """Says whether the tensors `load_file` makes of a file stay in it, and take memory only where they are read.
+
+    A pickle called .safetensors is read instead: torch 2.15 hands any path of that name to another reader.
+    """
+    return is_safetensors(path) or (zipfile.is_zipfile(path) and not path.name.endswith(".safetensors"))
+
+
+def _unpickle(path: Path) -> Any:
+    """Reads a pickle of tensors, zipped or not, whatever its name."""
+    with _restricted_globals(), path.open("rb") as file:
+        mapped = is_mapped(path)
+        return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _why_refused(path: Path, error: Exception) -> str:
