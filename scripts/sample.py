@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm import cli
 from ldm.config import SampleConfig, merge
+from ldm.text import read_lines
 from ldm.util import UserError
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
@@ -63,12 +64,7 @@ def read_prompts(options) -> list[str]:
     """Returns the prompts of --prompt and --from-file."""
     prompts = list(options.prompt or [])
     if options.from_file:
-        if not options.from_file.is_file():
-            raise UserError(f"prompt file '{options.from_file}' does not exist.")
-        try:
-            prompts += [line.strip() for line in options.from_file.read_text("utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt file '{options.from_file}' cannot be read ({error}); give UTF-8 text.") from error
+        prompts += [line for line in read_lines(options.from_file, "prompt file") if line]
     if not prompts:
         raise UserError("there is nothing to draw; give --prompt 'a {} in the snow' or --from-file FILE.")
     return prompts

@@ -56,7 +56,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     ("lacks.json", '{"0": "a"}', "no prompt for picture '1.png'"),
     ("extra.json", '{"0": "a", "1": "b", "2": "c"}', "no picture for entry '2'"),
     ("list.json", '["a", "b"]', "must hold a JSON object"),
-    ("broken.json", "{", "is no JSON file"),
+    ("broken.json", "{", "is no JSON"),
     ("absent.json", None, "does not exist")])
 def test_prompts_that_do_not_match(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     paint(tmp_path / "p", "0.png", "1.png")

@@ -127,7 +127,7 @@ def test_a_tree_of_subjects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "is no JSON"), ("{}", "is no list of concepts"), ("[]", "is no list"), ("[1]", "concept 1 of .* lacks"),
-    ('[{"class_prompt": "cat"}]', "lacks instance_data_dir or class_prompt"), (None, "cannot be read")])
+    ('[{"class_prompt": "cat"}]', "lacks instance_data_dir or class_prompt"), (None, "does not exist")])
 def test_lists_that_are_none(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "list.json").write_text(text)

@@ -21,10 +21,11 @@ import numpy as np
 
 from ldm.checkpoint import write_atomically
 from ldm.data.download import Downloader
-from ldm.data.images import Unusable, decode, read_lines
+from ldm.data.images import Unusable, decode
 from ldm.data.layouts import captioned
 from ldm.data.picture_store import PictureStore, shrunk
 from ldm.data.regularization import save_jpeg
+from ldm.text import read_lines
 from ldm.util import UserError
 
 DESCRIPTION = "index.json"      # written last: a folder without it is unfinished

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldm.text import read_lines
 from ldm.util import UserError
 
 # Pillow knows far more; some of those start other programs (EPS) or accept nearly any bytes (TGA).
@@ -107,25 +108,6 @@ def find_listed(line: str, listing: Path) -> Path:
 def some_skipped(skipped: list[Skipped]) -> str:
     """Names the first three skipped files with their reasons, and counts the others."""
     return "; ".join(map(str, skipped[:3])) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
-
-
-def read_lines(path: Path, what: str) -> list[str]:
-    """Reads the stripped lines of a UTF-8 text file, without the blank ones at its end.
-
-    Only line feeds end a line: captions from the web hold other separators, which `str.splitlines` would split.
-
-    Raises:
-        UserError: the file is missing or is not UTF-8 text.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except OSError as error:
-        raise UserError(f"{what} '{path}' cannot be read ({error.strerror}); check it.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} '{path}' is not UTF-8 text; save it as plain text in UTF-8.") from error
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import Skipped, find_listed, list_images, read_lines, some_skipped, why_unusable
+from ldm.data.images import Skipped, find_listed, list_images, some_skipped, why_unusable
+from ldm.text import read_json, read_lines
 from ldm.util import UserError
 
 IMAGES, CAPTIONS, METADATA = "images.txt", "caption.txt", "metadata.jsonl"
@@ -178,12 +179,7 @@ def _noun_of(name: str) -> str:
 
 def _json(path: Path) -> tuple[list[Subject], bool]:
     """Reads a JSON list of concepts; says too whether all of them are meant."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"list of concepts '{path}' cannot be read ({error.strerror}); check its path.") from error
-    except ValueError as error:
-        raise UserError(f"list of concepts '{path}' is no JSON ({error}); correct it.") from error
+    entries = read_json(path, "list of concepts")
     if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
         entries = [entry for group in entries for entry in group]      # CustomConcept101's groups of two
     if not isinstance(entries, list) or not entries:

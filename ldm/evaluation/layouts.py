@@ -1,15 +1,15 @@
 """Which pictures belong to which prompts: our own folders, and the layouts of CustomConcept101 and DreamBooth."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import list_images, read_lines
+from ldm.data.images import list_images
 from ldm.pictures import read_settings
+from ldm.text import read_json, read_lines, read_text
 from ldm.util import UserError
 
 LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their own for them
@@ -98,12 +98,7 @@ def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
 
 def _read_json(path: Path, kind: type) -> Any:
     """Reads a JSON file that must hold a dict or a list."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"file '{path}' does not exist.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is no JSON file ({error}).") from error
+    content = read_json(path, "file")
     if not isinstance(content, kind):
         raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}.")
     return content
@@ -139,7 +134,7 @@ def _custom_concept_101(path: Path) -> list[DatasetConcept]:
 
 def _dreambooth(folder: Path) -> list[DatasetConcept]:
     source = folder / "prompts_and_classes.txt"
-    text = source.read_text("utf-8")
+    text = read_text(source, "list of classes")
     classes = re.findall(r"^([\w-]+),([\w -]+)$", text, flags=re.MULTILINE)[1:]         # the first line is a heading
     lists = [tuple(" ".join(prompt.format("{}", "").split()) for prompt in re.findall(r"'([^']*\{0\}[^']*)'", part))
              for part in text.split("prompt_list")[1:]]

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
-from ldm.data.images import read_lines
 from ldm.evaluation.layouts import read_dataset
+from ldm.text import read_lines
 from ldm.util import UserError
 
 BASE = "base model"                          # the method of jobs that draw with the untuned network
