@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -213,14 +214,18 @@ class Generator:
         """Lists the pictures of a run: for each prompt and seed, the plain one, then one per strength.
 
         Raises:
-            UserError: a setting is out of range, or a prompt has an unknown word or does not mention the concept.
+            UserError: a setting is out of range, or a prompt has an unknown word, does not mention the concept, or so
+                late that it is cut off.
         """
         check_settings(settings)
         most = self.model.num_timesteps - (settings.sampler == "dpm_solver")
         if settings.steps > most:
             raise UserError(f"steps is {settings.steps}; {settings.sampler} takes at most {most} with this model.")
         self.size(settings)
-        self.model.cond_stage_model.tokenize(self.texts(prompts))
+        texts = self.texts(prompts)
+        for prompt in prompts if self.concept else ():
+            self._check_concept(prompt)
+        self.model.cond_stage_model.tokenize(texts)
         if self.concept is None:
             strengths: list[float | None] = [None]
         else:
@@ -231,6 +236,15 @@ class Generator:
         count = settings.n_samples * settings.n_iter
         return [Row(prompt, settings.seed + index, strength)
                 for prompt in prompts for index in range(count) for strength in strengths]
+
+    def _check_concept(self, prompt: str) -> None:
+        """Refuses a prompt whose concept is cut off, and warns of one that says its class twice."""
+        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        tokens.concept_prompts(self.model.cond_stage_model, [prompt], scheme.concept)
+        if tokens.noun_beside(prompt, scheme.concept, scheme.class_noun):
+            warnings.warn(f"the prompt '{prompt}' says '{scheme.class_noun}' beside the concept, which is a "
+                          f"'{scheme.concept}' already, so the concept is easily lost; leave the word out",
+                          stacklevel=2)
 
     def token_sets(self, prompts: Sequence[str], dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
         """Returns the prompts of the concept and of the auxiliary branch with their token sets S^c and S^a (Eq 3)."""

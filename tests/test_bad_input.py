@@ -119,7 +119,7 @@ def test_bad_input_in_training(call_script: Call, small_world: SmallWorld, bad: 
     (["--prompt", "{}", "--seed", "100000000000000000000", "--ckpt", "BAD/none.ckpt"], "seed is 1000000000000"),
     (["--prompt", "{}", "--seed", "-1", "--ckpt", "BAD/none.ckpt"], "seed is -1; give a whole number from 0 to 922"),
     (["--prompt", "{}", "--H", "20"], "H is 20 px"), (["--prompt", "{}", "--ddim_steps", "1001"], "steps is 1001"),
-    (["--from-file", "BAD/none.txt"], "does not exist"), (["--from-file", "BAD/latin.txt"], "give UTF-8 text"),
+    (["--from-file", "BAD/none.txt"], "does not exist"), (["--from-file", "BAD/latin.txt"], "is not UTF-8 text"),
     (["--prompt", "{}", "--delta_ckpt", "BAD/none.ckpt"], "concept file 'BAD/none.ckpt' does not exist"),
     (["--prompt", "{}", "--delta_ckpt", "BAD/truncated.safetensors"], "is damaged"),
     (["--prompt", "{}", "--delta_ckpt", "BAD/malicious.ckpt"], "names code that is not tensor data"),

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,6 +95,30 @@ def test_braces_stand_for_the_concept(small_world: SmallWorld, small_generator: 
     for strength in (None, 1.0):
         assert torch.equal(draw(small_generator, config, Row(PROMPT, 5, strength)),
                            draw(small_generator, config, Row(spelled, 5, strength)))
+
+
+@pytest.mark.parametrize("override", ["dci.use=true", "dci.use=false", "dci.ablation=no_full_prompt"])
+def test_a_concept_that_is_cut_off_is_told_before_anything_is_drawn(small_world: SmallWorld,
+                                                                    small_generator: Generator, override: str) -> None:
+    config = small_world.sample_config(override)
+    late = "red " * 73 + "{}"                # three tokens, of which two fit
+    small_generator.plan([PROMPT, late.removeprefix("red ")], config)
+    message = "the concept '<new1> <new2> cat' is cut off: it ends at token 76 and 75 fit"
+    with warnings.catch_warnings(), pytest.raises(UserError, match=message):
+        warnings.simplefilter("error")       # one sentence is enough
+        small_generator.plan([PROMPT, late], config)
+
+
+def test_an_auxiliary_noun_that_is_cut_off_is_told(small_world: SmallWorld, small_generator: Generator) -> None:
+    config = small_world.sample_config("dci.replace_noun='old red dog house'")
+    with pytest.raises(UserError, match="the auxiliary noun 'old red dog house' is cut off: it ends at token 76"):
+        small_generator.plan([PROMPT, "red " * 72 + "{}"], config)
+
+
+def test_the_class_said_twice_is_warned_of(small_world: SmallWorld, small_generator: Generator) -> None:
+    with pytest.warns(UserWarning, match="^the prompt 'my cat {}' says 'cat' beside the concept") as told:
+        small_generator.plan([PROMPT, "my cat {}"], small_world.sample_config("dci.use=false"))
+    assert len(told) == 1
 
 
 # Several concepts in one file.

@@ -180,16 +180,59 @@ def test_impossible_auxiliary_nouns_are_refused(embedder):
         auxiliary_prompts(embedder, ["a {}"], CAT, "cat", "  ")
 
 
-@pytest.mark.parametrize("before, named", [(10, 2), (73, 2), (74, 1), (75, 0), (90, 0)])
-def test_masks_of_a_long_prompt_stay_inside(embedder, before, named):
-    """75 positions hold content; a mention behind them, or half of it, is cut as the encoder cuts it."""
-    sets = concept_prompts(embedder, ["a " * before + "<new1> cat" + " a" * 80], CAT)
+@pytest.mark.parametrize("before, between, named", [(10, 80, 2), (73, 80, 2), (10, 62, 3), (10, 61, 4)])
+def test_masks_of_a_long_prompt_stay_inside(embedder, before, between, named):
+    """75 positions hold content; a second mention behind them, or half of it, is cut as the encoder cuts it."""
+    sets = concept_prompts(embedder, ["a " * before + "<new1> cat" + " a" * between + " {}" + " a" * 80], CAT)
     assert sets.named.sum() == named and sets.content.sum() == 75
     assert not sets.content[0, [0, 76]].any() and not (sets.named & ~sets.content).any()
     with pytest.warns(UserWarning, match="75 fit"):
-        assert words(embedder, sets, sets.named) == ["<new1>", "cat"][:named]
+        assert words(embedder, sets, sets.named) == (["<new1>", "cat"] * 2)[:named]
     with pytest.warns(UserWarning, match="75 fit"):
         assert content_holds(embedder, sets)
+
+
+@pytest.mark.parametrize("before", [74, 75, 90])
+def test_a_concept_that_is_cut_off_is_refused(embedder, before):
+    """Of 75 tokens the concept's two need the last two places; so does an auxiliary noun of two."""
+    prompt = "a " * before + "{}"
+    message = f"a <new1> cat' the concept '<new1> cat' is cut off: it ends at token {before + 2} and 75 fit"
+    with pytest.raises(UserError, match=message):
+        concept_prompts(embedder, ["a {}", prompt], CAT)
+    with pytest.raises(UserError, match=f"the auxiliary noun 'old dog' is cut off: it ends at token {before + 2}"):
+        auxiliary_prompts(embedder, ["a {}", prompt], CAT, "cat", "old dog")
+
+
+def test_what_fits_just_so_is_not_refused(embedder):
+    assert concept_prompts(embedder, ["a " * 73 + "{}"], CAT).named[0].nonzero().flatten().tolist() == [74, 75]
+    assert auxiliary_prompts(embedder, ["a " * 74 + "{}"], CAT, "cat").named[0].nonzero().flatten().tolist() == [75]
+
+
+@pytest.mark.parametrize("prompt, beside", [
+    ("my cat {}", True), ("my CAT  <new1> cat on a mat", True), ("the {} cat", True), ("{} and my cat {}", True),
+    ("a {} and a cat", False), ("my cat, a {}", False), ("a bobcat {}", False), ("a {} cattery", False),
+    ("a {}", False)])
+def test_a_class_noun_beside_the_concept_is_noticed(prompt, beside):
+    assert tokens.noun_beside(prompt, CAT, "cat") == beside
+    assert not tokens.noun_beside(prompt, "<new1>", "")
+
+
+def test_the_concept_is_found_in_what_cleaning_makes_of_a_prompt(embedder):
+    """A phone's quotes, HTML's entities and full-width letters, in prompts, in the class noun, in the wanted noun."""
+    prompts = ["the man’s “{}” &amp; a &lt;new1&gt; Grandma’s hat", "ｌｏｗ {}"]
+    concept = concept_prompts(embedder, prompts, "<new1> grandma’s hat")
+    plain = concept_prompts(embedder, ["the man's \"{}\" & a {}", "low {}"], "<new1> grandma's hat")
+    assert torch.equal(embedder.tokenize(concept.prompts), embedder.tokenize(plain.prompts))
+    assert torch.equal(concept.named, plain.named) and torch.equal(concept.content, plain.content)
+    auxiliary = auxiliary_prompts(embedder, prompts, "<new1> grandma’s hat", "grandma’s hat", "grandpa’s hat")
+    assert words(embedder, auxiliary, auxiliary.named, 1) == ["grandpa", "'s", "hat"]
+
+
+def test_new_words_survive_cleaning(embedder):
+    """Also those that cleaning would change: full-width letters, curly quotes, capitals, entities."""
+    odd = ["<Ａ’>", "<&amp;>", "<Ï1>"]
+    embedder.add_words({word: torch.zeros(64) for word in odd})
+    assert embedder.content_ids("a’ " + " ".join(odd))[-3:] == [embedder.base_size + index for index in (1, 2, 3)]
 
 
 def test_divided_prompts_share_no_word(embedder):

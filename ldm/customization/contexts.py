@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.modules.encoders.modules import NEW_WORD, FrozenCLIPEmbedder
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import NEW_WORD, clean
 from ldm.util import UserError
 
 RANDOM = "random"
@@ -67,10 +68,11 @@ def caption_template(caption: str, scheme: PromptScheme) -> str:
     Raises:
         UserError: it names neither.
     """
+    caption = clean(caption)
     if PLACEHOLDER in caption:
         return caption
     for name in filter(None, (scheme.concept, scheme.class_noun)):
-        pattern = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+        pattern = re.compile(rf"(?<!\w){re.escape(clean(name))}(?!\w)", re.IGNORECASE)
         template, found = pattern.subn(PLACEHOLDER, caption, count=1)
         if found:
             return template

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.customization.contexts import PLACEHOLDER, PromptScheme
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import clean
 from ldm.util import UserError
 
 # Common nouns tried in this order; the paper presets such a list without printing it (section 5, "limitations").
@@ -41,8 +42,8 @@ def stack(batches: Sequence[TokenSets]) -> TokenSets:
 
 
 def _cut(prompt: str, concept: str) -> list[str]:
-    words = r"\s+".join(re.escape(word) for word in concept.split())
-    return re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", prompt, flags=re.IGNORECASE)
+    words = re.escape(clean(concept))
+    return re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", clean(prompt), flags=re.IGNORECASE)
 
 
 def _unnamed(prompt: str, concepts: Sequence[str]) -> UserError:
@@ -51,7 +52,7 @@ def _unnamed(prompt: str, concepts: Sequence[str]) -> UserError:
 
 
 def split_at_concept(prompt: str, concept: str) -> list[str]:
-    """Cuts a prompt at every mention of the concept; n mentions give n + 1 pieces.
+    """Cuts a prompt, cleaned as CLIP cleans it, at every mention of the concept; n mentions give n + 1 pieces.
 
     `{}` counts as a mention. Spaces and letter case within the mention may differ.
 
@@ -94,7 +95,7 @@ def join_pieces(pieces: Sequence[str], noun: str, articles: bool = True) -> list
 
 
 def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str]]) -> TokenSets:
-    """Marks the tokens of each prompt, given as piece, noun, piece, ...
+    """Marks the tokens of each prompt, given as piece, noun, piece, ..., the pieces cut from a cleaned prompt.
 
     Raises:
         UserError: the noun's tokens run into their neighbours, so that their place is not defined.
@@ -104,7 +105,8 @@ def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str
     prompts = []
     for row, parts in enumerate(alternations):
         prompt, position, room = "".join(parts), 1, embedder.max_length - 1     # position 0 is the start token
-        ids = [embedder.content_ids(part) for part in parts]
+        ids = [embedder.content_ids(part) if index % 2 else embedder.piece_ids(part)
+               for index, part in enumerate(parts)]
         for index, part in enumerate(ids):
             stop = position + len(part)
             named[row, position:min(stop, room)] = index % 2 == 1
@@ -114,6 +116,28 @@ def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str
             raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
         prompts.append(prompt)
     return TokenSets(prompts, named, content)
+
+
+def check_fits(embedder: FrozenCLIPEmbedder, alternation: Sequence[str], what: str) -> None:
+    """Refuses a prompt, given as piece, noun, piece, ..., whose first noun phrase, called `what`, is cut off.
+
+    Raises:
+        UserError: not all of its tokens fit the text positions.
+    """
+    room, (before, noun) = embedder.max_length - 2, alternation[:2]
+    last = len(embedder.piece_ids(before)) + len(embedder.content_ids(noun))
+    if last > room:
+        raise UserError(f"in the prompt '{''.join(alternation)}' {what} '{noun}' is cut off: it ends at token {last} "
+                        f"and {room} fit; name it earlier, or shorten the prompt.")
+
+
+def noun_beside(prompt: str, concept: str, class_noun: str) -> bool:
+    """Says whether a prompt says the class noun once more beside the concept, as in "my cat {}"."""
+    pieces = split_at_concept(prompt, concept)
+    noun = re.escape(clean(class_noun))
+    before = any(re.search(rf"(?<!\w){noun}\s*$", piece, re.IGNORECASE) for piece in pieces[:-1])
+    after = any(re.match(rf"\s*{noun}(?!\w)", piece, re.IGNORECASE) for piece in pieces[1:])
+    return bool(class_noun) and (before or after)
 
 
 def choose_auxiliary_noun(class_noun: str, pieces: Sequence[str]) -> str:
@@ -161,9 +185,15 @@ def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequ
 
 
 def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str) -> TokenSets:
-    """Marks S^c, every token of every mention of "V noun" (Eq 3)."""
-    return token_sets(embedder, [join_pieces(split_at_concept(prompt, concept), concept, articles=False)
-                                 for prompt in prompts])
+    """Marks S^c, every token of every mention of "V noun" (Eq 3).
+
+    Raises:
+        UserError: a prompt does not mention the concept, or so late that it is cut off.
+    """
+    alternations = [join_pieces(split_at_concept(prompt, concept), concept, articles=False) for prompt in prompts]
+    for alternation in alternations:
+        check_fits(embedder, alternation, "the concept")
+    return token_sets(embedder, alternations)
 
 
 def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str, class_noun: str,
@@ -175,6 +205,7 @@ def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], conc
         noun = (noun_for_context(embedder, class_noun, row) if wanted == AUTO
                 else auxiliary_noun(class_noun, row, wanted))
         alternations.append(join_pieces(row, noun))
+        check_fits(embedder, alternations[-1], "the auxiliary noun")
     return token_sets(embedder, alternations)
 
 

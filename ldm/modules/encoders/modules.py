@@ -1,7 +1,6 @@
 """FrozenCLIPEmbedder: prompts to text features, with room for new words."""
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.encoders.clip_text import CLIPTextModel
-from ldm.modules.encoders.tokenizer import make_tokenizer
+from ldm.modules.encoders.tokenizer import NEW_WORD, clean, lower, make_tokenizer
 from ldm.util import UserError
-
-NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
 
 
 class AbstractEncoder(nn.Module):
@@ -100,8 +97,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return self.embedding(torch.tensor([self.content_ids(text)], device=self.device))[0].detach()
 
     def content_ids(self, text: str) -> list[int]:
-        """Tokenizes a text without start, end and padding."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Tokenizes a text, cleaned as CLIP cleans it, without start, end and padding."""
+        return self.piece_ids(clean(text))
+
+    def piece_ids(self, piece: str) -> list[int]:
+        """Tokenizes a piece of a text that has been cleaned; a piece by itself might be cleaned otherwise."""
+        return self.tokenizer(lower(piece), add_special_tokens=False, verbose=False)["input_ids"]
 
     def tokenize(self, texts: Sequence[str], strict: bool = False) -> Tensor:
         """Returns ids (B, max_length).
@@ -112,11 +113,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         return torch.tensor([self._ids(text, strict) for text in texts], device=self.device)
 
     def _ids(self, text: str, strict: bool) -> list[int]:
+        text = clean(text)
         unknown = [word for word in NEW_WORD.findall(text) if word not in self.words]
         if unknown:
             known = ", ".join(self.words) or "none"
             raise UserError(f"the prompt '{text}' has the unknown word {unknown[0]}; known new words: {known}.")
-        ids, room = self.content_ids(text), self.max_length - 2
+        ids, room = self.piece_ids(text), self.max_length - 2
         if len(ids) > room:
             cut = self.tokenizer.decode(ids[room:]).strip()
             message = f"the text '{text}' has {len(ids)} tokens and {room} fit; cut: '{cut}'"

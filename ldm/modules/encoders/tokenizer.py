@@ -1,8 +1,11 @@
-"""CLIP's byte-pair tokenizer from a local merges file; no hub, no download."""
+"""CLIP's byte-pair tokenizer from a local merges file, and how CLIP cleans a text before it; no hub, no download."""
 from __future__ import annotations
 
 import gzip
+import html
 import importlib.util
+import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +16,35 @@ CLIP_MERGES = 49152 - 256 - 2  # how many merges of the published file CLIP uses
 
 # How CLIP cuts a text into pieces before any merge: contractions, runs of letters, single digits, runs of the rest.
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
+
+
+def clean(text: str) -> str:
+    """Cleans a text as CLIP's own tokenizer does, but for letter case, so that a phone's ’ is the ' CLIP was taught.
+
+    Broken encodings, typographic quotes and the like are mended, HTML's entities are resolved twice, white space is
+    collapsed. New words stay as they are.
+    """
+    return " ".join(_outside_new_words(_mend, text).split())
+
+
+def _mend(text: str) -> str:
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    import ftfy  # takes a fifth of a second, and few prompts need it
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def lower(text: str) -> str:
+    """Returns a text in lower case, new words as they are."""
+    return _outside_new_words(str.lower, text)
+
+
+def _outside_new_words(change: Callable[[str], str], text: str) -> str:
+    parts = re.split(f"({NEW_WORD.pattern})", text)
+    parts[::2] = map(change, parts[::2])
+    return "".join(parts)
 
 
 def clip_merges_path() -> Path:
