@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ldm.config import BaseConfig
 from ldm.modules.attention import CrossAttention, SpatialTransformer, record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl, integration_masks
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.pipeline import build_model
 from ldm.util import UserError
 
 SHARED, SEPARATE, UNGUIDED = BranchLayout.SHARED, BranchLayout.SEPARATE, BranchLayout.UNGUIDED
@@ -247,6 +251,18 @@ def independent_output(layer: CrossAttention, x: dict[str, np.ndarray], context:
     return np.concatenate(heads, axis=-1) @ weights["to_out.0.weight"].T + weights["to_out.0.bias"]
 
 
+def independent_mask(q: np.ndarray, k: np.ndarray, scale: float, tokens: Sequence[Tensor], strength: float,
+                     mask_sum: float) -> np.ndarray:
+    """States one head's M^c (N,) anew, from queries (2, N, d) and keys (2, T, d) of the two branches."""
+    logits = []
+    for branch, (chosen, prompt) in enumerate((tokens[:2], tokens[2:])):
+        probs = softmax(scale * q[branch] @ k[branch].T)                       # (N, T)
+        shares = softmax(10 * probs[:, prompt[0].numpy()])                     # (N, L)
+        raw = shares[:, chosen[0, prompt[0]].numpy()].sum(axis=-1)             # (N,)
+        logits.append(mask_sum * softmax(10 * raw))                            # (N,)
+    return softmax(np.stack([logits[0], strength * logits[1]], axis=-1))[:, 0]
+
+
 @pytest.mark.parametrize("prompt", [PAPER, MOON], ids=["paper", "moon"])
 @pytest.mark.parametrize("full_pixels", [16, 64, 256])
 @pytest.mark.parametrize("strength", [-2.0, 0.0, 0.7])
@@ -327,6 +343,43 @@ def test_contradictory_controls_are_refused():
                     64)
     with pytest.raises(UserError, match="does not mention"):
         DBIMControl(token_mask([[1], []]), *[token_mask([[1], [1]])] * 3, right.strength, SHARED, 64)
+
+
+@pytest.mark.parametrize("strength", [-1.0, 1.5])
+@pytest.mark.parametrize("dtype, bounds", [(torch.bfloat16, {256: 3e-4, 64: 2e-3, 16: 8e-3}),
+                                           (torch.float16, {256: 4e-5, 64: 3e-4, 16: 8e-4})], ids=["bf16", "fp16"])
+@torch.no_grad()
+def test_masks_hardly_feel_half_precision(dtype, bounds, strength):
+    """On the embedded model's own queries and keys, against float64: rms errors by the number of pixels.
+
+    With the product of queries and keys rounded too, they were four to nine times as large.
+    """
+    model = build_model(OmegaConf.load(ROOT / "configs" / "model" / "tiny.yaml").model, BaseConfig())[0]
+    text = model.get_learned_conditioning(["", "a red cat in the snow", "a dog in the snow"])
+    positions, layers = text.shape[1], []
+    named, content, others, other_content = (token_mask([places], positions) for places in (
+        (2, 3), range(1, 7), (1, 3, 4, 5), range(1, 6)))
+    control = DBIMControl(named, content, others, other_content, torch.tensor(strength), SHARED, full_pixels=256)
+    handles = [layer.register_forward_pre_hook(lambda layer, args: layers.append((layer, *args)))
+               for layer in model.model.diffusion_model.modules()
+               if isinstance(layer, CrossAttention) and layer.index is not None]
+    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(15))
+    model.apply_model(x, torch.full((3,), 900), text)
+    for handle in handles:
+        handle.remove()
+    errors: dict[int, list[Tensor]] = {}
+    for layer, features, context in layers:
+        q, k = layer._split(layer.to_q(features)), layer.keys_values(context)[0]     # (B, H, N, d), (B, H, T, d)
+        found: list[tuple[str, Tensor]] = []
+        with record_masks(layer, found), torch.autocast("cpu", dtype):               # which must not undo it
+            layer.integrate(torch.zeros_like(q, dtype=dtype), q.to(dtype), k.to(dtype), control)
+        for head in range(layer.heads):
+            expected = independent_mask(*(tensor[1:, head].double().numpy() for tensor in (q, k)), layer.scale,
+                                        (named, content, others, other_content), strength, 500 * 256 / 4096)
+            errors.setdefault(len(expected), []).append(found[0][1][0, 0, head].double() - torch.tensor(expected))
+    assert len(layers) == 10
+    rms = {pixels: float(torch.stack(values).square().mean().sqrt()) for pixels, values in errors.items()}
+    assert all(rms[pixels] < bound for pixels, bound in bounds.items()), rms
 
 
 def build_unet(channel_mult: Sequence[int]) -> UNetModel:

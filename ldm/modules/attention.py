@@ -137,11 +137,16 @@ class CrossAttention(nn.Module):
 
     def integrate(self, out: Tensor, q: Tensor, k: Tensor, control: DBIMControl) -> Tensor:
         """Applies DBIM to per-head outputs (B, H, N, d); only two branches' probabilities are ever formed."""
-        probs_c, probs_a = (
-            (control.layout.block(q, name) @ control.layout.block(k, name).mT * self.scale).softmax(dim=-1)
-            for name in ("concept", "auxiliary"))                                        # (B/n, H, N, T)
+        probs_c, probs_a = (self._probabilities(control.layout.block(q, name), control.layout.block(k, name))
+                            for name in ("concept", "auxiliary"))                        # (B/n, H, N, T)
         masks = self.masks(torch.stack(dbim.integration_masks(probs_c, probs_a, control)))  # (2, B/n, H, N)
         return dbim.integrate(out, masks, control.layout)
+
+    def _probabilities(self, q: Tensor, k: Tensor) -> Tensor:
+        """Forms attention (B, H, N, T), in float32 at least: DBIM's gains make whole masks of a half's rounding."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):                               # it would round the product
+            return (q.to(wide) @ k.to(wide).mT * self.scale).softmax(dim=-1)
 
 
 class BasicTransformerBlock(nn.Module):

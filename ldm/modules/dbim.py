@@ -111,10 +111,11 @@ def integrate(out: Tensor, masks: Tensor, layout: BranchLayout) -> Tensor:
 
     Args:
         out: (n*B, H, N, d) attention outputs per head, before the output projection, in `layout`.
-        masks: (2, B, H, N) the masks M^c and M^a.
+        masks: (2, B, H, N) the masks M^c and M^a, in float32: rounded to a half, they would not add up to 1.
     """
-    mask_c, mask_a = masks[..., None].to(out.dtype)                            # (B, H, N, 1) each
+    mask_c, mask_a = masks[..., None]                                          # (B, H, N, 1) each
     out_c, out_a = (layout.block(out, name) for name in ("concept", "auxiliary"))
     blocks = list(out.chunk(layout.blocks))
-    blocks[layout.value.index("concept")] = mask_c * out_c + mask_a * out_a    # (B, H, N, d), Eq 5
+    fused = mask_c * out_c + mask_a * out_a                                    # (B, H, N, d), Eq 5
+    blocks[layout.value.index("concept")] = fused.to(out.dtype)
     return torch.cat(blocks)                                                   # (n*B, H, N, d)
