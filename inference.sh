@@ -5,32 +5,54 @@
 set -euo pipefail
 
 CKPT="${CKPT:-}"                      # sd-v1-4.ckpt or .safetensors; empty: the embedded model
-CONCEPT="${CONCEPT:-}"                # concept file; empty: the newest under logs/
+CONCEPT="${CONCEPT:-}"                # concept file; empty: the newest one anywhere under logs/
 PROMPT="${PROMPT:-}"                  # one prompt, {} for the concept; empty: the prompts file
 PROMPTS="${PROMPTS:-configs/prompts/tiny.txt}"   # one prompt per line
 LAMBDAS="${LAMBDAS:-}"                # injection strengths, e.g. "0 1 1.5"; more injects more of the context
-OUTDIR="${OUTDIR:-}"                  # empty: outputs/<name of the run>
+OUTDIR="${OUTDIR:-}"                  # empty: outputs/<name of the run, or of a concept file that lies elsewhere>
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-cd "$here"
-source scripts/environment.sh
+# Paths mean the folder this is called from; the repository's own files are found from anywhere.
+here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)/"
+[[ "$here" -ef . ]] && here=""
+source "${here}scripts/environment.sh"
+train="bash $(printf '%q' "${here}train.sh")"
 
 if [[ -z "$CONCEPT" ]]; then
-    CONCEPT="$(ls -t logs/*/checkpoints/step-*.safetensors 2>/dev/null | head -n 1 || true)"
+    CONCEPT="$(find -L logs -path '*/checkpoints/step-*.safetensors' -exec ls -t {} + 2>/dev/null | head -n 1 || true)"
     if [[ -z "$CONCEPT" ]]; then
-        echo "error: there is no concept under logs/; teach one first with: bash train.sh" >&2
+        echo "error: there is no concept under '$PWD/logs'; give CONCEPT=FILE, or teach one first with: $train" >&2
         exit 1
     fi
+    echo "concept:  $CONCEPT (the newest under logs/; CONCEPT=FILE draws another)"
 fi
-[[ -n "$OUTDIR" ]] || OUTDIR="outputs/$(basename "$(dirname "$(dirname "$CONCEPT")")")"
+if [[ -z "$OUTDIR" ]]; then
+    folder="$(dirname -- "$CONCEPT")"
+    [[ "$folder" == /* ]] || folder="$PWD/$folder"
+    name="$(basename -- "${CONCEPT%.*}")"
+    [[ "$folder" == */checkpoints ]] && name="$(basename -- "$(dirname -- "$folder")")"
+    OUTDIR="outputs/$name"
+fi
 
 arguments=(--delta_ckpt "$CONCEPT" --outdir "$OUTDIR")
 [[ -n "$CKPT" ]] && arguments+=(-b configs/model/sd-v1.yaml configs/sample/paper.yaml --ckpt "$CKPT")
 if [[ -n "$PROMPT" ]]; then arguments+=(--prompt "$PROMPT"); else arguments+=(--from-file "$PROMPTS"); fi
-# shellcheck disable=SC2206
-[[ -n "$LAMBDAS" ]] && arguments+=(--agg_lambda $LAMBDAS)
+read -ra strengths <<< "$LAMBDAS"
+[[ -n "${strengths[*]-}" ]] && arguments+=(--agg_lambda "${strengths[@]}")
 
-echo "+ python$(printf ' %q' scripts/sample.py "${arguments[@]}" "$@")"
-"$PYTHON" scripts/sample.py "${arguments[@]}" "$@"
-again="${CKPT:+CKPT=$(printf '%q' "$CKPT") }CONCEPT=$(printf '%q' "$CONCEPT")$(printf ' %q' bash inference.sh "$@")"
-echo "next:     PROMPT=\"a {} in the forest\" $again   (or another concept: bash train.sh -b configs/model/tiny.yaml configs/method/ico_for_dci.yaml configs/method/tiny.yaml configs/concept/striped_cat.yaml)"
+echo "+ python$(printf ' %q' "${here}scripts/sample.py" "${arguments[@]}" "$@")"
+"$PYTHON" "${here}scripts/sample.py" "${arguments[@]}" "$@"
+
+# What has not been tried yet: a prompt of one's own, more strengths for it, what DCI does inside.
+again="${CKPT:+CKPT=$(printf '%q' "$CKPT") }CONCEPT=$(printf '%q' "$CONCEPT")$(printf ' %q' bash "${here}inference.sh" "$@")"
+same="PROMPT=$(printf '%q' "$PROMPT")"
+if [[ -z "$PROMPT" ]]; then
+    echo "next:     PROMPT=\"a {} in the forest\" $again"
+    example=striped_cat
+    [[ "$CONCEPT" == *"$example"* ]] && example=checkered_car
+    [[ -n "$CKPT" ]] || echo "or:       $train -b configs/model/tiny.yaml configs/method/ico_for_dci.yaml" \
+        "configs/method/tiny.yaml configs/concept/$example.yaml"
+elif [[ -z "$LAMBDAS" ]]; then
+    echo "next:     $same LAMBDAS=\"-1 0 1 2\" $again"
+elif [[ " $* " != *" --save"[-_]"masks "* ]]; then
+    echo "next:     $same LAMBDAS=\"$LAMBDAS\" $again --save_masks"
+fi

@@ -13,9 +13,10 @@ REG_MODE="${REG_MODE:-}"              # folder, retrieve, generate or none (real
 NAME="${NAME:-}"                      # name of the run; empty: the concept's
 METHOD="${METHOD:-}"                  # configs/method/*.yaml; empty: ICO with the words DCI wants (p = 1, n = 3, s = 1)
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-cd "$here"
-source scripts/environment.sh
+# Paths mean the folder this is called from; the repository's own files are found from anywhere.
+here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)/"
+[[ "$here" -ef . ]] && here=""
+source "${here}scripts/environment.sh"
 
 arguments=()
 if [[ -n "$CKPT" ]]; then
@@ -30,5 +31,5 @@ fi
 [[ -n "$REG_MODE" ]] && arguments+=(--reg_mode "$REG_MODE")
 [[ -n "$NAME" ]] && arguments+=(--name "$NAME")
 
-echo "+ python$(printf ' %q' scripts/train.py ${arguments[@]+"${arguments[@]}"} "$@")"
-exec "$PYTHON" scripts/train.py ${arguments[@]+"${arguments[@]}"} "$@"
+echo "+ python$(printf ' %q' "${here}scripts/train.py" ${arguments[@]+"${arguments[@]}"} "$@")"
+exec "$PYTHON" "${here}scripts/train.py" ${arguments[@]+"${arguments[@]}"} "$@"

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, configured: bool = True, prog: str | None = None,
                  schema: type | None = None, shipped: Mapping[str, Sequence[str]] | None = None):
+        self._swallows: dict[str, bool] = {}     # options: does it take any number of values, so overrides too?
         super().__init__(prog=prog, description=description, allow_abbrev=False,
                          formatter_class=lambda prog: _Formatter(prog, self.explain))
         self.configured, self.schema, self.shipped = configured, schema, shipped or {}
@@ -52,13 +53,16 @@ class Parser(argparse.ArgumentParser):
                           help=f"configuration files, merged left to right; key=value overrides may follow{files}")
         self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        swallows = action.nargs == "+" and "=" not in (action.metavar or "")
+        self._swallows.update(dict.fromkeys(action.option_strings, swallows))
+        return action
+
     @cached_property
     def _configurations(self) -> dict[str, DictConfig]:
-        """The shipped configurations; none where a script of another folder's is asked for help."""
-        try:
-            return {name: merge(self.schema, files) for name, files in self.shipped.items()}
-        except UserError:
-            return {}
+        """The shipped configurations."""
+        return {name: merge(self.schema, files) for name, files in self.shipped.items()}
 
     def explain(self, text: str) -> str:
         """Completes an option's help that names a configuration key: what the key means and what it is by default."""
@@ -76,15 +80,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help).")
 
     def parse_command(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parses a command line; `overrides` also holds what --base swallowed of them, and --a.b=c forms."""
+        """Parses a command line; `overrides` also holds --a.b=c forms, and those behind an option of several values."""
         if not self.configured:
             return self.parse_args([_underscored(item) for item in arguments])
-        dotted = [item for item in arguments if item.startswith("--") and "=" in item and "." in item.split("=")[0]]
-        rest = [_underscored(item) for item in arguments if item not in dotted]
-        options = self.parse_intermixed_args(rest)
-        files = options.base or []
-        options.overrides = [*(item for item in files if "=" in item), *options.overrides, *dotted]
-        options.base = [item for item in files if "=" not in item] if options.base is not None else None
+        rest, overrides, swallowed = [], [], False
+        for item in arguments:
+            name, equals, _ = _underscored(item).partition("=")
+            swallowed = self._swallows.get(name, swallowed)
+            override = equals and ("." in name if name.startswith("--") else swallowed)
+            (overrides if override else rest).append(item)
+        options = self.parse_intermixed_args([_underscored(item) for item in rest])
+        options.overrides += overrides
         return options
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.checkpoint import write_atomically
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 
 @dataclass
@@ -234,6 +234,7 @@ def _override(config: DictConfig, item: str) -> None:
 
 
 def _read(path: Path) -> DictConfig:
+    path = shipped(path)
     if not path.is_file():
         raise UserError(f"configuration file '{path}' does not exist.")
     try:

@@ -18,7 +18,6 @@ from ldm.data.regularization import (
     IMAGES,
     RegularizationSet,
     class_caption,
-    folder_name,
     read_regularization,
     save_jpeg,
     write_lists,
@@ -27,7 +26,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import NEW_WORD
 from ldm.pipeline import Generator, choose_device
 from ldm.progress import progress
-from ldm.util import UserError
+from ldm.util import UserError, folder_name
 
 MODES = ("folder", "retrieve", "generate", "none")
 NOUN = "{}"       # stands for the class noun in data.reg.prompt

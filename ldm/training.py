@@ -34,7 +34,7 @@ from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
 from ldm.prior import MODES, join_masks, load_prior
-from ldm.util import UserError
+from ldm.util import UserError, folder_name, from_here
 
 RUN_VARIABLE = "DCI_ICO_RUN"   # tells the processes Lightning starts which folder the first one chose
 PRECISIONS = ("32-true", *MIXED)
@@ -224,7 +224,7 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
 def way_on(folder: Path) -> str:
     """Says how an interrupted run goes on."""
     if (folder / "checkpoints" / "last.ckpt").exists():
-        return f"go on from the last checkpoint with: bash train.sh -r {shlex.quote(str(folder))}"
+        return f"go on from the last checkpoint with: bash {from_here('train.sh')} -r {shlex.quote(str(folder))}"
     return f"'{folder}' holds no checkpoint yet (trainer.save_every)."
 
 
@@ -256,7 +256,7 @@ def start_folder(config: DictConfig) -> Path:
     """Makes logs/<time>_<name>/ with the resolved configuration and the command, once for all processes."""
     if RUN_VARIABLE in os.environ and is_helper():
         return Path(os.environ[RUN_VARIABLE])
-    name = config.name or config.concepts[0].name
+    name = folder_name(config.name or config.concepts[0].name, "run")
     stem = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{name}"
     logdir, attempt = Path(config.trainer.logdir), 0
     while (folder := logdir / (f"{stem}-{attempt}" if attempt else stem)).exists():

@@ -1,11 +1,18 @@
-"""Small helpers every room uses: build objects named in YAML, defaults, the one user-facing error."""
+"""Small helpers every room uses: build objects named in YAML, defaults, paths and names, the one user-facing error."""
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ("configs", "ldm", "real_reg")      # the repository's folders whose files a user may name from anywhere
+NAME_BYTES = 120       # of a folder's name; file systems take 255, and time and number are added
 
 
 class UserError(Exception):
@@ -20,6 +27,28 @@ def exists(value: object) -> bool:
 def default(value: T | None, fallback: T) -> T:
     """Returns `value`, or `fallback` where it is None."""
     return value if value is not None else fallback
+
+
+def shipped(path: str | os.PathLike[str]) -> Path:
+    """Finds a file or folder: where the user stands, else, if it ships with the repository, there.
+
+    What is in neither place comes back as it was given, so that a message names what was typed.
+    """
+    path = Path(path)
+    if path.exists() or path.is_absolute() or path.parts[:1] not in [(name,) for name in SHIPPED]:
+        return path
+    return ROOT / path if (ROOT / path).exists() else path
+
+
+def from_here(name: str) -> str:
+    """Names a file of the repository as a command line has to, from where the user stands."""
+    return name if Path.cwd() == ROOT else shlex.quote(str(ROOT / name))
+
+
+def folder_name(text: str, fallback: str = "class") -> str:
+    """Makes one folder's name of any text: letters, digits, hyphens and underscores, of a length all disks take."""
+    name = re.sub(r"[^\w-]+", "_", text).encode()[:NAME_BYTES].decode(errors="ignore")
+    return name.strip("_") or fallback
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:

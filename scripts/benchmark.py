@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm import cli
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 MODELS = {False: "configs/model/sd-v1.yaml", True: "configs/model/tiny.yaml"}
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--precision autocast is not compared; use full, bf16 or fp16.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    node = OmegaConf.load(MODELS[options.small]).model
+    node = OmegaConf.load(shipped(MODELS[options.small])).model
     need, there = needed_memory(node, options.ours_only), available_memory(device)
     if there is not None and there < need:
         raise UserError(f"the comparison needs {need / 1e9:.1f} GB on '{device}', and {there / 1e9:.1f} GB are free; "

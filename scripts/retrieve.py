@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import cli
-from ldm.util import UserError
+from ldm.util import UserError, folder_name, from_here
 
 COMMANDS = ("index", "serve")
 
@@ -56,13 +56,13 @@ def command_parser(command: str) -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     options = (command_parser(command) if command else retrieval_parser()).parse_command(arguments[bool(command):])
-    from ldm.data import clip_client, clip_index, download, regularization, retrieval  # not for --help
+    from ldm.data import clip_client, clip_index, download, retrieval  # not for --help
     if options.clip_config:
         clip_index.register_architecture(options.clip_config)
     if command == "serve":
         server = clip_index.IndexServer(options.folder, options.port, options.clip)
         print(f"index '{server.name}' is served at {server.url}; end with Ctrl-C", flush=True)
-        print(f"next: python scripts/retrieve.py --class_noun cat --url {server.url}", flush=True)
+        print(f"next: python {from_here('scripts/retrieve.py')} --class_noun cat --url {server.url}", flush=True)
         return server.run()
     if options.workers < 1 or options.max_megabytes <= 0:
         raise UserError("--workers and --max_megabytes must be positive.")
@@ -72,16 +72,16 @@ def main(arguments: Sequence[str]) -> None:
         for line in built.skipped:
             print(f"skipped {line}")
         print(f"index: {built.pictures} pictures in {built.folder}")
-        return print(f"next:  python scripts/retrieve.py serve {shlex.quote(str(built.folder))}")
+        return print(f"next:  python {from_here('scripts/retrieve.py')} serve {shlex.quote(str(built.folder))}")
     query = clip_client.Query(options.class_noun, options.num, options.url, options.index, options.text,
                               options.oversample, options.clip, options.threshold, options.deduplicate)
-    folder = options.out or Path("real_reg") / f"samples_{regularization.folder_name(options.class_noun)}"
+    folder = options.out or Path("real_reg") / f"samples_{folder_name(options.class_noun)}"
     found = retrieval.retrieve(folder, query, downloader, options.workers)
     for reason, count in found.refused.items():
         print(f"left out: {count} ({reason})")
     print(f"regularisation set: {found.pictures} of {options.num} pictures in {found.folder}")
     flags = shlex.join(["--class_noun", options.class_noun, "--reg_datapath", str(found.folder)])
-    print(f"next: python scripts/train.py ... {flags}")
+    print(f"next: python {from_here('scripts/train.py')} ... {flags}")
 
 
 if __name__ == "__main__":

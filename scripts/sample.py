@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from ldm import cli
 from ldm.config import SampleConfig, merge
 from ldm.text import read_lines
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
 SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/sample/paper.yaml")}
@@ -24,7 +24,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--class_noun", default="", help="class noun, for concept files that do not say it")
     parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
-    parser.add_argument("--from-file", "--from_file", type=Path, help="a file with one prompt per line")
+    parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")
     parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go")
     for flag, kind, key in (("ddim_steps", int, "steps"), ("ddim_eta", float, "eta"), ("scale", float, "scale"),
                             ("n_samples", int, "n_samples"), ("n_iter", int, "n_iter"), ("H", int, "height"),

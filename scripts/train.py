@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ldm import cli
 from ldm.config import TrainConfig, merge
 from ldm.familiar import ONE_CONCEPT, caption_to_method, check_list, listed_concepts
-from ldm.util import UserError
+from ldm.util import UserError, from_here
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
             "configs/concept/dotted_backpack.yaml")
@@ -79,22 +79,20 @@ def main(arguments: Sequence[str]) -> None:
     if folder and not (folder / "checkpoints" / "last.ckpt").is_file():
         raise UserError(f"'{folder}' holds no run to resume (no checkpoints/last.ckpt); give a folder under logs/.")
     if folder and options.base:
-        raise UserError("-r goes on with the configuration of its run, so -b has no place beside it; change single "
-                        "settings with key=value.")
+        raise UserError("-r goes on as its run was configured, so -b has no place beside it; give key=value.")
     files = [folder / "configs" / "project.yaml"] if folder else (options.base or EMBEDDED)
     config = merge(TrainConfig, files, options.overrides, options_to_config(options, files))
     if options.print_config:
-        print(OmegaConf.to_yaml(config, resolve=True), end="")
-        return
+        return print(OmegaConf.to_yaml(config, resolve=True), end="")
     if options.inspect:
         from ldm.inspection import inspect_run
         return inspect_run(config, options.inspect)
     from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder)
     print(f"concept file: {run.concept}")
-    print(f"pictures:     {run.preview}" if run.preview else f"pictures:     {run.folder / 'images'}")
+    print(f"pictures:     {run.preview or run.folder / 'images'}")
     base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""
-    print(f"next:         {base}CONCEPT={shlex.quote(str(run.concept))} bash inference.sh")
+    print(f"next:         {base}CONCEPT={shlex.quote(str(run.concept))} bash {from_here('inference.sh')}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
-from ldm.util import UserError
+from ldm.data.layouts import captioned
+from ldm.data.regularization import read_regularization
+from ldm.evaluation.plan import SweepConfig, subjects
+from ldm.util import UserError, folder_name, from_here, shipped
 
 CONFIGS = ROOT / "configs"
 MODELS, METHODS, CONCEPTS, SAMPLES = (sorted((CONFIGS / part).glob("*.yaml"))
@@ -184,3 +187,37 @@ def test_what_keys_mean_stands_in_their_margin(schema: type) -> None:
 def test_a_margin_may_hold_any_sign() -> None:
     assert meanings(TrainConfig)["data.background"].endswith("padded; or '#rrggbb'")
     assert meanings(SampleConfig)["dci.agg_lambda"] == "strengths, one picture each; about -2 to 2"
+
+
+# Paths and names.
+
+def test_what_ships_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configuration files, the paths inside them, and lists of pictures and prompts; the user's own come first."""
+    monkeypatch.chdir(ROOT)
+    here = [len(subject.prompts) for subject in subjects(merge(SweepConfig, ["configs/sweep/tiny.yaml"]))]
+    assert from_here("train.sh") == "train.sh"
+    monkeypatch.chdir(tmp_path)
+    assert from_here("train.sh") == str(ROOT / "train.sh")
+    (concept,) = merge(TrainConfig, ["configs/concept/striped_cat.yaml"]).concepts
+    assert len(captioned(Path(concept.images)).paths) == 5
+    assert read_regularization(Path(concept.regularization), "cat").paths
+    sweep = subjects(merge(SweepConfig, ["configs/sweep/tiny.yaml"]))
+    assert [len(subject.prompts) for subject in sweep] == here
+    assert all(subject.references.is_dir() for subject in sweep)
+    for name in ("train.sh", "docs", "tests/data", "configs/model/none.yaml"):      # does not ship, or is not there
+        assert shipped(name) == Path(name)
+    with pytest.raises(UserError, match="'configs/model/none.yaml' does not exist"):
+        merge(SampleConfig, ["configs/model/none.yaml"])
+    (tmp_path / "configs" / "sample").mkdir(parents=True)
+    (tmp_path / "configs" / "sample" / "tiny.yaml").write_text("steps: 3")
+    assert merge(SampleConfig, ["configs/sample/tiny.yaml"]).steps == 3
+    assert shipped(ROOT / "configs") == ROOT / "configs"
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("cat", "cat"), ("teddy bear", "teddy_bear"), ("cup/mug", "cup_mug"), ("../../etc", "etc"), ("..", "run"),
+    ("a\x00b\nc", "a_b_c"), ("C:\\x", "C_x"), ("кошка-1", "кошка-1"), ("", "run"), ("x" * 300, "x" * 120),
+    ("猫" * 300, "猫" * 40)])
+def test_any_text_names_one_folder(tmp_path: Path, text: str, name: str) -> None:
+    assert folder_name(text, "run") == name
+    (tmp_path / f"2026-01-31T12-00-00_{name}-12").mkdir()

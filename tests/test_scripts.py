@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,9 @@ def start(*arguments: object) -> Outcome:
 @pytest.fixture(scope="module")
 def trained(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """A run of scripts/train.py as a process, with a preview at each of its two steps."""
-    logs = tmp_path_factory.mktemp("logs")
+    logs = tmp_path_factory.mktemp("my logs")
     outcome = start("scripts/train.py", "-b", *small_world.training_files, "preview.every=1", "-l", logs,
-                    "-n", "my run")
+                    "-n", "my run/1")
     assert outcome.status == 0, outcome.err
     (folder,) = logs.iterdir()
     return folder, outcome
@@ -46,9 +48,9 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
         "configs/project.yaml", "command.txt", "images/references.png", "images/references/000.png",
         "images/references/001.png", "images/preview-000001.png", "images/preview-000002.png",
         "metrics/metrics.csv"}
-    assert folder.name.endswith("_my run")
+    assert folder.name.endswith("_my_run_1")
     command = (folder / "command.txt").read_text()
-    assert "scripts/train.py -b" in command and "preview.every=1" in command and "'my run'" in command
+    assert "scripts/train.py -b" in command and "preview.every=1" in command and "'my run/1'" in command
     header, row = (folder / "metrics" / "metrics.csv").read_text().splitlines()
     values = dict(zip(header.split(","), row.split(","), strict=True))
     assert values["step"] == "1" and 0.1 < float(values["loss"]) < 100
@@ -69,7 +71,7 @@ def test_the_saved_configuration_is_the_run(trained: tuple[Path, Outcome], small
     folder, _ = trained
     config = merge(TrainConfig, [folder / "configs" / "project.yaml"])
     assert config == merge(TrainConfig, small_world.training_files,
-                           ["preview.every=1", f"trainer.logdir={folder.parent}", "name=my run"])
+                           ["preview.every=1", f"trainer.logdir={folder.parent}", "name=my run/1"])
 
 
 def test_sampling_from_the_command_line(trained: tuple[Path, Outcome], small_world: SmallWorld,
@@ -125,22 +127,24 @@ def test_help_says_what_keys_mean_and_what_will_be_used(call_script: Call, scrip
     assert "default: None" not in text and "default: False)" not in text.replace("compile; default: False)", "")
 
 
-def test_help_needs_no_files(call_script: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "is_file", lambda path: False)      # as from another folder
-    text = " ".join(call_script("sample", "--help").out.split())
-    assert "sampling steps; more take longer (steps)" in text
+def test_help_is_the_same_from_another_folder(call_script: Call, monkeypatch: pytest.MonkeyPatch,
+                                             tmp_path: Path) -> None:
+    here = call_script("sample", "--help").out
+    monkeypatch.setattr("conftest.ROOT", tmp_path)       # where scripts are called from
+    assert call_script("sample", "--help").out == here
 
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     """A folder with the two commands, whose Python writes down its arguments and does nothing else."""
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "environment.sh").write_text("PYTHON=./python\n")
-    (tmp_path / "python").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" > arguments\n")
-    (tmp_path / "python").chmod(0o755)
+    folder = tmp_path / "the repository"
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "scripts" / "environment.sh").write_text(f"PYTHON={shlex.quote(str(folder / 'python'))}\n")
+    (folder / "python").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\" > arguments\n")
+    (folder / "python").chmod(0o755)
     for name in ("train.sh", "inference.sh"):
-        shutil.copy(ROOT / name, tmp_path)
-    return tmp_path
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
 def shell(folder: Path, command: str) -> tuple[list[str], list[str]]:
@@ -149,18 +153,68 @@ def shell(folder: Path, command: str) -> tuple[list[str], list[str]]:
     return result.stdout.splitlines(), (folder / "arguments").read_text().splitlines()
 
 
+def next_line(lines: Sequence[str]) -> str:
+    """Returns the command a run ends with."""
+    return next(line for line in lines if line.startswith("next:")).removeprefix("next:")
+
+
 def test_what_the_commands_print_can_be_run(commands: Path) -> None:
     """Base, further options and odd file names are in the lines they print."""
-    lines, arguments = shell(commands, "CKPT='my sd.ckpt' CONCEPT='logs/my run/checkpoints/a.ckpt' PROMPT='a {} here' "
-                                       "bash inference.sh --class_noun 'plush toy'")
+    first = "CKPT='my sd.ckpt' CONCEPT='logs/my run/checkpoints/a.ckpt' bash inference.sh --class_noun 'plush toy'"
+    lines, arguments = shell(commands, first)
     assert shlex.split(lines[0]) == ["+", "python", *arguments] and arguments[0] == "scripts/sample.py"
-    again = lines[-1].removeprefix("next:").partition("   (or another concept: ")
-    assert shell(commands, again[0])[1] == ["a {} in the forest" if item == "a {} here" else item for item in arguments]
-    assert shell(commands, again[2].removesuffix(")"))[1][:3] == ["scripts/train.py", "-b", "configs/model/tiny.yaml"]
+    assert arguments[arguments.index("--outdir") + 1] == "outputs/my run" and lines[-1].startswith("next:")
+    file, prompt = ["--from-file", "configs/prompts/tiny.txt"], ["--prompt", "a {} in the forest"]
+    place = arguments.index("--from-file")
+    expected = [*arguments[:place], *prompt, *arguments[place + 2:]]
+    lines, arguments = shell(commands, next_line(lines))
+    assert arguments == expected and arguments[place:place + 2] != file
+    lines, arguments = shell(commands, next_line(lines))              # after a prompt: more strengths of the same
+    assert arguments == [*expected[:place + 2], "--agg_lambda", "-1", "0", "1", "2", *expected[place + 2:]]
+    lines, arguments = shell(commands, next_line(lines))              # after those: what DCI does inside
+    assert arguments[-1] == "--save_masks" and not any(line.startswith("next:") for line in lines)
+    for concept, other in (("logs/x/checkpoints/a.ckpt", "striped_cat"), ("striped_cat.ckpt", "checkered_car")):
+        lines, _ = shell(commands, f"CONCEPT={concept} bash inference.sh")
+        arguments = shell(commands, lines[-1].removeprefix("or:"))[1]
+        assert arguments[:3] == ["scripts/train.py", "-b", "configs/model/tiny.yaml"]
+        assert arguments[-1] == f"configs/concept/{other}.yaml"
     lines, arguments = shell(commands, "bash train.sh")
     assert lines == ["+ python scripts/train.py"] and arguments == ["scripts/train.py"]
     lines, arguments = shell(commands, "CLASS_NOUN='plush toy' bash train.sh --caption 'a <new1> plush toy'")
     assert shlex.split(lines[0]) == ["+", "python", *arguments] and arguments[-1] == "a <new1> plush toy"
+
+
+def test_the_commands_work_from_any_folder(commands: Path, tmp_path: Path) -> None:
+    """What the user names is seen from where the user stands, and the lines they print can be run there."""
+    home = tmp_path / "my home"
+    home.mkdir()
+    called = f"bash {shlex.quote(str(commands / 'train.sh'))}"
+    lines, arguments = shell(home, f"CKPT=sd.ckpt DATAPATH=my_cat {called} -l runs")
+    assert arguments == [str(commands / "scripts" / "train.py"), "-b", "configs/model/sd-v1.yaml",
+                         "configs/method/ico.yaml", "configs/method/ico_for_dci.yaml", "--ckpt", "sd.ckpt",
+                         "--datapath", "my_cat", "-l", "runs"]
+    assert shlex.split(lines[0]) == ["+", "python", *arguments]
+    lines, arguments = shell(home, f"CONCEPT=a.ckpt {called.replace('train', 'inference')}")
+    assert arguments == [str(commands / "scripts" / "sample.py"), "--delta_ckpt", "a.ckpt", "--outdir", "outputs/a",
+                         "--from-file", "configs/prompts/tiny.txt"]
+    assert shell(home, next_line(lines))[1][:3] == arguments[:3]
+
+
+def test_the_newest_concept_is_drawn_and_named(commands: Path) -> None:
+    """Newest by its file's time, however deep its run lies; logs/ may be a link."""
+    result = subprocess.run(["bash", "inference.sh"], cwd=commands, capture_output=True, text=True)
+    assert result.returncode == 1 and f"no concept under '{commands}/logs'; give CONCEPT=FILE" in result.stderr
+    logs = commands.parent / "elsewhere"
+    (commands / "logs").symlink_to(logs)
+    for age, name in enumerate(("cup/mug run", "z", "a")):
+        path = logs / name / "checkpoints" / "step-000002.safetensors"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    lines, arguments = shell(commands, "bash inference.sh")
+    concept = "logs/cup/mug run/checkpoints/step-000002.safetensors"
+    assert arguments[1:5] == ["--delta_ckpt", concept, "--outdir", "outputs/mug run"]
+    assert lines[0] == f"concept:  {concept} (the newest under logs/; CONCEPT=FILE draws another)"
 
 
 # Familiar flags.
@@ -224,6 +278,10 @@ def test_familiar_sampling_flags(call_script: Call) -> None:
     assert (config.dci.replace_noun, config.dci.guidance, config.dci.noise) == ("dog", "separate", "common")
     assert sample_settings(call_script, "--share-guidance", "true").dci.guidance == "shared"
     assert sample_settings(call_script, "--use_dci=false").dci.use is False        # "false" is not a true text
+    config = sample_settings(call_script, "--agg_lambda", 0, -1, "steps=3", "-b", "configs/model/tiny.yaml",
+                             "n_samples=2", "--dci.agg_time=0.7", "--scale=2", "eta=0.5")
+    assert config.dci.agg_lambda == [0.0, -1.0] and (config.steps, config.n_samples) == (3, 2)
+    assert (config.dci.agg_time, config.scale, config.eta) == (0.7, 2.0, 0.5)
     for flag, sampler in (("--plms", "plms"), ("--dpm_solver", "dpm_solver")):
         config = sample_settings(call_script, "--config", "configs/sample/paper.yaml", flag)
         assert (config.sampler, config.eta) == (sampler, 0.0)

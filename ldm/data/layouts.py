@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm.data.images import Skipped, find_listed, list_images, some_skipped, why_unusable
 from ldm.text import read_json, read_lines
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 IMAGES, CAPTIONS, METADATA = "images.txt", "caption.txt", "metadata.jsonl"
 CLASSES = "prompts_and_classes.txt"      # in DreamBooth's data set: "subject,class" lines among others
@@ -50,7 +50,7 @@ def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable) ->
     Raises:
         UserError: nothing is there or usable, or captions do not match pictures.
     """
-    path = Path(path)
+    path = shipped(path)
     if (path / IMAGES).is_file():
         path = path / IMAGES
     if path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():

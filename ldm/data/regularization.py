@@ -14,7 +14,7 @@ from ldm.checkpoint import write_atomically
 from ldm.data.images import Skipped, find_listed, some_skipped, to_rgb, why_unusable
 from ldm.data.layouts import CAPTIONS, IMAGES, captioned, read_captions
 from ldm.text import read_lines
-from ldm.util import UserError
+from ldm.util import UserError, folder_name, shipped
 
 URLS = "urls.txt"
 # Decided by the first sound, which the first letters nearly always tell.
@@ -46,7 +46,7 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
     Raises:
         UserError: something is missing, the lists do not match, or no picture is usable.
     """
-    path = Path(path)
+    path = shipped(path)
     caption_file = _caption_file(caption)
     if path.is_dir() and (path / IMAGES).exists():
         path = path / IMAGES
@@ -136,11 +136,6 @@ def write_lists(folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
     columns = zip(*rows, strict=True) if rows else ((), (), ())
     texts = ["".join(f"{' '.join(line.split())}\n" for line in column) for column in columns]
     _write_together([(folder / name, text) for name, text in zip((IMAGES, CAPTIONS, URLS), texts, strict=True)])
-
-
-def folder_name(class_noun: str) -> str:
-    """Names the folder of a class's pictures: its noun with underscores."""
-    return re.sub(r"[^\w-]+", "_", class_noun).strip("_") or "class"
 
 
 def save_jpeg(image: Image.Image, path: Path) -> Path:

@@ -19,8 +19,8 @@ from ldm.data.clip_client import Query, ask_server
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable
 from ldm.data.picture_store import PictureStore
-from ldm.data.regularization import IMAGES, class_caption, folder_name, write_lists
-from ldm.util import UserError
+from ldm.data.regularization import IMAGES, class_caption, write_lists
+from ldm.util import UserError, folder_name
 
 STATE, JOURNAL = ".retrieval.json", ".retrieval.log"
 MOST_ASKED = 10_000   # pictures asked for in one query at most, as Custom Diffusion does

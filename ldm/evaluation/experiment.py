@@ -19,7 +19,7 @@ from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference
 from ldm.evaluation.sweep import Sweep, points
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Row
-from ldm.util import UserError
+from ldm.util import UserError, folder_name
 
 Rows = Sequence[Mapping[str, Any]]
 SHEET_ROWS, SHEET_COLUMNS = 12, 9
@@ -258,10 +258,10 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         row = Row(prompt, sweep.config.first_seed, point.strength)
         picture, record = generator.masks(row, settings)
         title = f"{prompt.replace('{}', '[' + name + ']')} (seed {row.seed}, lambda {row.strength:g})"
-        save_png(mask_panel(picture, record, title), folder / "masks" / f"{name}.png")
+        save_png(mask_panel(picture, record, title), folder / "masks" / f"{folder_name(name)}.png")
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]
     lines += [f"| {height} x {width} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
               for (height, width), maps in sorted(numbers.items(), reverse=True)]
-    return "\n".join([*lines, "", *(f"![masks of {name}](masks/{name}.png)" for name in sweep.subjects)])
+    return "\n".join([*lines, "", *(f"![masks of {name}](masks/{folder_name(name)}.png)" for name in sweep.subjects)])

@@ -14,7 +14,7 @@ from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
 from ldm.evaluation.layouts import read_dataset
 from ldm.text import read_lines
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 BASE = "base model"                          # the method of jobs that draw with the untuned network
 NOUN, AUXILIARY = "{noun}", "{auxiliary}"    # what may take the concept's place in prompts
@@ -136,7 +136,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: the file is missing or empty, or a prompt lacks {}.
     """
-    prompts = tuple(dict.fromkeys(line for line in read_lines(path, "prompt file") if line))
+    prompts = tuple(dict.fromkeys(line for line in read_lines(shipped(path), "prompt file") if line))
     if not prompts:
         raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
     for prompt in prompts:
@@ -196,7 +196,7 @@ def _references(config: SweepConfig, name: str, images: Path) -> Path:
     """Returns the pictures fidelity is measured on: unseen ones where a folder of them is configured."""
     if not config.held_out:
         return images
-    unseen = Path(config.held_out) / name
+    unseen = shipped(Path(config.held_out) / name)
     if not unseen.is_dir():
         raise UserError(f"held_out: there is no folder '{unseen}'; put unseen pictures of '{name}' there, or measure "
                         "fidelity on the references with held_out=null.")

@@ -36,7 +36,7 @@ from ldm.pipeline import Generator, check_settings
 from ldm.progress import progress
 from ldm.sampling import load_generator
 from ldm.training import fine_tune
-from ldm.util import UserError
+from ldm.util import UserError, folder_name, shipped
 
 Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]
 
@@ -161,6 +161,7 @@ class Sweep:
 
     def contents(self, path: Path) -> str:
         """Names a folder or list of pictures by the names and bytes of all files that lie in it or are listed."""
+        path = shipped(path)
         if path not in self._contents:
             found, listing = hashlib.sha256(), path / IMAGES if path.is_dir() else path
             own = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_name(CAPTIONS)]
@@ -214,7 +215,7 @@ class Sweep:
     def concept_file(self, job: Job, jobs: Sequence[Job]) -> Path:
         """Returns the concept file of a job's step, teaching or going on with the run if need be."""
         subject, steps = self.subjects[job.concept], self.steps(job, jobs)
-        logdir = self.outdir / "runs" / f"{job.concept}-{self.training_key(job)}"
+        logdir = self.outdir / "runs" / f"{folder_name(job.concept)}-{self.training_key(job)}"
         runs = sorted(path.parent.parent for path in logdir.glob("*/checkpoints/last.ckpt"))
         name = f"step-{job.step:06d}.safetensors"
         found = next((path for run in runs if (path := run / "checkpoints" / name).is_file()), None)
