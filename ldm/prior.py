@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from ldm.util import UserError, folder_name
 
 MODES = ("folder", "retrieve", "generate", "none")
 NOUN = "{}"       # stands for the class noun in data.reg.prompt
+RETRIEVE = Path(__file__).resolve().parents[1] / "scripts" / "retrieve.py"
 
 
 def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
@@ -114,19 +118,25 @@ def _retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) ->
 
 
 def retrieved_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
-    """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is."""
-    from ldm.data.clip_client import Query
-    from ldm.data.download import Downloader
-    from ldm.data.retrieval import STATE, retrieve
+    """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is.
+
+    scripts/retrieve.py does it, in a process of its own: clip-retrieval may live in another environment.
+    """
+    from ldm.data.retrieval import STATE
     folder = _retrieval_folder(concept, settings)
     if (folder / IMAGES).exists() and not (folder / STATE).exists():
         return folder                       # somebody put a set there: it is used as it is
-    try:
-        query = Query(concept.class_noun, settings.num, settings.url, settings.index, clip=settings.clip,
-                      threshold=settings.threshold)
-        retrieve(folder, query, Downloader(allow_private=settings.allow_private))
-    except UserError as error:
-        print(f"{concept.name}: {error}")
+    wanted = {"class_noun": concept.class_noun, "num": settings.num, "out": folder, "url": settings.url,
+              "index": settings.index, "clip": settings.clip, "threshold": settings.threshold}
+    flags = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
+    if settings.allow_private:
+        flags.append("--allow_private")
+    command = [sys.executable, str(RETRIEVE), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
+        for line in child.stdout:
+            if not line.startswith("next:"):        # for who runs it by hand
+                print(f"{concept.name}: {line.rstrip().removeprefix('error: ')}", flush=True)
     return folder
 
 

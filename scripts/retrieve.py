@@ -1,14 +1,42 @@
-"""Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures."""
+"""Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures.
+
+clip-retrieval keeps numpy, transformers and Python itself back, so it has an environment of its own: `setup` makes it,
+and the other commands run themselves with its Python wherever the one that started them has no clip-retrieval.
+"""
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ldm import cli
-from ldm.util import UserError, folder_name, from_here
+from ldm.util import ROOT, UserError, folder_name, from_here
 
-COMMANDS = ("index", "serve")
+COMMANDS = ("index", "serve", "setup")
+
+
+def change_environment(arguments: Sequence[str]) -> None:
+    """Runs this command again with the Python of .venv-retrieval where this one lacks clip-retrieval.
+
+    Raises:
+        UserError: there is no such Python, or clip-retrieval is not in it either.
+    """
+    if find_spec("clip_retrieval") is not None:
+        return
+    from ldm.data.clip_client import MISSING, SETUP
+    folder = ROOT / ".venv-retrieval"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists() or Path(sys.prefix).resolve() == folder.resolve():
+        raise UserError(f"{MISSING}; {SETUP}.")
+    command = [str(python), __file__, *arguments]
+    os.environ["PYTHONPATH"] = str(ROOT)    # nothing of this one's packages
+    if os.name == "nt":                     # there execv would return to the shell at once
+        sys.exit(subprocess.call(command))
+    os.execv(python, command)
 
 
 def retrieval_parser() -> cli.Parser:
@@ -37,7 +65,9 @@ def add_download_options(parser: cli.Parser) -> None:
 
 
 def command_parser(command: str) -> cli.Parser:
-    """Makes the parser of `index` or `serve`."""
+    """Makes the parser of `setup`, `index` or `serve`."""
+    if command == "setup":
+        return cli.Parser("Makes .venv-retrieval, an environment with clip-retrieval.", False, "retrieve.py setup")
     if command == "index":
         parser = cli.Parser("Builds a clip-retrieval index of your own pictures.", False, "retrieve.py index")
         parser.add_argument("source", help="folder of pictures (captions beside them are kept), or list of addresses")
@@ -56,6 +86,9 @@ def command_parser(command: str) -> cli.Parser:
 def main(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     options = (command_parser(command) if command else retrieval_parser()).parse_command(arguments[bool(command):])
+    if command == "setup":
+        sys.exit(subprocess.call([sys.executable, ROOT / "scripts" / "environment.py", "retrieval"]))
+    change_environment(arguments)
     from ldm.data import clip_client, clip_index, download, retrieval  # not for --help
     if options.clip_config:
         clip_index.register_architecture(options.clip_config)

@@ -81,9 +81,9 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 
+@pytest.mark.usefixtures("clip_retrieval")
 def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("clip_retrieval")
     options = ("data.reg.mode=retrieve", "data.reg.num=4", f"data.reg.root={tmp_path}", "method.steps=1",
                "data.reg.allow_private=true")
     fine_tune(small_world.train_config(tmp_path / "logs", *options, "data.reg.url=http://127.0.0.1:9"))

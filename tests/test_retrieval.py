@@ -3,17 +3,21 @@ from __future__ import annotations
 
 import base64
 import multiprocessing
+import os
 import random
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Call, contents
+from conftest import ROOT, Call, contents
 from PIL import Image
-from web import Web, picture_bytes
+from web import Web, picture_bytes, trickle
 
 from ldm.data import clip_client, download
 from ldm.data.clip_client import Query
@@ -22,7 +26,7 @@ from ldm.data.regularization import read_regularization, write_regularization
 from ldm.data.retrieval import Retrieved, retrieve
 from ldm.util import UserError
 
-pytest.importorskip("clip_retrieval")
+pytestmark = pytest.mark.usefixtures("clip_retrieval")
 STATE = (".retrieval.json", ".retrieval.log")
 
 
@@ -142,6 +146,8 @@ def test_killed_at_any_moment_and_started_again(web: Web, fetcher: Downloader, t
         web.pages[f"/{number}.jpg"] = b"junk" if number % 2 else picture_bytes(number + 1)
     collect(tmp_path / "whole", web, fetcher, 40)
     web.served.clear()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / ".caption.txt.1.part").touch()           # a kill in the middle of the lists, which is rare
     web.pause = 0.01
     dice, kills, stored = random.Random(4), 0, {}
     for attempt in range(100):
@@ -242,6 +248,36 @@ def test_no_server_is_assumed_and_silence_is_not_waited_for(call_script: Call, w
         clip_client._within(0.2, lambda: time.sleep(5), web.url)
 
 
+def test_a_server_that_drips_is_given_up_in_time(web: Web) -> None:
+    web.indices, web.pages["/indices-list"] = None, trickle
+    with pytest.raises(UserError, match=r"did not answer within 0\.3 s; start one"):
+        clip_client.ask_server(Query("cat", url=web.url, timeout=0.3), 5)
+
+
+def test_the_command_runs_where_clip_retrieval_is(tmp_path: Path) -> None:
+    """Another Python takes the command over, with its arguments as they are and this checkout's ldm."""
+    folder = tmp_path / "a checkout"
+    (folder / "scripts").mkdir(parents=True)
+    script = shutil.copy(ROOT / "scripts/retrieve.py", folder / "scripts")
+    code = "import sys, importlib.util as util, runpy\nfind = util.find_spec\n" \
+           "util.find_spec = lambda name: find(name) if name != 'clip_retrieval' else None\n" \
+           "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, script, "--class_noun", "plush toy", "--url", "http://127.0.0.1:9"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+    assert run().stderr == ("error: this Python has no package clip-retrieval; `python scripts/retrieve.py setup` "
+                            "makes an environment that has it.\n")
+    python = folder / ".venv-retrieval/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$PYTHONPATH\" \"$@\"\nexit 3\n")
+    python.chmod(0o755)
+    outcome = run()
+    assert (outcome.returncode, outcome.stderr) == (3, "")
+    assert outcome.stdout.splitlines() == [str(folder), str(script), *command[4:]]
+
+
 def test_the_command_says_what_it_did(web: Web, call_script: Call, tmp_path: Path) -> None:
     web.offer(6)
     web.pages["/2.jpg"] = b"junk"
@@ -330,16 +366,6 @@ def test_files_over_the_limit_are_refused_announced_or_not(web: Web) -> None:
 
 
 def test_trickles_end_at_the_deadline_and_hiccups_are_tried_again(web: Web) -> None:
-    def trickle(handler, head: bytes = b"HTTP/1.0 200 OK\r\n\r\n") -> None:
-        handler.wfile.write(head)
-        for _ in range(60):
-            try:
-                handler.wfile.write(b"x")
-                handler.wfile.flush()
-            except OSError:
-                return
-            time.sleep(0.1)
-
     def break_off(handler) -> None:
         handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nabc")
 

@@ -22,6 +22,18 @@ def picture_bytes(seed: int, size: tuple[int, int] = (48, 40), kind: str = "JPEG
     return file.getvalue()
 
 
+def trickle(handler: BaseHTTPRequestHandler, head: bytes = b"HTTP/1.0 200 OK\r\n\r\n") -> None:
+    """Answers with a byte every tenth of a second, for six seconds."""
+    handler.wfile.write(head)
+    for _ in range(60):
+        try:
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+        except OSError:
+            return
+        time.sleep(0.1)
+
+
 class Web:
     """An HTTP server on loopback; use it as a context.
 

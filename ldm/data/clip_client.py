@@ -12,6 +12,8 @@ from typing import Any
 
 from ldm.util import UserError
 
+MISSING = "this Python has no package clip-retrieval"
+SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
 ALTERNATIVES = ("start one (scripts/retrieve.py index, then serve), name another with --url, draw the pictures "
                 "(data.reg.mode=generate), or put some in a folder (data.reg.mode=folder)")
 
@@ -30,7 +32,7 @@ class Query:
             None keeps every caption.
         threshold: cosine a caption must have with "a photo of a <noun>" (Custom Diffusion's value).
         deduplicate: lets the server leave out pictures its CLIP finds alike.
-        timeout: seconds the server may take for one answer.
+        timeout: seconds the server may take for one answer, with all that has to be asked for it.
     """
 
     class_noun: str
@@ -68,10 +70,7 @@ def ask_server(query: Query, count: int) -> list[dict[str, Any]]:
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url '{query.url}' is no http or https address; {ALTERNATIVES}.")
     url = url if url.count("/") > 2 else f"{url}/knn-service"
-    index = _choose_index(url, query.index)
-    client = _library().ClipClient(url=url, indice_name=index, num_images=count, aesthetic_weight=0.1,
-                        deduplicate=query.deduplicate)
-    answer = _within(query.timeout, lambda: client.query(text=query.sought), url)
+    answer = _within(query.timeout, lambda: _answer(url, query, count), url)
     if isinstance(answer, dict) and "message" in answer:
         raise UserError(f"the server '{url}' answers '{str(answer['message'])[:100]}'; check --index, or "
                         f"{ALTERNATIVES}.")
@@ -80,12 +79,19 @@ def ask_server(query: Query, count: int) -> list[dict[str, Any]]:
     return answer
 
 
+def _answer(url: str, query: Query, count: int) -> Any:
+    """Returns what the server says, whatever it is."""
+    client = _library().ClipClient(url=url, indice_name=_choose_index(url, query.index), num_images=count,
+                                   aesthetic_weight=0.1, deduplicate=query.deduplicate)
+    return client.query(text=query.sought)
+
+
 @cache
 def _library() -> ModuleType:
     """Imports clip-retrieval's client alone: the package's own import loads every model library it can use."""
     package = importlib.util.find_spec("clip_retrieval")
     if package is None or not package.submodule_search_locations:
-        raise UserError("retrieving needs the package clip-retrieval; pip install clip-retrieval.")
+        raise UserError(f"{MISSING}; {SETUP}.")
     path = Path(package.submodule_search_locations[0]) / "clip_client.py"
     spec = importlib.util.spec_from_file_location("clip_retrieval_client", path)
     module = importlib.util.module_from_spec(spec)
@@ -101,8 +107,6 @@ def _choose_index(url: str, index: str | None) -> str | None:
         names = answer.json() if answer.ok else []
     except ValueError:
         return index
-    except requests.RequestException as error:
-        raise _silent(url, error) from error
     if not isinstance(names, list) or not names:
         return index
     if index is not None and index not in names:
@@ -111,7 +115,7 @@ def _choose_index(url: str, index: str | None) -> str | None:
 
 
 def _within(seconds: float, ask: Callable[[], Any], url: str) -> Any:
-    """Returns what `ask` returns, or refuses in words once `seconds` are over: the client itself waits for an hour."""
+    """Returns what `ask` returns, or refuses in words once `seconds` are over, however the server spends them."""
     import requests
     outcome: list[Any] = []
 
@@ -129,11 +133,8 @@ def _within(seconds: float, ask: Callable[[], Any], url: str) -> Any:
     if isinstance(outcome[0], ValueError):
         raise UserError(f"the server '{url}' answers something that is no JSON; {ALTERNATIVES}.") from outcome[0]
     if isinstance(outcome[0], requests.RequestException):
-        raise _silent(url, outcome[0]) from outcome[0]
+        raise UserError(f"the server '{url}' does not answer ({type(outcome[0]).__name__}); {ALTERNATIVES}."
+                        ) from outcome[0]
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-def _silent(url: str, error: Exception) -> UserError:
-    return UserError(f"the server '{url}' does not answer ({type(error).__name__}); {ALTERNATIVES}.")

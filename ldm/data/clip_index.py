@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ldm.checkpoint import write_atomically
+from ldm.data.clip_client import MISSING, SETUP
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable, decode
 from ldm.data.layouts import captioned
@@ -48,7 +49,7 @@ def _library() -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module("clip_retrieval.clip_back")
     except ImportError as error:
-        raise UserError(f"this needs the package clip-retrieval ({error}); pip install clip-retrieval.") from error
+        raise UserError(f"{MISSING} that works ({error}); {SETUP}.") from error
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ class PictureStore:
     """Pictures 00000.jpg, 00001.jpg, ... and a journal of the numbers there will be none of.
 
     Args:
-        folder: where the pictures go; what a killed run was writing there is cleared away.
-        journal: one line "number<tab>reason" per refused picture.
+        folder: where the pictures go.
+        journal: one line "number<tab>reason" per refused picture; what a killed run was writing beside it or in
+            `folder` is cleared away.
         workers: downloads at a time.
         say: is told about progress, in lines.
     """
@@ -41,7 +42,7 @@ class PictureStore:
         self.workers, self.say = workers, say
         self.reasons: dict[int, str] = {}
         self._lock, self._decoding = threading.Lock(), threading.Semaphore(2)
-        for part in folder.glob(".*.part"):
+        for part in (*folder.glob(".*.part"), *journal.parent.glob(".*.part")):
             part.unlink(missing_ok=True)
         self._read_journal()
 
