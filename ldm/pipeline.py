@@ -31,6 +31,7 @@ from ldm.customization import tokens
 from ldm.customization.delta import AppliedConcept, Concept, base_identity
 from ldm.customization.tokens import TokenSets
 from ldm.data.images import to_images
+from ldm.embedded import NAME
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -76,7 +77,7 @@ def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dic
     if not isinstance(model, LatentDiffusion):
         raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
     load_weights(model, state, path, assign=True)
-    name = base.name or ("embedded" if embedded else path.stem)
+    name = base.name or (NAME if embedded else path.stem)
     model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
     return model.eval().requires_grad_(False), base_identity(model, name)
 

@@ -37,5 +37,5 @@ def progress(items: Iterable | None = None, *, desc: str, unit: str, total: floa
     settings = {"desc": desc, "unit": unit, "total": total, "initial": initial, "disable": quiet, "bar_format": form}
     if sys.stderr.isatty():
         return tqdm(items, **settings)
-    return tqdm(items, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL, maxinterval=LOG_INTERVAL, position=0,
-                **settings)
+    # With `miniters` given, tqdm's watching thread adds no lines of its own.
+    return tqdm(items, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL, miniters=0, position=0, **settings)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.config import SampleConfig, save_config
 from ldm.customization.delta import load_concept
+from ldm.embedded import warn_of_words
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device
 from ldm.progress import progress
@@ -68,6 +69,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     """
     prompts = list(dict.fromkeys(prompts))
     rows = generator.plan(prompts, config)
+    warn_of_words(generator.identity, generator.texts(prompts))
     first, tail = free_names(outdir)
     if first:
         print(f"'{outdir}' holds pictures already; those of this run are numbered from {first:03d}", flush=True)

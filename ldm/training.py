@@ -30,6 +30,7 @@ from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
+from ldm.embedded import warn_of_photos
 from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
@@ -184,6 +185,7 @@ def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
     pl.seed_everything(config.trainer.seed, verbose=False)
     model, identity = build_model(config.model, config.base)
     size = picture_side(model, "trainer.image_size", config.trainer.image_size)
+    warn_of_photos(identity, (path for references in found for path in references.paths), size)
     schemes = [make_scheme(model, config.method, concept.class_noun, words, index)
                for index, (concept, words) in enumerate(zip(config.concepts, concept_words(config), strict=True))]
     templates = caption_templates(found, schemes) if config.data.captions else ()
@@ -326,17 +328,23 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
            regularization: CaptionedImages | None, learning_rate: float, folder: Path) -> None:
     """Says what is about to be trained."""
     method, scheme = config.method, module.schemes[0]
-    counts = {"K/V and other network weights": sum(value.numel() for value in module.trained.values()),
-              "words": sum(block.numel() for block in module.word_blocks),
-              "contexts": sum(block.numel() for block in module.context_blocks)}
+    weights = "of K/V (keys and values, by which the network reads the prompt)"
+    counts = {weights if method.train == "crossattn-kv" else "of the network": module.trained.values(),
+              "of the concept's words": module.word_blocks, "of the pictures' contexts": module.context_blocks}
+    size = "1 reference" if method.batch_size == 1 else f"{method.batch_size} references"
     print(f"base: {module.base['name']} ({module.base['hash']})")
     print(f"references: {len(references)}, regularisation pictures: {len(regularization) if regularization else 0}")
-    print(f"method: {method.name}; each step: {method.batch_size} references" + (
+    print(f"method: {method.name}; each step: {size}" + (
         f" and as many regularisation pictures of weight {method.prior_weight:g}" if regularization else ""))
-    print(f"prompts: p = {scheme.prefix}, n = {len(scheme.words)}, s = {scheme.suffix}; first: {module.captions[0]}")
+    print(f"concept: {scheme.concept} (words to learn: n = {len(scheme.words)}; then the class noun)")
+    if scheme.prefix + scheme.suffix:
+        print(f"contexts: p = {scheme.prefix} before and s = {scheme.suffix} after the concept, written <ctx-...>; "
+              "they take up what is one picture's own, and are left out when drawing")
+    print(f"first training prompt: {module.captions[0]}")
     for concept, further in zip(config.concepts[1:], module.schemes[1:], strict=True):
         print(f"{concept.name}: write {further.concept} in prompts")
-    print("trained values: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    print("trained values: " + ", ".join(f"{sum(block.numel() for block in blocks):,} {name}"
+                                            for name, blocks in counts.items()))
     print(f"effective learning rate: {learning_rate:g} for K/V and words, "
           f"{learning_rate * method.context_lr_factor:g} for contexts; {method.steps} steps")
     print(f"run folder: {folder}", flush=True)

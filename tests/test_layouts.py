@@ -220,4 +220,4 @@ def test_given_captions_serve_as_the_manual_baseline(small_world: SmallWorld, tm
     options = (f"concepts.0.images={photos}", "method.prefix=''", "method.suffix=''", "data.captions=true",
                "method.steps=1")
     fine_tune(small_world.train_config(tmp_path / "logs", *options))
-    assert "first: my <new1> <new2> cat in the snow" in capsys.readouterr().out
+    assert "first training prompt: my <new1> <new2> cat in the snow" in capsys.readouterr().out

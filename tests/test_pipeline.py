@@ -460,6 +460,17 @@ def test_draw_run_writes_every_picture_and_a_sheet(small_world: SmallWorld, smal
     assert again == config
 
 
+def test_words_the_embedded_model_never_saw_are_named(small_world: SmallWorld, small_generator: Generator,
+                                                      tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_world.sample_config("dci.use=false", "steps=2")
+    draw_run(small_generator, config, ["a {} on a pizza"], tmp_path, grid=False)
+    assert "pizza" not in capsys.readouterr().out                     # another model may well know it
+    monkeypatch.setitem(small_generator.identity, "name", "embedded")
+    draw_run(small_generator, config, ["a {} on a pizza", "a {} in the snow"], tmp_path, grid=False)
+    assert "the embedded model never saw the word pizza and" in capsys.readouterr().out
+
+
 def test_near_strengths_have_names_of_their_own(small_world: SmallWorld, small_generator: Generator,
                                                 tmp_path: Path) -> None:
     config = small_world.sample_config("dci.agg_lambda=[1,1.002,0.999,-0.5]", "plain=false", "steps=2")

@@ -77,7 +77,7 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     out = capsys.readouterr().out
     assert out.count("thing: regularisation (generate): 2 of 2 picture(s), listed in") == 2
     assert "references: 2, regularisation pictures: 2" in out
-    assert "each step: 1 references and as many regularisation pictures of weight 1" in out
+    assert "each step: 1 reference and as many regularisation pictures of weight 1" in out
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 

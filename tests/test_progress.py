@@ -23,6 +23,7 @@ def test_a_file_gets_a_line_at_the_start_each_minute_and_at_the_end(capsys: pyte
     with progress(total=610, desc="work", unit="row") as bar:
         now = bar.start_t = bar.last_print_t = int(bar._time())       # whole seconds, whose differences are exact
         for second in range(1, 611):
+            assert not bar.dynamic_miniters and bar.miniters == 0       # so that tqdm's monitor leaves it alone
             bar._time = lambda second=second: now + second
             bar.update()
     written = capsys.readouterr().err

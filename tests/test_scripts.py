@@ -60,7 +60,7 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
     assert lines[-1] == (f"next:         CKPT={small_world.checkpoint} "
                          f"CONCEPT='{folder / 'checkpoints' / 'step-000002.safetensors'}' bash inference.sh")
     assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
-    assert "method: ico; each step: 1 references and as many regularisation pictures of weight 1" in lines
+    assert "method: ico; each step: 1 reference and as many regularisation pictures of weight 1" in lines
     assert "effective learning rate: 0.001 for K/V and words, 0.01 for contexts; 2 steps" in lines
     assert "fine-tuning: 100%" in outcome.err and "loss=" in outcome.err and "warning" not in outcome.err.lower()
     with Image.open(folder / "images" / "preview-000002.png") as page:     # fine-tuned, and DCI at two strengths

@@ -1,0 +1,56 @@
+"""The embedded model's limits, as its card tells them, and a word of warning where it is asked for more."""
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.customization.contexts import NEW_WORD
+
+NAME = "embedded"     # what the model is called where nobody names it
+CARD = "ldm/tiny/README.md"
+
+
+@cache
+def vocabulary() -> dict[str, tuple[str, ...]]:
+    """Returns what the captions of the model's training pictures can say: phrases by kind, read from its card."""
+    card = (resources.files("ldm.tiny") / "README.md").read_text("utf-8")
+    section = card.partition("## What it knows\n")[2].partition("\n## ")[0]
+    lists = re.findall(r"^- \*\*(\w+)\*\*: (.*(?:\n  .*)*)", section, re.MULTILINE)
+    return {kind: tuple(" ".join(phrase.split()) for phrase in phrases.split(",")) for kind, phrases in lists}
+
+
+def unknown_words(texts: Iterable[str]) -> list[str]:
+    """Returns the words of prompts that the embedded model never saw, in order; concept words are no words."""
+    known = set(re.findall(r"\w+", " ".join(phrase for phrases in vocabulary().values() for phrase in phrases)))
+    said = (word for text in texts for word in re.findall(r"[^\W\d_]+", _letters(text)))
+    return [word for word in dict.fromkeys(said) if word not in known]
+
+
+def _letters(text: str) -> str:
+    """Returns a prompt in small letters, each accent joined to its own, without concept words."""
+    return NEW_WORD.sub(" ", unicodedata.normalize("NFC", text.lower()))
+
+
+def warn_of_words(identity: Mapping[str, str], texts: Iterable[str]) -> None:
+    """Prints a line about words that the embedded model never saw; other models know more."""
+    if identity["name"] == NAME and (words := unknown_words(texts)):
+        print(f"warning: the embedded model never saw the word{'s' * (len(words) > 1)} {', '.join(words)} and cannot "
+              f"draw what is meant; what it knows is listed in {CARD}.", flush=True)
+
+
+def warn_of_photos(identity: Mapping[str, str], pictures: Iterable[Path], side: int) -> None:
+    """Prints a line where the embedded model, whose pictures are `side` px, is to learn from what must be photos."""
+    if identity["name"] == NAME and any(_least_side(path) > 2 * side for path in pictures):
+        print("warning: the embedded model knows its small drawn world only and will not learn these photos; give a "
+              "Stable Diffusion v1 checkpoint with CKPT=FILE or --ckpt FILE.", flush=True)
+
+
+def _least_side(path: Path) -> int:
+    with Image.open(path) as picture:
+        return min(picture.size)
