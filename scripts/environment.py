@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,17 +70,18 @@ def environment(purpose: str) -> Environment:
 
 def unmet(requirement: str) -> str | None:
     """Says how the running Python misses `requirement`, as a clause; None where it is met."""
+    name = re.match(r"[\w.-]+", requirement)[0]
+    try:
+        installed = version(name)
+    except (PackageNotFoundError, KeyError):      # KeyError: metadata that an interrupted installation left empty
+        return f"lacks {name}"
     try:
         from packaging.requirements import Requirement
     except ImportError:             # transformers needs packaging, so it is not here either
         return "lacks packaging"
     wanted = Requirement(requirement)
-    try:
-        installed = version(wanted.name)
-    except (PackageNotFoundError, KeyError):      # KeyError: metadata that an interrupted installation left empty
-        return f"lacks {wanted.name}"
     met = installed is not None and wanted.specifier.contains(installed, prereleases=True)
-    return None if met else f"has {wanted.name} {installed}, not {wanted.specifier}"
+    return None if met else f"has {name} {installed}, not {wanted.specifier}"
 
 
 def obstacle(needed: Environment) -> str | None:
@@ -133,7 +135,8 @@ def base_python(newest: tuple[int, int], uv: str | None) -> str:
 def make(needed: Environment, uv: str | None) -> None:
     """Makes the folder afresh where its Python does not run or an installation into it was cut short."""
     begun = needed.note.exists() and not needed.note.read_bytes()
-    if not begun and works(needed.python, "-c", ""):
+    earlier = any(needed.folder.glob(".installed-*"))   # notes of this script's first version: clip-retrieval is in it
+    if not begun and not earlier and works(needed.python, "-c", ""):
         return
     base = base_python(needed.newest, uv)
     shutil.rmtree(needed.folder, ignore_errors=True)
@@ -155,7 +158,8 @@ def install(needed: Environment, lock: Sequence[int]) -> None:
     before = needed.note.read_bytes() if needed.note.exists() else b"\n"
     needed.note.write_bytes(b"")    # until all is there, so that a killed installation is known by it
     what = ["-r", needed.pins, *needed.beside]
-    attempts = [[needed.python, "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *what]]
+    quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    attempts = [[needed.python, "-I", "-m", "pip", "install", *quiet, *what]]
     if uv:
         attempts = [[uv, "pip", "install", "--python", needed.python, *what]]
         if "UV_TORCH_BACKEND" not in os.environ:    # the builds for this machine, if PyTorch's own index can be reached
@@ -177,7 +181,9 @@ def watch(command: Sequence[object], log: Path, lock: Sequence[int]) -> bool:
             try:
                 process.wait(1 if terminal else TICK)
             except subprocess.TimeoutExpired:
-                now = f"  {time.monotonic() - start:3.0f} s: {last_lines(log, 1)[:100]}"
+                done = [*log.parent.glob("lib/*/site-packages/*.dist-info"),
+                        *log.parent.glob("Lib/site-packages/*.dist-info")]
+                now = f"  {time.monotonic() - start:3.0f} s, {len(done)} packages; {last_lines(log, 1)[:90]}"
                 print(f"{head}{now}", end=tail, file=sys.stderr, flush=True)
     print(head, end="", file=sys.stderr)
     if process.returncode:

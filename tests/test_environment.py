@@ -211,6 +211,12 @@ def lose_package(checkout: Checkout) -> None:
     shutil.rmtree(site_packages(checkout) / "madeup-1.0.dist-info")
 
 
+def date_back(checkout: Checkout) -> None:
+    """Leaves what this script's first version made, and a pin that changed since."""
+    (checkout.venv / ".installed").rename(checkout.venv / ".installed-0123456789ab")
+    lose_package(checkout)
+
+
 def lose_python(checkout: Checkout) -> None:
     """Leaves links to a Python that is gone."""
     for path in (checkout.venv / "bin").glob("python*"):
@@ -218,7 +224,8 @@ def lose_python(checkout: Checkout) -> None:
         path.symlink_to("/nowhere/python")
 
 
-@pytest.mark.parametrize(("damage", "afresh"), [(cut_short, True), (lose_python, True), (lose_package, False)])
+@pytest.mark.parametrize(("damage", "afresh"), [(cut_short, True), (date_back, True), (lose_python, True),
+                                                (lose_package, False)])
 def test_an_incomplete_venv_is_mended(installed: Checkout, damage: Callable[[Checkout], None], afresh: bool) -> None:
     (site_packages(installed) / "of_the_user.py").touch()
     damage(installed)
@@ -352,7 +359,7 @@ def test_an_installer_is_heard_while_it_works(script: ModuleType, monkeypatch: p
     code = "import time; print('Downloading torch', flush=True); time.sleep(1.5); print('ERROR: no space'); exit(1)"
     assert script.watch([sys.executable, "-c", code], tmp_path / "log", ()) is False
     said = capsys.readouterr().err
-    assert "s: Downloading torch" in said and said.endswith("Downloading torch\nERROR: no space\n")
+    assert "s, 0 packages; Downloading torch" in said and said.endswith("Downloading torch\nERROR: no space\n")
     assert ("\r" in said) is terminal
     assert script.watch([sys.executable, "-c", ""], tmp_path / "log", ()) is True
     assert capsys.readouterr().err.strip("\r\033[K") == ""
