@@ -122,6 +122,7 @@ class DataConfig:
     crop: str = "center"                  # center cuts the middle square out; pad keeps everything, its edges uncounted
     background: str = "white"             # colour behind what is transparent and beside what is padded; or '#rrggbb'
     alpha_mask: bool = False              # leave transparent pixels out of the loss
+    trim_bars: bool = False               # crop black bars off the pictures first; --inspect shows before and after
     captions: bool = False                # use captions beside the references, around the concept, as templates
     reg: RegularizationConfig = field(default_factory=RegularizationConfig)
 
@@ -277,6 +278,19 @@ def _unknown_keys(part: DictConfig, schema: DictConfig, path: str = "") -> Itera
             entry_schema = OmegaConf.structured(ConceptConfig)
             for index, entry in enumerate(value):
                 yield from _unknown_keys(entry, entry_schema, f"{full}.{index}.")
+
+
+def require(concept: DictConfig, index: int, key: str) -> None:
+    """Refuses a concept, number `index` of `concepts`, without a value it needs, naming all ways to give it.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not OmegaConf.is_missing(concept, key):
+        return
+    ways = {"images": "DATAPATH for train.sh, or --datapath", "class_noun": "CLASS_NOUN for train.sh, or --class_noun"}
+    how = f"; give {ways[key]}" if key in ways and index == 0 else "; set it in the concept's file"
+    raise UserError(f"concepts.{index}.{key} is not set{how}.")
 
 
 def all_keys(schema: DictConfig, path: str = "") -> list[str]:

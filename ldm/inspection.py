@@ -2,23 +2,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ldm.checkpoint import write_atomically
-from ldm.data.images import CROPS, Framing, Unusable, check_colour, decode, has_black_bars
+from ldm.config import require
+from ldm.data.images import (
+    CROPS,
+    Framing,
+    Unusable,
+    bars_advice,
+    check_colour,
+    decode,
+    has_black_bars,
+    trim_bars,
+)
 from ldm.data.layouts import Captioned, captioned
-from ldm.pictures import save_png, sheet
+from ldm.pictures import fit, font, save_png, sheet
 from ldm.util import UserError
 
-COLUMNS, PER_PAGE, CELL = 8, 48, 112
+COLUMNS, PER_PAGE = 6, 48
+CELL, LABEL = 176, 24     # px of a picture's longer side, and of its name below it
 SIDE = 512     # of SD v1, where the model's configuration does not tell
-ALARMS = ("enlarged", "would be learned too")     # how notes end that a reader should not miss
+ALARMS = ("enlarged", *(bars_advice(trim) for trim in (False, True)))     # how notes end that a reader must not miss
 HEADINGS = ("set", "number", "file", "fate", "original size", "what was done", "caption")
 
 
@@ -35,12 +46,16 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """One usable picture as the network sees it: (S, S, 3) and (S, S) uint8."""
+    """One usable picture as the network sees it, and as it would were its black bars left: (S, S, 3) uint8.
+
+    The mask is (S, S) uint8; where no bars were cropped off, `barred` is None.
+    """
 
     pixels: np.ndarray
     mask: np.ndarray
     size: tuple[int, int]
     notes: tuple[str, ...]
+    barred: np.ndarray | None
 
 
 class _Reader:
@@ -55,27 +70,29 @@ class _Reader:
             picture = decode(path, self.framing.background)
         except Unusable as problem:
             return str(problem)
-        pixels, mask = self.framing.frame(picture)
+        kept = trim_bars(picture) if self.framing.trim_bars else picture
+        pixels, mask = self.framing.frame(kept)
         if not mask.any():
             return "is transparent all over"
-        notes = list(picture.notes)
-        width, height = picture.image.size
+        barred = None if kept is picture else replace(self.framing, trim_bars=False).frame(picture)[0]
+        notes = list(kept.notes)
+        width, height = kept.image.size
         if width != height:
             notes.append("sides cut off" if self.framing.crop == "center" else "padded")
         if min(width, height) < self.framing.size:
             notes.append(f"smaller than {self.framing.size} px: enlarged")
         if has_black_bars(pixels):
-            notes.append("has black bars, which would be learned too")
+            notes.append(f"has {bars_advice(self.framing.trim_bars)}")
         with self._lock:
-            self.seen[path] = _Seen(pixels, mask, (width, height), tuple(notes))
+            self.seen[path] = _Seen(pixels, mask, picture.image.size, tuple(notes), barred)
         return None
 
 
-def inspect_sets(sets: Sequence[tuple[str, Path]], framing: Framing, folder: Path, flip: bool = True) -> Report:
+def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folder: Path, flip: bool = True) -> Report:
     """Writes files.tsv and sheet-*.png about named sets of pictures into `folder`.
 
     Args:
-        sets: a name and any layout `ldm.data.layouts.captioned` reads, for each.
+        sets: a name, any layout `ldm.data.layouts.captioned` reads, and whether its captions are used, for each.
         framing: how training frames pictures.
         flip: whether training mirrors them at random; the sheets then show them mirrored too.
 
@@ -84,9 +101,9 @@ def inspect_sets(sets: Sequence[tuple[str, Path]], framing: Framing, folder: Pat
     """
     rows: list[tuple[str, ...]] = []
     lines, sheets, used, skipped = [], [], 0, 0
-    for name, source in sets:
+    for name, source, captions in sets:
         reader = _Reader(framing)
-        found = captioned(source, reader)
+        found = captioned(source, reader, captions)
         used, skipped = used + len(found.paths), skipped + len(found.skipped)
         lines.append(f"{name}: {len(found.paths)} pictures used, {len(found.skipped)} files skipped ({found.layout})")
         lines += [f"{name}: skipped {item}" for item in found.skipped]
@@ -107,29 +124,45 @@ def _table_rows(name: str, found: Captioned, reader: _Reader) -> list[tuple[str,
 
 
 def _draw(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool, drawn: int) -> list[Path]:
-    """Draws a set as pages of rows: pictures, the same mirrored, and their loss masks where anything is left out."""
+    """Draws a set as pages of rows: pictures, with their black bars where some were cropped off, mirrored, and their
+    loss masks where anything is left out.
+    """
     masked = any((reader.seen[path].mask < 255).any() for path in found.paths)
     pages = []
     for first in range(0, len(found.paths), PER_PAGE):
         rows = []
         for start in range(first, min(first + PER_PAGE, len(found.paths)), COLUMNS):
             paths = found.paths[start:min(start + COLUMNS, first + PER_PAGE)]
-            pictures = [Image.fromarray(reader.seen[path].pixels) for path in paths]
-            rows.append(("  |  ".join(f"{start + place}: {path.name}" for place, path in enumerate(paths)), pictures))
+            seen = [reader.seen[path] for path in paths]
+            pictures = [Image.fromarray(one.pixels) for one in seen]
+            if any(one.barred is not None for one in seen):
+                barred = [Image.fromarray(one.pixels if one.barred is None else one.barred) for one in seen]
+                rows.append(("with black bars, before data.trim_bars", list(map(_card, barred))))
+            names = [f"{start + place}: {path.name}" for place, path in enumerate(paths)]
+            rows.append(("what is learned", list(map(_card, pictures, names))))
             if flip:
-                rows.append(("mirrored, as every second time", [_mirrored(picture) for picture in pictures]))
+                mirrored = [_card(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for picture in pictures]
+                rows.append(("mirrored, as every second time", mirrored))
             if masked:
-                masks = [Image.fromarray(reader.seen[path].mask) for path in paths]
+                masks = [_card(Image.fromarray(one.mask)) for one in seen]
                 rows.append(("what counts in the loss (white)", masks))
         title = f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, pictures {first} to " \
                 f"{min(first + PER_PAGE, len(found.paths)) - 1} of {len(found.paths)}"
-        page = sheet([""] * COLUMNS, rows, CELL, title)
+        page = sheet([""] * min(COLUMNS, len(found.paths)), rows, CELL + LABEL, title)
         pages.append(save_png(page, folder / f"sheet-{drawn + len(pages):02d}.png"))
     return pages
 
 
-def _mirrored(picture: Image.Image) -> Image.Image:
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _card(picture: Image.Image, name: str = "") -> Image.Image:
+    """Puts a name below a picture, its middle left out where it is too long for one line."""
+    card, face = Image.new("RGB", (CELL, CELL + LABEL), "white"), font(14)
+    card.paste(fit(picture, CELL))
+    shown, half = name, len(name) // 2
+    while face.getlength(shown) > CELL and half:
+        half -= 1
+        shown = f"{name[:half]}...{name[-half:]}"
+    ImageDraw.Draw(card).text((0, CELL + 3), shown, fill="black", font=face)
+    return card
 
 
 def side_of(config: DictConfig) -> int:
@@ -152,14 +185,14 @@ def inspect_run(config: DictConfig, folder: Path) -> None:
         raise UserError(f"data.crop '{data.crop}' is unknown; use one of {', '.join(CROPS)}.")
     sets = []
     for index, concept in enumerate(config.concepts):
-        if OmegaConf.is_missing(concept, "images"):
-            raise UserError(f"concepts.{index}.images is not set; give --datapath.")
-        sets.append((concept.name, Path(concept.images)))
+        require(concept, index, "images")
+        sets.append((concept.name, Path(concept.images), data.captions))
         if concept.regularization is not None and data.reg.mode in (None, "folder"):
-            sets.append((f"{concept.name}, regularisation", Path(concept.regularization)))
+            sets.append((f"{concept.name}, regularisation", Path(concept.regularization),
+                         not concept.regularization_caption))
     if not sets:
-        raise UserError("no concept is configured; give --datapath.")
-    framing = Framing(side_of(config), data.crop, check_colour(data.background), data.alpha_mask)
+        raise UserError("no concept is configured; give DATAPATH for train.sh, or --datapath.")
+    framing = Framing(side_of(config), data.crop, check_colour(data.background), data.alpha_mask, data.trim_bars)
     report = inspect_sets(sets, framing, folder, config.method.flip)
     for line in report.lines:
         print(line)

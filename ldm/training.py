@@ -24,11 +24,11 @@ from torch.utils.data import DataLoader
 
 from ldm.callbacks import KeepConstants, Preview, Progress, SaveConcept
 from ldm.checkpoint import load_file, write_atomically
-from ldm.config import save_config
+from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import CROPS, Framing, check_colour, has_black_bars, load_framed
+from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
 from ldm.memory import MIXED, advice, check_memory, out_of_memory
@@ -75,8 +75,7 @@ def check_config(config: DictConfig) -> None:
                         "--class_noun.")
     for index, concept in enumerate(config.concepts):
         for key in ("name", "images", "class_noun"):
-            if OmegaConf.is_missing(concept, key):
-                raise UserError(f"concepts.{index}.{key} is not set.")
+            require(concept, index, key)
     least = {"method": {"steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "context_lr_factor": 0,
                         "weight_decay": 0, "prior_weight": 0, "prefix_length": 0, "suffix_length": 0},
              "trainer": {"devices": 1, "num_nodes": 1, "save_every": 1}}
@@ -112,7 +111,8 @@ def check_data(config: DictConfig) -> None:
 
 def framing(config: DictConfig, size: int) -> Framing:
     """Returns how pictures become squares of `size` px."""
-    return Framing(size, config.data.crop, config.data.background, config.data.alpha_mask)
+    data = config.data
+    return Framing(size, data.crop, data.background, data.alpha_mask, data.trim_bars)
 
 
 def concept_words(config: DictConfig) -> list[list[str]]:
@@ -130,15 +130,22 @@ def concept_words(config: DictConfig) -> list[list[str]]:
 
 
 def read_references(config: DictConfig) -> list[Captioned]:
-    """Finds every concept's reference pictures, naming what is skipped.
+    """Finds every concept's reference pictures, naming what is skipped and counting captions where they are wanted.
 
     Raises:
-        UserError: a concept has none.
+        UserError: a concept has none, or no picture has a caption though captions are wanted.
     """
-    found = [captioned(Path(concept.images)) for concept in config.concepts]
+    wanted = config.data.captions
+    found = [captioned(Path(concept.images), captions=wanted) for concept in config.concepts]
     for concept, references in zip(config.concepts, found, strict=True):
         for item in references.skipped:
             print(f"{concept.name}: skipped {item}")
+        if wanted:
+            count = sum(map(bool, references.captions))
+            print(f"{concept.name}: {count} of {len(references.paths)} pictures have a caption")
+    if wanted and not any(caption for references in found for caption in references.captions):
+        raise UserError("data.captions is true, but no reference picture has a caption; write a.txt beside a.jpg, or "
+                        "metadata.csv or metadata.jsonl beside the pictures, or set data.captions to false.")
     return found
 
 
@@ -159,7 +166,7 @@ def load_references(found: Sequence[Captioned], captions: Sequence[str], how: Fr
     barred = [path.name for references, pixels in zip(found, images, strict=True)
               for path, one in zip(references.paths, pixels.numpy(), strict=True) if has_black_bars(one)]
     if barred:
-        print(f"warning: {', '.join(barred)}: black bars, which would be learned too; crop them off.")
+        print(f"warning: {', '.join(barred)}: {bars_advice(how.trim_bars)}")
     groups = [index for index, references in enumerate(found) for _ in references.paths]
     return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
 

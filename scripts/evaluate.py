@@ -59,7 +59,7 @@ def check(options) -> None:
         raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
     from ldm.data.layouts import captioned
     for folder in filter(None, (options.references, options.kid_references)):
-        captioned(folder)
+        captioned(folder, captions=False)
 
 
 def main(arguments: Sequence[str]) -> None:

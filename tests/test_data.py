@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, features
 
+from ldm.data import images
 from ldm.data.images import list_images, open_image, square, to_images, to_rgb, to_tensor
 from ldm.data.regularization import class_caption, read_regularization, write_regularization
 from ldm.util import UserError
@@ -283,6 +285,45 @@ def test_decompression_bombs_are_refused(folder: Path, monkeypatch: pytest.Monke
         open_image(folder / "bomb.png")
     assert [path.name for path in list_images(folder)[0]] == ["small.png"]
     assert reasons(folder) == {"bomb.png": "claims more than 2,000 pixels"}
+
+
+def test_long_texts_of_a_png_decide_nothing(folder: Path) -> None:
+    """Both ahead of the pixels and behind them, more of them than Pillow unpacks; the pixels are whole."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 3_000_000))
+    photo(40, 30).save(folder / "plain.png")
+    data = (folder / "plain.png").read_bytes()
+    for name, long in {"before": data[:33] + text + data[33:], "behind": data[:-12] + text + data[-12:]}.items():
+        (folder / f"{name}.png").write_bytes(long)
+        np.testing.assert_array_equal(np.array(open_image(folder / f"{name}.png")), np.array(photo(40, 30)))
+    (folder / "cut.png").write_bytes(data[:33] + text + data[33:200])
+    assert list(reasons(folder)) == ["cut.png"] and "truncated" in reasons(folder)["cut.png"]
+
+
+def test_very_large_jpegs_are_decoded_small_and_others_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a phone's 200 megapixels: read within the memory of a quarter of each side; ordinary ones to the bit."""
+    photo(640, 480).save(folder / "a.jpg", quality=95)
+    whole = np.array(Image.open(folder / "a.jpg"))
+    np.testing.assert_array_equal(np.array(open_image(folder / "a.jpg")), whole)
+    monkeypatch.setattr(images, "SHRINK_FROM", 200_000)
+    monkeypatch.setattr(images, "SHRINK_TO", 120)
+    picture = images.open_picture(folder / "a.jpg")
+    assert picture.image.size == (160, 120) and picture.notes == ("640 x 480 px made smaller",)
+    mean = whole.reshape(120, 4, 160, 4, 3).mean(axis=(1, 3))
+    assert np.abs(np.array(picture.image) - mean).mean() < 4
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 160_000)       # of the header Pillow allows twice as many
+    assert images.why_unusable(folder / "a.jpg") is None
+    photo(640, 480).save(folder / "a.png")
+    assert images.why_unusable(folder / "a.png") == "claims more than 160,000 pixels"
+    photo(640, 600).save(folder / "b.jpg")
+    assert images.why_unusable(folder / "b.jpg") == "claims more than 320,000 pixels"
+
+
+def test_a_phones_200_megapixels_are_read(folder: Path) -> None:
+    Image.new("L", (16320, 12240), 99).save(folder / "a.jpg")
+    picture = images.open_picture(folder / "a.jpg")
+    assert picture.image.size == (4080, 3060) and pixel(picture.image, 4000, 3000) == (99, 99, 99)
 
 
 def test_one_picture_or_a_list_of_pictures(folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ldm.customization.finetune import masked_mean
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import Framing, decode, load_framed, open_image, square
-from ldm.inspection import inspect_sets
+from ldm.data.images import Framing, Picture, decode, load_framed, open_image, square, trim_bars
+from ldm.inspection import CELL, LABEL, inspect_sets
 from ldm.util import UserError
 
 
@@ -129,7 +129,7 @@ def test_the_inspection_names_everything(small_world: SmallWorld, call_script: C
     (folder / "empty.jpg").touch()
     (folder / ".DS_Store").touch()
     outcome = call_script("train", "-b", *small_world.training_files, f"concepts.0.images={folder}",
-                          "data.alpha_mask=true", "--inspect", out)
+                          "data.alpha_mask=true", "data.captions=true", "--inspect", out)
     assert outcome.status == 0, outcome.err
     lines = outcome.out.splitlines()
     assert "thing: 2 pictures used, 2 files skipped (folder with 1 captions beside pictures)" in lines
@@ -160,10 +160,107 @@ def test_black_bars_are_pointed_out(tmp_path: Path) -> None:
     floor[-40:] = 0
     for name, pixels in {"tall": tall, "wide": wide, "floor": floor, "whole": photo}.items():
         Image.fromarray(pixels).save(tmp_path / f"{name}.jpg", quality=95)
-    report = inspect_sets([("x", tmp_path)], Framing(64), tmp_path / "out")
+    report = inspect_sets([("x", tmp_path, False)], Framing(64), tmp_path / "out")
     assert [line for line in report.lines if "black bars" in line] == [
-        f"x: warning: '{name}.jpg' is 96 x 96 px, has black bars, which would be learned too"
+        f"x: warning: '{name}.jpg' is 96 x 96 px, has black bars, which would be learned too; "
+        "data.trim_bars=true crops them off"
         for name in ("tall", "wide")]
+
+
+def barred(photo: np.ndarray, rows: tuple[int, int], columns: tuple[int, int], level: int = 0) -> np.ndarray:
+    """Puts black bars of such depths around a photo (H, W, 3)."""
+    return np.pad(photo, (rows, columns, (0, 0)), constant_values=level)
+
+
+BARS = [((20, 30), (0, 0)), ((0, 0), (60, 50)), ((12, 12), (30, 30)), ((40, 40), (8, 8))]
+
+
+@pytest.mark.parametrize(("rows", "columns"), BARS)
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_black_bars_are_trimmed(tmp_path: Path, rows: tuple[int, int], columns: tuple[int, int], kind: str) -> None:
+    """Of a photo 160 x 120: all that is left is photo, and no more than the blurred edge of it is lost."""
+    grain = Image.fromarray(np.random.default_rng(0).integers(40, 256, (15, 20, 3), np.uint8))
+    photo = np.asarray(grain.resize((160, 120), Image.Resampling.BILINEAR))
+    Image.fromarray(barred(photo, rows, columns, 3)).save(tmp_path / f"a.{kind}", quality=95)
+    picture = decode(tmp_path / f"a.{kind}")
+    kept = trim_bars(picture)
+    lost = [0 if bars == (0, 0) else 1 for bars in (rows, columns)]
+    assert kept.image.size == (160 - 2 * lost[1], 120 - 2 * lost[0])
+    inner = photo[lost[0]:120 - lost[0], lost[1]:160 - lost[1]]
+    assert np.abs(np.asarray(kept.image).astype(int) - inner).mean() < (1e-9 if kind == "png" else 6)
+    assert kept.notes == (f"black bars cropped off: {kept.image.width} x {kept.image.height} px are left",)
+    assert trim_bars(kept) is kept
+
+
+def dark_pictures() -> dict[str, np.ndarray]:
+    """Pictures with black at their sides that are nobody's bars, each (480, 640, 3)."""
+    rng = np.random.default_rng(0)
+    photo, y = rng.integers(40, 256, (480, 640, 3), np.uint8), np.linspace(-1, 1, 480)[:, None, None]
+    dusk = (photo * np.clip(1.2 - 1.6 * np.abs(y), 0, 1)).astype(np.uint8)
+    floor, thing, thin, stars = photo.copy(), np.zeros_like(photo), np.zeros_like(photo), np.zeros_like(photo)
+    floor[240:] = 0
+    thing[120:360, 200:440] = photo[120:360, 200:440]    # on black cloth
+    thin[220:260] = photo[220:260]                       # far less would be left than is cut off
+    stars[rng.random((480, 640)) < 0.001] = 255
+    return {"photo": photo, "black": np.zeros_like(photo), "dusk": dusk, "floor": floor, "thing": thing, "thin": thin,
+            "stars": stars}
+
+
+@pytest.mark.parametrize("name", dark_pictures())
+def test_what_is_dark_by_itself_is_not_trimmed(name: str) -> None:
+    picture = Picture(Image.fromarray(dark_pictures()[name]), None)
+    assert trim_bars(picture) is picture
+
+
+def test_masks_are_trimmed_with_their_pictures() -> None:
+    photo = np.random.default_rng(0).integers(40, 256, (60, 60, 3), np.uint8)
+    image = Image.fromarray(barred(photo, (0, 0), (30, 30)))
+    alpha = Image.fromarray(np.asarray(image)[..., 0])               # opaque where the photo is red
+    pixels, mask = Framing(58, alpha_mask=True, trim_bars=True).frame(Picture(image, alpha))
+    assert np.abs(pixels[:, :, 0].astype(int) - mask).max() < 60 and mask.min() > 20
+    assert (Framing(58, alpha_mask=True).frame(Picture(image, alpha))[1] == 0).mean() < 0.1      # the crop's own sides
+    whole, counts = Framing(120, "pad", trim_bars=True).frame(Picture(image, None))
+    assert (whole.max(axis=2) > 16).all() and (counts > 0).mean() > 0.9
+
+
+def test_the_inspection_shows_bars_before_and_after(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    red = np.full((100, 60, 3), (255, 0, 0), np.uint8)
+    Image.fromarray(barred(red, (0, 0), (20, 20))).save(folder / "a.png")
+    Image.new("RGB", (100, 100), "lime").save(folder / "b.png")
+    run = ["train", "-b", *small_world.training_files, f"concepts.0.images={folder}", "--inspect"]
+    before = call_script(*run, tmp_path / "before").out.splitlines()
+    assert "thing: warning: 'a.png' is 100 x 100 px, has black bars, which would be learned too; " \
+           "data.trim_bars=true crops them off" in before
+    assert "black bars" not in call_script(*run, tmp_path / "after", "data.trim_bars=true").out
+    assert "black bars cropped off: 58 x 100 px are left" in (tmp_path / "after" / "files.tsv").read_text()
+    for name, (barred_rows, rows) in {"before": (2, 0), "after": (1, 2)}.items():
+        page = np.asarray(Image.open(tmp_path / name / "sheet-00.png").convert("RGB"))           # mirrored rows too
+        lines = {True: 0, False: 0}
+        for line in page:
+            if (line[8:8 + CELL // 10] == (0, 0, 0)).all():
+                lines[True] += 1
+            elif (line[8:8 + CELL] == (255, 0, 0)).all():
+                lines[False] += 1
+        assert (lines[True], lines[False]) == (barred_rows * CELL, rows * CELL), name
+    options = [f"concepts.0.images={folder}", "preview.prompts=[]", "-l", tmp_path / "logs", "data.trim_bars=true"]
+    assert "black bars" not in call_script("train", "-b", *small_world.training_files, *options).out
+    (seen,) = (tmp_path / "logs").glob("*/images/references/000.png")
+    assert (np.asarray(Image.open(seen)) == (255, 0, 0)).all()
+
+
+def test_names_stand_below_their_pictures(tmp_path: Path) -> None:
+    """Each in its column; a sheet of two pictures is two wide; a long name keeps both its ends within its cell."""
+    for name in ("a", "b" * 80):
+        Image.new("RGB", (8, 8), "white").save(tmp_path / f"{name}.png")
+    report = inspect_sets([("x", tmp_path, False)], Framing(8), tmp_path / "out", flip=False)
+    page = np.asarray(Image.open(report.sheets[0]).convert("L"))
+    assert page.shape[1] == 2 * (CELL + LABEL) + 3 * 8
+    below = (page[-LABEL - 16:] < 128).any(axis=0)                   # columns of pixels with ink
+    first, second = below[8:8 + CELL + LABEL], below[16 + CELL + LABEL:]
+    assert 0 < first.sum() < 40 and second[:CELL // 2].any() and second[CELL // 2:CELL].any()
+    assert not below[8 + CELL:16 + CELL + LABEL].any() and not second[CELL:].any()
 
 
 def test_the_sheet_shows_crop_mirror_and_mask(tmp_path: Path) -> None:
@@ -173,14 +270,14 @@ def test_the_sheet_shows_crop_mirror_and_mask(tmp_path: Path) -> None:
     image.paste((255, 0, 0, 255), (100, 0, 150, 100))
     image.paste((0, 255, 0, 0), (150, 0, 200, 100))                        # the right half of the middle: transparent
     image.save(folder / "a.png")
-    report = inspect_sets([("x", folder)], Framing(112, background="yellow", alpha_mask=True), tmp_path / "out")
+    report = inspect_sets([("x", folder, False)], Framing(CELL, background="yellow", alpha_mask=True), tmp_path / "out")
     page = np.asarray(Image.open(report.sheets[0]).convert("RGB"))
-    colours = [tuple(colour) for colour in page[:, 8 + 28]]                # a column through the left half of the cells
-    right = [tuple(colour) for colour in page[:, 8 + 84]]
+    colours = [tuple(colour) for colour in page[:, 8 + CELL // 4]]         # a column through the left half of the cells
+    right = [tuple(colour) for colour in page[:, 8 + CELL * 3 // 4]]
     assert (0, 0, 255) not in set(colours) | set(right)
-    assert colours.count((255, 0, 0)) == right.count((255, 0, 0)) == 112   # left as it is, right mirrored
-    assert colours.count((255, 255, 0)) == right.count((255, 255, 0)) == 112
-    assert right.count((0, 0, 0)) >= 112 > colours.count((0, 0, 0))        # the mask's hole
+    assert colours.count((255, 0, 0)) == right.count((255, 0, 0)) == CELL   # left as it is, right mirrored
+    assert colours.count((255, 255, 0)) == right.count((255, 255, 0)) == CELL
+    assert right.count((0, 0, 0)) >= CELL > colours.count((0, 0, 0))        # the mask's hole
 
 
 BREAKS = {"empty": lambda data: b"", "cut": lambda data: data[:len(data) // 2], "text": lambda data: b"some milk",
@@ -204,7 +301,7 @@ def test_many_mixed_files_are_inspected_quickly_and_every_broken_one_is_named(tm
         data = (folder / f"img{9 * number % 180}.jpg").read_bytes()
         (folder / f"broken{number}_{name}.jpg").write_bytes(damage(data))
     start = time.process_time()
-    report = inspect_sets([("many", folder)], Framing(64), tmp_path / "out")
+    report = inspect_sets([("many", folder, True)], Framing(64), tmp_path / "out")
     assert (report.used, report.skipped) == (180, 20)
     named = {line.split("'")[1]: line for line in report.lines if "skipped '" in line}
     assert named.keys() == {path.name for path in folder.glob("broken*")}

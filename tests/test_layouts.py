@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.delta import load_concept
 from ldm.data.layouts import captioned, read_subjects
 from ldm.data.regularization import read_regularization
-from ldm.training import concept_words, fine_tune
+from ldm.inspection import inspect_run
+from ldm.training import check_config, concept_words, fine_tune, read_references
 from ldm.util import UserError
 
 
@@ -35,7 +37,7 @@ def test_captions_beside_pictures_are_not_junk(tmp_path: Path) -> None:
     found = captioned(tmp_path)
     assert [(path.name, caption) for path, caption in zip(found.paths, found.captions, strict=True)] == [
         ("c.jpg", "a dog"), ("d.webp", None), ("img2.png", "a cat on a mat"), ("img10.png", None)]
-    assert {item.path.name for item in found.skipped} == {"notes.txt", "d.txt"}
+    assert {item.path.name for item in found.skipped} == {"notes.txt"}
     assert found.layout == "folder with 2 captions beside pictures"
     reg = read_regularization(tmp_path, "pet")
     assert reg.captions == ["a dog", "a photo of a pet", "a cat on a mat", "a photo of a pet"]
@@ -54,6 +56,51 @@ def test_metadata_lines(tmp_path: Path) -> None:
         lines.write_text(text)
         with pytest.raises(UserError, match=message):
             captioned(tmp_path)
+
+
+def test_metadata_in_a_table(tmp_path: Path) -> None:
+    """As spreadsheets write it: quoted commas and line ends, a byte-order mark, further columns, captions left out."""
+    put(tmp_path, "a.png", "b.png", "c.png")
+    table = tmp_path / "metadata.csv"
+    table.write_bytes('\ufefffile_name,more,text\r\nb.png,,"a cat, ""asleep""\r\non a wall"\r\na.png,1,\r\n'.encode())
+    found = captioned(tmp_path)
+    assert found.captions == [None, 'a cat, "asleep" on a wall', None] and not found.skipped
+    assert found.layout == "folder with 1 captions in metadata.csv"
+    table.write_text("file_name,caption\na.png,one\n")
+    assert captioned(tmp_path).captions == ["one", None, None]
+    for text, message in (("a.png;b\n", None), ("name,text\na.png,one\n", "line 2 of .* does not say which picture"),
+                          ("file_name,text\nz.png,x\n", "line 2 of .* names 'z.png', which is not there"),
+                          ('file_name,text\na.png,"one" more\n', "line 2 of .* is no CSV")):
+        table.write_text(text)
+        if message is None:
+            assert captioned(tmp_path).captions == [None] * 3
+            continue
+        with pytest.raises(UserError, match=message):
+            captioned(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("metadata.jsonl", '{"file_name": "train/a.png", "text": "one"}'),
+                                            ("metadata.csv", "file_name,text\ntrain/a.png,one\n")])
+def test_paths_in_metadata_are_found_as_those_of_lists(tmp_path: Path, name: str, text: str) -> None:
+    folder = put(tmp_path / "train", "a.png", "b.png")
+    (folder / name).write_text(text)
+    assert captioned(folder).captions == ["one", None]
+    (tmp_path / "link").symlink_to(folder)
+    assert captioned(tmp_path / "link").captions == ["one", None]
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt", "a.png.caption"])
+def test_captions_nobody_wants_are_not_looked_into(tmp_path: Path, name: str) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError):
+        captioned(tmp_path)
+    found = captioned(tmp_path, captions=False)
+    assert (found.captions, found.skipped, found.layout) == ([None], [], "folder")
+    assert read_regularization(tmp_path, "cat", "a cat").captions == ["a cat"]
+    (tmp_path / "images.txt").write_text("a.png\n")
+    (tmp_path / "caption.txt").write_text("one\ntwo\n")
+    assert captioned(tmp_path, captions=False).captions == [None]
 
 
 def test_a_list_with_captions_and_paths_of_custom_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +143,38 @@ def test_custom_diffusions_concept_list(tmp_path: Path) -> None:
     assert [subject.name for subject in read_subjects(path, ["pot"])] == ["pot"]
     with pytest.raises(UserError, match="has no subject 'dog'; choose with --subject among my_cat, pot"):
         read_subjects(path, ["dog"])
+
+
+@pytest.mark.parametrize(("class_prompt", "instance_prompt", "noun"), [
+    ("cat", "photo of a <new1> cat", "cat"),
+    ("tortoise plushy", "photo of a <new1> tortoise plushy", "tortoise plushy"),
+    ("photo of a cat", "photo of a <new1> cat", "cat"), ("a photo of cat", "a photo of sks cat", "cat"),
+    ("A close-up photo of the Persian cat.", "", "Persian cat"), ("a cat", "a <new1> cat in the snow", "cat"),
+    ("an image of one owl", "<new1>", "owl"), ("glass of water", "photo of a <new1> glass of water", "glass of water"),
+    ("a cat sitting on a wall", "photo of a <new1> <new2> cat", "cat"), ("jack-in-the-box", "", "jack-in-the-box"),
+    ("a photo of a cat in the snow", "a photo of a <new1> cat in the snow", None), ("a photo of a", "", None),
+    ("the sea at night", "photo of a <new1> house", None), ("glass of water", "photo of a sks glass of water", None)])
+def test_a_class_noun_is_a_noun(tmp_path: Path, class_prompt: str, instance_prompt: str, noun: str | None) -> None:
+    """Custom Diffusion's lists have it as class_prompt, those of DreamBooth's trainers a sentence that ends with it."""
+    put(tmp_path, "data/a.png")
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"instance_prompt": instance_prompt, "class_prompt": class_prompt,
+                                 "instance_data_dir": "data"}]))
+    if noun is not None:
+        assert read_subjects(path)[0].class_noun == noun
+        return
+    with pytest.raises(UserError, match=f"concept 1 of '.*list.json': .* class_prompt '{class_prompt}'; write the noun"):
+        read_subjects(path)
+
+
+def test_class_pictures_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
+    put(tmp_path, "data/my_cat/a.png", "data/pot/a.png", "reg/cat/a.png")
+    (tmp_path / "list.json").write_text(json.dumps(RECORDS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_subjects(tmp_path / "list.json", ["my_cat"])[0].regularization.endswith("reg/cat")
+    with pytest.warns(UserWarning, match=r"class_data_dir 'reg/none' of 'pot' in '.*' does not exist"):
+        assert read_subjects(tmp_path / "list.json", ["pot"])[0].regularization == ""
 
 
 def test_custom_concept_101(tmp_path: Path) -> None:
@@ -221,3 +300,33 @@ def test_given_captions_serve_as_the_manual_baseline(small_world: SmallWorld, tm
                "method.steps=1")
     fine_tune(small_world.train_config(tmp_path / "logs", *options))
     assert "first training prompt: my <new1> <new2> cat in the snow" in capsys.readouterr().out
+
+
+def test_captions_that_are_asked_for_are_counted_and_their_absence_is_refused(
+        small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = put(tmp_path / "photos", "0.png", "1.png")
+    options = (f"concepts.0.images={photos}", "data.captions=true")
+    with pytest.raises(UserError, match="data.captions is true, but no reference picture has a caption"):
+        read_references(small_world.train_config(tmp_path / "logs", *options))
+    (photos / "metadata.csv").write_text('file_name,text\n0.png,"a cat, asleep"\n')
+    found = read_references(small_world.train_config(tmp_path / "logs", *options))
+    assert found[0].captions == ["a cat, asleep", None]
+    assert capsys.readouterr().out.splitlines() == ["thing: 0 of 2 pictures have a caption",
+                                                    "thing: 1 of 2 pictures have a caption"]
+    read_references(small_world.train_config(tmp_path / "logs", options[0]))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("key", "ways"), [("class_noun", "CLASS_NOUN for train.sh, or --class_noun"),
+                                           ("images", "DATAPATH for train.sh, or --datapath")])
+def test_what_is_not_set_is_named_with_every_way_to_set_it(small_world: SmallWorld, tmp_path: Path, key: str,
+                                                           ways: str) -> None:
+    config = joint_config(small_world, tmp_path, *["name: x, images: y, class_noun: z"] * 2)
+    for index, told in ((0, ways), (1, "set it in the concept's file")):
+        partly = OmegaConf.create(OmegaConf.to_container(config))
+        partly.concepts[index][key] = "???"
+        with pytest.raises(UserError, match=rf"^concepts\.{index}\.{key} is not set; .*{told}\.$"):
+            check_config(partly)
+        if key == "images":
+            with pytest.raises(UserError, match=rf"^concepts\.{index}\.{key} is not set; .*{told}\.$"):
+                inspect_run(partly, tmp_path / "out")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.text import read_lines
@@ -27,6 +27,13 @@ _MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "blac
 CROPS = ("center", "pad")
 WORKERS = 2     # decoding threads
 BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
+# Phones take pictures of 200 megapixels. Pillow refuses twice as many by a file's header alone; what is decoded whole
+# must keep to this number.
+Image.MAX_IMAGE_PIXELS = 200_000_000
+SHRINK_FROM = 50_000_000    # pixels from which a JPEG is made smaller while it is decoded
+SHRINK_TO = 2048            # px that its shorter side keeps at least
+SAME = 3                    # 8-bit levels by which a colour profile may differ from sRGB and still be called that
+_PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,9 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
     if size == 0:
         raise Unusable("is empty")
     try:
-        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=_formats()) as image:
-            image.load()
-            return _picture(image, background)
+        return _read(source, background)
+    except Unusable:
+        raise
     except Image.DecompressionBombError as error:
         raise Unusable(f"claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
@@ -174,8 +181,46 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
         raise Unusable(f"is truncated or cannot be read ({cause[:100]})") from error
 
 
+def _read(source: Path | bytes, background: str) -> Picture:
+    """Opens and decodes a file; the texts of a PNG decide about nothing, as nothing reads them."""
+    try:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=_formats()) as image:
+            return _picture(image, background)
+    except ValueError:      # so Pillow calls a text that is too long, among other things
+        bare = _without_texts(source if isinstance(source, bytes) else source.read_bytes())
+        if bare is None or bare == source:
+            raise
+    return _read(bare, background)
+
+
+def _without_texts(data: bytes) -> bytes | None:
+    """Takes the texts out of a PNG's bytes; None where it is another kind of file."""
+    if not data.startswith(_PNG):
+        return None
+    parts, at = [_PNG], len(_PNG)
+    while at < len(data):       # each chunk: length, kind, content, checksum
+        end = at + 12 + int.from_bytes(data[at:at + 4])
+        if data[at + 4:at + 8] not in _PNG_TEXTS:
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
+def _shrink(image: Image.Image) -> str | None:
+    """Lets a very large JPEG be decoded at a half, a quarter or an eighth, and notes it; refuses what stays too large.
+    """
+    width, height = image.size
+    if width * height > SHRINK_FROM:
+        image.draft(image.mode, (SHRINK_TO, SHRINK_TO))
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Unusable(f"claims more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+    return f"{width} x {height} px made smaller" if image.size != (width, height) else None
+
+
 def _picture(image: Image.Image, background: str) -> Picture:
-    """Turns an opened file upright and flat, and notes what was done."""
+    """Decodes an opened file, turns it upright and flat, and notes what was done."""
+    shrunk = _shrink(image)
+    image.load()
     try:
         turned = image.getexif().get(0x0112, 1) in range(2, 9)     # EXIF's orientation
         image, notes = ImageOps.exif_transpose(image), ["turned upright"] if turned else []
@@ -183,6 +228,8 @@ def _picture(image: Image.Image, background: str) -> Picture:
         notes = ["orientation unreadable"]
     if image.mode not in ("RGB", "RGBA"):
         notes.append(f"was {_MODES.get(image.mode, image.mode)}")
+    image, recoloured = to_srgb(image)
+    notes += filter(None, (recoloured, shrunk))
     alpha = alpha_of(image)
     if alpha is not None:
         notes.append("transparent in part")
@@ -213,12 +260,63 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scales the deep grey modes to 8 bits, leaving all others alone."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0)                         # (H, W)
+    white = next((white for white in _WHITES.get(image.mode, (65535,)) if values.max() <= white), values.max())
+    return Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))                # (H, W)
+
+
+def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """Converts a picture with another colour profile to 8-bit sRGB, transparency kept, and notes what was done."""
+    data = image.info.get("icc_profile")
+    if not data:
+        return image, None
+    try:
+        converted = _converted(image, ImageCms.ImageCmsProfile(BytesIO(data)))
+    except Exception:     # a damaged profile is no reason to refuse a picture
+        return image, "colour profile unreadable"
+    return (image, None) if converted is None else (converted, "colours converted to sRGB")
+
+
+def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image | None:
+    """Returns a picture with its colours in sRGB; None where they are.
+
+    Raises:
+        ValueError: the profile is not for this kind of picture.
+    """
+    mode = {"GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip(), "RGB")
+    flat = _eight_bit(image)
+    if (flat.mode == "CMYK") != (mode == "CMYK") or (mode == "L" and flat.mode not in ("1", "L", "LA")):
+        raise ValueError(f"a {mode} profile in a picture of mode {flat.mode}")
+    transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB",
+                                        ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    if _is_srgb(transform, mode):
+        return None
+    result = transform.apply(flat.convert(mode))
+    if has_alpha(image):
+        result.putalpha(image.convert("RGBA").getchannel("A"))
+    return result
+
+
+def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Says whether a transform to sRGB leaves colours as they are, whatever its profile is called."""
+    if mode == "CMYK":
+        return False
+    levels = np.linspace(0, 255, 9).astype(np.uint8)
+    if mode == "RGB":
+        before = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3))
+    else:
+        before = Image.fromarray(levels[None])
+    after = np.asarray(transform.apply(before), dtype=int)                                          # (1, N, 3)
+    return int(np.abs(after - np.asarray(before.convert("RGB"))).max()) <= SAME
+
+
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Makes a picture of any mode 8-bit RGB; alpha is laid on `background`, so colours hidden under it stay hidden."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0)                     # (H, W)
-        white = next((white for white in _WHITES.get(image.mode, (65535,)) if values.max() <= white), values.max())
-        image = Image.fromarray(np.rint(values.clip(0) * (255 / white)).astype(np.uint8))           # (H, W)
+    image = _eight_bit(image)
     if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
@@ -275,6 +373,55 @@ def has_black_bars(pixels: np.ndarray) -> bool:
     return any(bool(one[:depth].all() and one[-depth:].all()) for one in (dark, dark.T))
 
 
+def bars_advice(trim: bool) -> str:
+    """Words the warning of black bars; with `trim` those that are unmistakable are gone already."""
+    way = "crop them off by hand" if trim else "data.trim_bars=true crops them off"
+    return f"black bars, which would be learned too; {way}"
+
+
+def trim_bars(picture: Picture) -> Picture:
+    """Crops black bars on two opposite sides off a picture, as letterboxed and pillarboxed photos have them.
+
+    Sure signs are wanted: both bars are black from end to end, no broader than two fifths of the picture, and end
+    sharply in a line that is lit for the most part. So a night's sky, a dark floor and a thing on black cloth stay.
+    """
+    pixels = np.asarray(picture.image).max(axis=2)                                                  # (H, W)
+    top, bottom = _between_bars(pixels)
+    left, right = _between_bars(pixels[top:bottom].T)
+    if (top, bottom) == (0, len(pixels)):       # bars at the sides may have kept those above and below from ending lit
+        top, bottom = _between_bars(pixels[:, left:right])
+    box = (left, top, right, bottom)
+    if box == (0, 0, *picture.image.size):
+        return picture
+    alpha = picture.alpha.crop(box) if picture.alpha is not None else None
+    note = f"black bars cropped off: {right - left} x {bottom - top} px are left"
+    return Picture(picture.image.crop(box), alpha, (*picture.notes, note))
+
+
+def _between_bars(pixels: np.ndarray) -> tuple[int, int]:
+    """Returns the rows, from and to, that lie between a black bar above and one below; all where there are not both."""
+    count = len(pixels)
+    dark, lit = (pixels <= BLACK).mean(axis=1), (pixels > 3 * BLACK).mean(axis=1)                   # (H,)
+    ends = [_end_of_bar(*shares, count) for shares in ((dark, lit), (dark[::-1], lit[::-1]))]
+    if None in ends:
+        return 0, count
+    return ends[0], count - ends[1]
+
+
+def _end_of_bar(dark: np.ndarray, lit: np.ndarray, count: int) -> int | None:
+    """Returns how many of `count` rows a bar at their beginning takes, its blurred edge included; None without a bar.
+
+    Args:
+        dark, lit: (H,) shares of each row that are black, and far from it.
+    """
+    depth = int(np.argmax(dark < 0.98))       # 0 where the first row is no bar, or every row is
+    if not 0 < depth <= 0.4 * count:
+        return None
+    edge = slice(depth, depth + max(8, count // 100))       # JPEG blurs what lies in one block of 8
+    sharp = (dark[edge] <= 1 / 3) & (lit[edge] >= 1 / 2)
+    return depth + int(np.argmax(sharp)) + 1 + count // 500 if sharp.any() else None
+
+
 @dataclass(frozen=True)
 class Framing:
     """How pictures of any shape become squares of one size.
@@ -284,15 +431,19 @@ class Framing:
         crop: "center" cuts the largest centred square out, "pad" keeps everything and fills up with `background`.
         background: colour behind what is transparent, and beside what is padded.
         alpha_mask: leaves transparent pixels out of the loss.
+        trim_bars: crops black bars off first.
     """
 
     size: int
     crop: str = "center"
     background: str = "white"
     alpha_mask: bool = False
+    trim_bars: bool = False
 
     def frame(self, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
         """Returns a picture as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
+        if self.trim_bars:
+            picture = trim_bars(picture)
         image = square(picture.image, self.size, self.crop, self.background)
         opacity = picture.alpha if self.alpha_mask else None
         if opacity is None and self.crop == "center":

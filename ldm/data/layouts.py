@@ -1,20 +1,30 @@
 """Inputs people already have: folders, lists, captions beside pictures, Custom Diffusion's JSON, trees of subjects."""
 from __future__ import annotations
 
+import csv
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ldm.data.images import Skipped, find_listed, list_images, some_skipped, why_unusable
-from ldm.text import read_json, read_lines
+from ldm.modules.encoders.tokenizer import NEW_WORD
+from ldm.text import read_json, read_lines, read_text
 from ldm.util import UserError, shipped
 
-IMAGES, CAPTIONS, METADATA = "images.txt", "caption.txt", "metadata.jsonl"
+IMAGES, CAPTIONS = "images.txt", "caption.txt"
+METADATA = ("metadata.jsonl", "metadata.csv")
 CLASSES = "prompts_and_classes.txt"      # in DreamBooth's data set: "subject,class" lines among others
 SIDECARS = (".txt", ".caption")
+# "a close-up photo of the cat" and "a cat" to "cat"; and words that no noun holds.
+_PHOTO_OF = re.compile(r"^(?:(?:\S+ ){0,3}(?:photo|photograph|picture|image|painting|drawing|portrait|shot) of )?"
+                       r"(?:(?:an?|the|one|my) )?", re.IGNORECASE)
+_SENTENCE = re.compile(r"[,;:!?]|(?<![\w-])(?:an?|the|of|in|on|at|with|and|by|from|near|under|is|wearing)(?![\w-])",
+                       re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,14 +48,16 @@ class Subject:
     regularization: str = ""
 
 
-def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable) -> Captioned:
+def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable, captions: bool = True) -> Captioned:
     """Finds pictures and their captions.
 
     Args:
-        path: a folder of pictures, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl; a folder
-            that holds images.txt; a list of pictures, whose captions are in caption.txt beside it if it is an
-            images.txt; or one picture. List paths may start at the list's folder, its parent, or the current one.
+        path: a folder of pictures, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl or
+            metadata.csv; a folder that holds images.txt; a list of pictures, whose captions are in caption.txt beside
+            it if it is an images.txt; or one picture. Paths in lists may start at the list's folder, its parent, or
+            the current one.
         check: says why a file is unusable, None where it is not; called from several threads.
+        captions: whether captions are wanted; files that hold them are not looked into where they are not.
 
     Raises:
         UserError: nothing is there or usable, or captions do not match pictures.
@@ -53,19 +65,27 @@ def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable) ->
     path = shipped(path)
     if (path / IMAGES).is_file():
         path = path / IMAGES
-    if path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():
+    if captions and path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():
         return _listed(path, check)
     paths, skipped = list_images(path, check)
-    if (path / METADATA).is_file():
-        said = _read_metadata(path / METADATA)
-        layout = f"folder with {METADATA}"
-    else:
-        said = {picture: text for picture in paths if (text := _beside(picture))} if path.is_dir() else {}
-        layout = f"folder with {len(said)} captions beside pictures" if said else \
-            "folder" if path.is_dir() else "list of pictures"
-    used = {path / METADATA, *(sidecar for picture in said for sidecar in _sidecars(picture))}
-    return Captioned(paths, [said.get(picture) for picture in paths],
-                     [item for item in skipped if item.path not in used], layout)
+    if not path.is_dir():
+        return Captioned(paths, [None] * len(paths), skipped, "list of pictures")
+    texts = [path / name for name in METADATA]
+    known = {*texts, *(sidecar for picture in paths for sidecar in _sidecars(picture))}
+    skipped = [item for item in skipped if item.path not in known]
+    said, layout = _folder_captions(paths, texts) if captions else ({}, "folder")
+    return Captioned(paths, [said.get(picture) for picture in paths], skipped, layout)
+
+
+def _folder_captions(paths: Sequence[Path], texts: Sequence[Path]) -> tuple[dict[Path, str], str]:
+    """Returns what the first of the lists `texts` that is there, or else the texts beside pictures, say of `paths`."""
+    found = next((text for text in texts if text.is_file()), None)
+    if found is None:
+        said = {picture: text for picture in paths if (text := _beside(picture))}
+        return said, f"folder with {len(said)} captions beside pictures" if said else "folder"
+    listed = _read_metadata(found)      # by resolved paths, as one picture may be named from several folders
+    said = {picture: text for picture in paths if (text := listed.get(picture.resolve()))}
+    return said, f"folder with {len(said)} captions in {found.name}"
 
 
 def _sidecars(picture: Path) -> list[Path]:
@@ -83,22 +103,44 @@ def _beside(picture: Path) -> str | None:
 
 
 def _read_metadata(path: Path) -> dict[Path, str]:
-    """Reads {"file_name": ..., "text": ...} lines; "caption" is another name of "text"."""
+    """Reads captions by resolved picture from metadata.jsonl or metadata.csv: file_name, text (or caption)."""
     said = {}
-    for number, line in enumerate(read_lines(path, "list of captions"), 1):
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            picture, text = path.parent / entry["file_name"], entry.get("text", entry.get("caption"))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"line {number} of '{path}' is not as expected; write "
-                            '{"file_name": "a.jpg", "text": "what it shows"}.') from error
+    for number, entry in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
+        name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
+        if not isinstance(name, str) or not name:
+            raise UserError(f"line {number} of '{path}' does not say which picture it is about; name it as file_name, "
+                            "and what it shows as text.")
+        picture = find_listed(name, path)
         if not picture.is_file():
-            raise UserError(f"line {number} of '{path}' names '{entry['file_name']}', which is not there; correct it.")
+            raise UserError(f"line {number} of '{path}' names '{name}', which is not there; correct it.")
         if isinstance(text, str) and text.strip():
-            said[picture] = " ".join(text.split())
+            said[picture.resolve()] = " ".join(text.split())
     return said
+
+
+def _json_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Reads lines {"file_name": "a.jpg", "text": "..."} with their numbers."""
+    rows = []
+    for number, line in enumerate(read_lines(path, "list of captions"), 1):
+        try:
+            entry = json.loads(line) if line else None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"line {number} of '{path}' is no JSON ({error}); correct it.") from error
+        if line and not isinstance(entry, dict):
+            raise UserError(f"line {number} of '{path}' is not as expected; write "
+                            '{"file_name": "a.jpg", "text": "what it shows"}.')
+        if line:
+            rows.append((number, entry))
+    return rows
+
+
+def _csv_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Reads the rows below a heading such as file_name,text with their lines' numbers."""
+    reader = csv.DictReader(StringIO(read_text(path, "list of captions"), newline=""), strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"line {reader.reader.line_num} of '{path}' is no CSV ({error}); correct it.") from error
 
 
 def _listed(path: Path, check: Callable[[Path], str | None]) -> Captioned:
@@ -154,7 +196,7 @@ def read_subjects(path: Path, chosen: Sequence[str] = ()) -> list[Subject]:
         problem = f"has no subject '{unknown[0]}'" if unknown else f"holds {len(subjects)} subjects"
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise UserError(f"'{path}' {problem}; choose with --subject among {some}.")
-    picked = [subjects[names.index(name)] for name in chosen] or subjects
+    picked = [_with_classes(subject, path) for subject in [subjects[names.index(name)] for name in chosen] or subjects]
     words = [word for subject in picked for word in subject.words]
     if len(set(words)) < len(words):     # a data set calls every subject <new1>; together they need their own words
         picked = [replace(subject, words=()) for subject in picked]
@@ -193,10 +235,38 @@ def _subject(entry: Any, number: int, path: Path) -> Subject:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key].strip() for key in keys):
         raise UserError(f"concept {number} of '{path}' lacks {' or '.join(keys)}; add them.")
     images, classes = _place(entry["instance_data_dir"], path), entry.get("class_data_dir")
-    found = _place(classes, path) if isinstance(classes, str) and classes else None
-    words = re.findall(r"<[^<>\s]+>", str(entry.get("instance_prompt", "")))
-    return Subject(images.name, str(images), entry["class_prompt"].strip(), tuple(words),
-                   str(found) if found is not None and found.exists() else "")
+    prompt = str(entry.get("instance_prompt", ""))
+    noun = _class_noun(entry["class_prompt"], prompt)
+    if noun is None:
+        raise UserError(f"concept {number} of '{path}': the class noun cannot be told from class_prompt "
+                        f"'{entry['class_prompt']}'; write the noun alone there, such as \"class_prompt\": \"cat\".")
+    return Subject(images.name, str(images), noun, tuple(NEW_WORD.findall(prompt)),
+                   str(_place(classes, path)) if isinstance(classes, str) and classes else "")
+
+
+def _class_noun(class_prompt: str, instance_prompt: str) -> str | None:
+    """Reads the class noun off a list's two prompts; None where they leave it open.
+
+    Custom Diffusion's lists have the noun itself as class_prompt, DreamBooth's a sentence such as "a photo of a cat".
+    What follows the new words in instance_prompt ("photo of a <new1> cat") confirms or decides.
+    """
+    said, after = (" ".join(text.split()).rstrip(".") for text in (class_prompt, NEW_WORD.split(instance_prompt)[-1]))
+    noun = _PHOTO_OF.sub("", said)
+    if after == said or not _SENTENCE.search(noun):
+        return noun or None
+    if NEW_WORD.search(instance_prompt) and after and not _SENTENCE.search(after) and re.search(
+            rf"\b{re.escape(after)}\b", said, re.IGNORECASE):
+        return after
+    return None
+
+
+def _with_classes(subject: Subject, path: Path) -> Subject:
+    """Drops a folder of class pictures that is not there, saying so."""
+    if not subject.regularization or Path(subject.regularization).exists():
+        return subject
+    warnings.warn(f"the class_data_dir '{subject.regularization}' of '{subject.name}' in '{path}' does not exist, "
+                  "so no class pictures come from there; data.reg.mode=generate would draw some", stacklevel=3)
+    return replace(subject, regularization="")
 
 
 def _place(text: str, path: Path) -> Path:

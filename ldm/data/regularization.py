@@ -41,7 +41,7 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
 
     `caption` is one text for every picture, or the path of a text file with a caption per line of images.txt.
     Without it a list takes its captions from the caption.txt beside it, a plain folder those beside its pictures
-    (a.txt, metadata.jsonl), else "a photo of a <noun>".
+    (a.txt, metadata.jsonl, metadata.csv), else "a photo of a <noun>".
 
     Raises:
         UserError: something is missing, the lists do not match, or no picture is usable.
@@ -56,7 +56,7 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
     if lonely:
         raise UserError(f"the captions of '{lonely}' cannot be matched to pictures: '{path}' has no {IMAGES}; "
                         "write one, with one picture per line in the order of the captions.")
-    found, text = captioned(path), caption or class_caption(class_noun)
+    found, text = captioned(path, captions=not caption), caption or class_caption(class_noun)
     captions = [text if caption else own or text for own in found.captions]
     own = 0 if caption else sum(map(bool, found.captions))
     kind = f"each captioned '{text}'" if not own else "each with its own caption" if own == len(captions) else \

@@ -32,7 +32,7 @@ class Evaluation:
 
 def open_references(source: Path) -> list[Image.Image]:
     """Opens the usable pictures of any layout that training reads."""
-    return [open_image(path) for path in captioned(source).paths]
+    return [open_image(path) for path in captioned(source, captions=False).paths]
 
 
 def class_noun_of(found: Sequence[Found], wanted: str) -> str:

@@ -87,7 +87,7 @@ class Sweep:
             photos = [subject.training(self.config, taught).concepts[0].images] if taught else []
             for folder in {subject.references, *map(Path, photos)} - self._seen:
                 try:
-                    captioned(folder)
+                    captioned(folder, captions=False)
                 except UserError as error:
                     raise UserError(f"'{subject.name}': {error}") from error
                 self._seen.add(folder)
