@@ -117,7 +117,7 @@ class Preview(Callback):
         training, home = module.model.training, module.model.first_stage_model.device
         generator = self.generator(module)
         drawn = {sample.row: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}
-        page = comparison_sheet(generator, self.settings.prompts, drawn, [], f"step {step}")
+        page = comparison_sheet(generator, self.sampling(), self.settings.prompts, drawn, [], f"step {step}")
         module.model.train(training)
         module.model.first_stage_model.to(home)     # where it waits while the rest trains
         return save_png(page, self.folder / f"preview-{step:06d}.png")

@@ -28,13 +28,24 @@ def supported_precision(name: str, device: torch.device) -> str:
         raise UserError(f"precision '{name}' is unknown; use one of {', '.join(PRECISIONS)}.")
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 has no use on a CPU; use bf16 or full.")
-    if name == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         warnings.warn("this CPU has no bf16 arithmetic; computing in full precision instead.", stacklevel=2)
         return "full"
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         warnings.warn("this GPU has no bf16 arithmetic; computing in fp16 instead.", stacklevel=2)
         return "fp16"
+    if name == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        warnings.warn("bf16 on Apple's GPUs needs macOS 14; computing in fp16 instead.", stacklevel=2)
+        return "fp16"
+    if name == "autocast" and not torch.amp.is_autocast_available(device.type):
+        warnings.warn(f"this torch has no autocast on '{device.type}'; computing in full precision.", stacklevel=2)
+        return "full"
     return name
+
+
+def _cpu_has_bf16() -> bool:
+    """Says whether the CPU computes in bf16 itself; builds without mkldnn do not say."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
@@ -42,13 +53,15 @@ def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None
 
     The text encoder stays in float32: it runs once per prompt. Channels-last wins on GPUs, in half precision, and
     everywhere in the autoencoder, which is all convolutions; in float32 on a CPU the U-Net, whose attention wants rows
-    of pixels, is at least as fast as it is (docs/benchmarks.md).
+    of pixels, is at least as fast as it is (docs/benchmarks.md). On Apple's GPUs, where nothing was measured, all
+    stays as it is.
     """
     unet = model.model.diffusion_model
     weight = next(unet.parameters())
-    plain = weight.device.type == "cpu" and (dtype or weight.dtype) == torch.float32
+    apple = weight.device.type == "mps"
+    plain = apple or (weight.device.type == "cpu" and (dtype or weight.dtype) == torch.float32)
     unet.to(dtype=dtype, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    model.first_stage_model.to(dtype=dtype, memory_format=torch.channels_last)
+    model.first_stage_model.to(dtype=dtype, memory_format=torch.contiguous_format if apple else torch.channels_last)
 
 
 def weights_precision(model: LatentDiffusion) -> str:
@@ -77,6 +90,8 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     table = Path("/proc/meminfo")
     if not table.exists():
         return None

@@ -178,7 +178,7 @@ class SampleConfig:
     plain: bool = True                    # draw the fine-tuned model without DCI too
     precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
     compile: bool = False                 # compile the U-Net: minutes once, then faster; for many pictures of a size
-    device: str = "auto"                  # auto | cpu | cuda
+    device: str = "auto"                  # auto | cpu | cuda | mps
 
 
 def meanings(schema: type, path: str = "") -> dict[str, str]:

@@ -5,8 +5,8 @@ import contextlib
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from ldm.customization.delta import AppliedConcept, Concept, base_identity
 from ldm.customization.tokens import TokenSets
 from ldm.data.images import to_images
 from ldm.embedded import NAME
+from ldm.memory import out_of_memory
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import DualBranch
+from ldm.models.diffusion.guidance import DualBranch, has_two_branches
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
@@ -49,18 +50,37 @@ MAX_SEED = 2 ** 63 - 1
 
 
 def choose_device(name: str) -> torch.device:
-    """Turns auto, cpu or cuda into a device.
+    """Turns auto, cpu, cuda or mps (Apple's GPUs) into a device; auto takes a GPU where there is one.
 
     Raises:
-        UserError: CUDA is asked for and absent, or the name is unknown.
+        UserError: a GPU is asked for and absent, or the name is unknown.
     """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device '{name}' is unknown; use auto, cpu or cuda.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device 'cuda' was asked for but this machine (or this build of torch) has none; use cpu.")
+        name = next(kind for kind in there if there[kind])
+    kind = name.split(":")[0]
+    if kind not in there:
+        raise UserError(f"device '{name}' is unknown; use auto, cpu, cuda or mps.")
+    if not there[kind]:
+        raise UserError(f"device '{kind}' was asked for but this machine (or this build of torch) has none; use cpu.")
     return torch.device(name)
+
+
+def empty_model(model_node: Any) -> LatentDiffusion:
+    """Builds a model on the meta device: without weights, in a second and no memory.
+
+    Raises:
+        UserError: the configuration is none of a `LatentDiffusion`.
+    """
+    try:
+        with torch.device("meta"):       # weights come from a file; no time or memory goes into others
+            model = instantiate_from_config(model_node)
+    except (KeyError, TypeError) as error:    # a key that is missing, or that the class does not have
+        raise UserError(f"the model cannot be built from its configuration ({error}); "
+                        "compare it with configs/model/.") from error
+    if not isinstance(model, LatentDiffusion):
+        raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
+    return model
 
 
 def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dict[str, str]]:
@@ -68,18 +88,14 @@ def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dic
     embedded = base.ckpt is None
     path = Path(str(resources.files("ldm.tiny") / "model.safetensors")) if embedded else Path(base.ckpt)
     state = load_state(path)      # before the model is built: a missing or broken file should cost no time
-    try:
-        with torch.device("meta"):       # weights come from the file; no time or memory goes into others
-            model = instantiate_from_config(model_node)
-    except (KeyError, TypeError) as error:    # a key that is missing, or that the class does not have
-        raise UserError(f"the model cannot be built from its configuration ({error}); "
-                        "compare it with configs/model/.") from error
-    if not isinstance(model, LatentDiffusion):
-        raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
+    model = empty_model(model_node)
     load_weights(model, state, path, assign=True)
     name = base.name or (NAME if embedded else path.stem)
     model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
     return model.eval().requires_grad_(False), base_identity(model, name)
+
+
+Masks = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -93,11 +109,15 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A drawn picture and everything needed to draw it again."""
+    """A drawn picture and everything needed to draw it again.
+
+    Where it was watched, `masks` are each integration's layer name and masks (2, 1, H, h, w), in order of time.
+    """
 
     image: Image.Image
     row: Row
     settings: dict[str, Any]
+    masks: Masks = field(default_factory=list)
 
 
 def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
@@ -145,6 +165,14 @@ def cost_matched_steps(steps: int, agg_time: float, separate: bool, guided: bool
     return max(1, round(steps / (1.0 + agg_time * (joint - plain) / plain)))
 
 
+def dci_steps(settings: SampleConfig) -> int:
+    """Returns how many steps a DCI picture takes."""
+    if not settings.dci.match_cost:
+        return settings.steps
+    separate = settings.dci.guidance == "separate"
+    return cost_matched_steps(settings.steps, settings.dci.agg_time, separate, settings.scale != 1.0)
+
+
 def picture_side(model: LatentDiffusion, name: str, side: int | None) -> int:
     """Returns a picture's side in px, the model's own where it is None.
 
@@ -165,8 +193,23 @@ def layer_size(pixels: int, height: int, width: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
+@contextlib.contextmanager
+def _memory_for(pictures: int) -> Iterator[None]:
+    """Turns memory that runs out while so many pictures are drawn at once into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fewer = "batch_size=1, then " if pictures > 1 else ""
+        raise UserError(f"the memory does not hold {pictures} picture(s) at once; try {fewer}--precision bf16, then a "
+                        "smaller --H and --W.") from error
+
+
 class Generator:
     """Draws pictures with a base model and, if one is loaded, a concept. One thread draws at a time.
+
+    On a model without weights (`empty_model`) it plans and refuses, but cannot draw.
 
     Args:
         model: the base.
@@ -215,8 +258,8 @@ class Generator:
         """Lists the pictures of a run: for each prompt and seed, the plain one, then one per strength.
 
         Raises:
-            UserError: a setting is out of range, or a prompt has an unknown word, does not mention the concept, or so
-                late that it is cut off.
+            UserError: a setting is out of range, DCI would have no step with two branches, or a prompt has an unknown
+                word, does not mention the concept, or so late that it is cut off.
         """
         check_settings(settings)
         most = self.model.num_timesteps - (settings.sampler == "dpm_solver")
@@ -232,11 +275,20 @@ class Generator:
         else:
             strengths = [None] if settings.plain or not settings.dci.use else []
             strengths += list(settings.dci.agg_lambda) if settings.dci.use else []
+            if strengths != [None]:
+                self._check_phase(settings)
             for prompt in prompts if settings.dci.use else ():
                 self.token_sets([prompt], settings.dci)
         count = settings.n_samples * settings.n_iter
         return [Row(prompt, settings.seed + index, strength)
                 for prompt in prompts for index in range(count) for strength in strengths]
+
+    def _check_phase(self, settings: SampleConfig) -> None:
+        """Refuses DCI without any step with two branches: it would draw plain pictures under another name."""
+        steps, total, share = dci_steps(settings), self.model.num_timesteps, settings.dci.agg_time
+        if not any(has_two_branches(int(t), total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
+            raise UserError(f"with {steps} steps and agg_time {share:g} no step has two branches, so DCI would change "
+                            "nothing; take more steps, a larger dci.agg_time, or dci.use=false.")
 
     def _check_concept(self, prompt: str) -> None:
         """Refuses a prompt whose concept is cut off, and warns of one that says its class twice."""
@@ -262,6 +314,14 @@ class Generator:
         return (tokens.concept_prompts(embedder, [prompt], scheme.concept),
                 tokens.auxiliary_prompts(embedder, [prompt], scheme.concept, scheme.class_noun, dci.replace_noun))
 
+    def auxiliary_noun(self, prompt: str, dci: DCIConfig) -> str | None:
+        """Returns the noun that stands for the concept in a prompt's second branch; None where none does."""
+        if dci.ablation == "no_full_prompt":
+            return None
+        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        pieces = tokens.split_at_concept(prompt, scheme.concept)
+        return tokens.chosen_noun(self.model.cond_stage_model, scheme.class_noun, pieces, dci.replace_noun)
+
     def describe(self, prompts: Sequence[str], dci: DCIConfig) -> str:
         """Returns a table of the tokens of both branches' prompts: position, id, text, role."""
         concept, auxiliary = self.token_sets(prompts, dci)
@@ -280,34 +340,51 @@ class Generator:
                 for prompt, concept in zip(prompts, named, strict=True)]
 
     def generate(self, prompts: Sequence[str], settings: SampleConfig,
-                 progress: Callable[[int], None] | None = None) -> Iterator[Sample]:
+                 progress: Callable[[int], None] | None = None, watched: Collection[Row] = ()) -> Iterator[Sample]:
         """Draws all pictures of `plan`, in its order within each way of sampling: first the plain ones.
 
         Args:
             prompts: texts in which {} or "V noun" stands for the concept; in each, DCI is for the first concept of the
                 file that it mentions.
             progress: called with the number of pictures after each batch.
+            watched: DCI's pictures whose masks are wanted.
 
         Raises:
-            UserError: as `plan` does, before any work.
+            UserError: as `plan` does, before any work; or the memory does not hold a batch.
         """
         rows = self.plan(prompts, settings)
         for joint in (False, True):
             group = [row for row in rows if (row.strength is not None) == joint]
             for first in range(0, len(group), settings.batch_size):
                 batch = group[first:first + settings.batch_size]
-                try:
-                    with self._lock:
-                        images = to_images(decode(self.model, self.latents(batch, settings)))
-                except torch.OutOfMemoryError as error:
-                    raise UserError(f"the GPU's memory does not hold {len(batch)} pictures at once; try batch_size=1, "
-                                    "then --precision bf16.") from error
+                images, masks = self._draw(batch, settings, watched)
                 size = self.size(settings)
-                yield from (Sample(image, row, {**_record(settings, size, self.identity, self.concept, row.prompt),
-                                                **asdict(row), **texts})
-                            for image, row, texts in zip(images, batch, self._texts_of(batch, settings), strict=True))
+                for image, row, texts in zip(images, batch, self._texts_of(batch, settings), strict=True):
+                    record = _record(settings, size, self.identity, self.concept, row.prompt)
+                    yield Sample(image, row, {**record, **asdict(row), **texts}, masks.get(row, []))
                 if progress:
                     progress(len(batch))
+
+    def _draw(self, rows: Sequence[Row], settings: SampleConfig,
+              watched: Collection[Row]) -> tuple[list[Image.Image], dict[Row, Masks]]:
+        """Draws rows that are all plain or all DCI, and records the masks of those that are watched."""
+        places = [place for place, row in enumerate(rows) if row in watched]
+        with self._lock, _memory_for(len(rows)), self._watching(places) as record:
+            images = to_images(decode(self.model, self.latents(rows, settings)))
+        _, height, width = self._shape(settings)
+        sized = [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width))) for name, masks in record]
+        return images, {rows[place]: [(name, masks[:, index:index + 1]) for name, masks in sized]
+                        for index, place in enumerate(places)}
+
+    @contextlib.contextmanager
+    def _watching(self, places: Sequence[int]) -> Iterator[Masks]:
+        """Records the masks (2, B, H, N) of these B pictures of a batch, uncompiled, as only that can be watched."""
+        record: Masks = []
+        if not places:
+            yield record
+            return
+        with torch.compiler.set_stance("force_eager"), record_masks(self.model.model.diffusion_model, record, places):
+            yield record
 
     def _texts_of(self, rows: Sequence[Row], settings: SampleConfig) -> list[dict[str, str]]:
         """Returns what each branch was told, for the pictures' settings."""
@@ -332,9 +409,7 @@ class Generator:
                 concept_sets, auxiliary_sets = self.token_sets(prompts, settings.dci)
                 conditioning = self._encode(concept_sets.prompts)                              # (B, T, D)
                 dual = self._dual_branch(rows, settings, concept_sets, auxiliary_sets)
-                if settings.dci.match_cost:
-                    steps = cost_matched_steps(steps, settings.dci.agg_time, settings.dci.guidance == "separate",
-                                               settings.scale != 1.0)
+                steps = dci_steps(settings)
             samples, _ = SAMPLERS[settings.sampler](self.model).sample(
                 steps, len(rows), self._shape(settings), conditioning, eta=settings.eta, verbose=False,
                 unconditional_guidance_scale=settings.scale, unconditional_conditioning=unconditional,
@@ -369,17 +444,10 @@ class Generator:
                 self._texts[text, kind] = self.model.cond_stage_model([text])[0]
         return torch.stack([self._texts[text, kind] for text in texts])
 
-    def masks(self, row: Row, settings: SampleConfig) -> tuple[Image.Image, list[tuple[str, Tensor]]]:
-        """Draws one DCI row; returns the picture and each integration's layer name and masks (2, 1, H, h, w), in order
-        of time.
-        """
-        record: list[tuple[str, Tensor]] = []
-        with self._lock, torch.compiler.set_stance("force_eager"), \
-                record_masks(self.model.model.diffusion_model, record):      # a compiled network cannot be watched
-            (picture,) = to_images(decode(self.model, self.latents([row], settings)))
-        _, height, width = self._shape(settings)
-        return picture, [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width)))
-                         for name, masks in record]
+    def masks(self, row: Row, settings: SampleConfig) -> tuple[Image.Image, Masks]:
+        """Draws one DCI row; returns the picture and its masks, as `Sample` has them."""
+        (picture,), masks = self._draw([row], settings, [row])
+        return picture, masks[row]
 
     def _shape(self, settings: SampleConfig) -> tuple[int, int, int]:
         factor = self.model.first_stage_model.encoder.reduction
@@ -397,7 +465,7 @@ class Generator:
                             "model anew.")
         half = self.model.model.diffusion_model.dtype
         if wanted == "autocast" and half == torch.float32:
-            half = torch.float16 if device.type == "cuda" else torch.bfloat16
+            half = torch.bfloat16 if device.type == "cpu" else torch.float16
         return torch.autocast(device.type, FORMATS.get(wanted, half))
 
 

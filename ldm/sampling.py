@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.config import SampleConfig, save_config
-from ldm.customization.delta import load_concept
+from ldm.customization.delta import Concept, load_concept
+from ldm.customization.tokens import AUTO
 from ldm.embedded import warn_of_words
 from ldm.pictures import mask_panel, save_png, sheet
-from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device
+from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device, empty_model
 from ldm.progress import progress
 from ldm.util import UserError
 
@@ -29,17 +31,49 @@ class Written:
     files: list[Path]
 
 
-def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...] = (),
-                   class_noun: str = "") -> Generator:
-    """Builds the base and puts the concept in; cheap mistakes are refused first."""
+def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts: Sequence[str],
+             masks: bool = False) -> Generator:
+    """Plans a run without the base's weights, and returns a generator that can tell of it but cannot draw.
+
+    Raises:
+        UserError: what `Generator.plan` refuses, a concept that does not fit the model, no picture whose masks to draw.
+    """
+    generator = Generator(empty_model(config.model), dict(concept.base) if concept else {}, "meta")
+    generator.load(concept)
+    rows = generator.plan(prompts, config)
+    if masks:
+        watched_rows(rows)
+    return generator
+
+
+def check_run(config: SampleConfig | DictConfig) -> None:
+    """Refuses settings out of range, and a run without a model."""
     check_settings(config)
     if isinstance(config, DictConfig) and OmegaConf.is_missing(config, "model"):
         raise UserError("no model is configured; add configs/model/*.yaml with -b.")
+
+
+def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...] = (),
+                   class_noun: str = "", prompts: Sequence[str] = (), masks: bool = False) -> Generator:
+    """Builds the base and puts the concept in; mistakes are refused first, those in `prompts` too if they are given."""
+    check_run(config)
     device = choose_device(config.device)
     concept = load_concept(concept_path, words, class_noun) if concept_path else None
+    if prompts:
+        rehearse(config, concept, prompts, masks)
     generator = Generator(*build_model(config.model, config.base), device, config.precision, config.compile)
     generator.load(concept)
     return generator
+
+
+def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...],
+                class_noun: str, prompts: Sequence[str]) -> str:
+    """Returns the tokens of both branches' prompts; weights are read only where they choose the auxiliary noun."""
+    if config.dci.replace_noun == AUTO:
+        return load_generator(config, concept_path, words, class_noun, prompts).describe(prompts, config.dci)
+    check_run(config)
+    concept = load_concept(concept_path, words, class_noun) if concept_path else None
+    return rehearse(config, concept, prompts).describe(prompts, config.dci)
 
 
 def file_name(number: int, sample: Sample, first_seed: int) -> str:
@@ -70,26 +104,50 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     prompts = list(dict.fromkeys(prompts))
     rows = generator.plan(prompts, config)
     warn_of_words(generator.identity, generator.texts(prompts))
+    watched = watched_rows(rows) if masks else []
     first, tail = free_names(outdir)
     if first:
         print(f"'{outdir}' holds pictures already; those of this run are numbered from {first:03d}", flush=True)
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
+    print_auxiliary(generator, config, rows)
     drawn: dict[Row, Image.Image] = {}
-    files = []
+    files, panels = [], []
     with progress(total=len(rows), desc="sampling", unit="picture") as bar:
-        for sample in generator.generate(prompts, config, bar.update):
+        for sample in generator.generate(prompts, config, bar.update, watched):
             name = file_name(number[sample.row.prompt], sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
             drawn[sample.row] = sample.image
+            if sample.row in watched:
+                panels.append(draw_masks(generator, sample, outdir / "masks" / f"{number[sample.row.prompt]:03d}.png"))
     if isinstance(config, DictConfig):
         save_config(config, outdir / f"config{tail}.yaml")
     sheets = []
     if grid:
-        page = comparison_sheet(generator, prompts, drawn, reference_picture(concept_path))
+        page = comparison_sheet(generator, config, prompts, drawn, reference_picture(concept_path))
         sheets.append(save_png(page, outdir / f"grid{tail}.png"))
-    if masks:
-        sheets += draw_masks(generator, config, rows, outdir, number)
-    return Written(outdir, len(drawn), sheets, files)
+    return Written(outdir, len(drawn), sheets + panels, files)
+
+
+def watched_rows(rows: Sequence[Row]) -> list[Row]:
+    """Returns the first DCI picture of each prompt, whose masks are drawn.
+
+    Raises:
+        UserError: no picture uses DCI.
+    """
+    first = {row.prompt: row for row in reversed(rows) if row.strength is not None}
+    if not first:
+        raise UserError("there are no masks to draw: no picture uses DCI; set dci.use to true.")
+    return list(first.values())
+
+
+def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, rows: Sequence[Row]) -> None:
+    """Says which noun stands for the concept in the second branch, and in how many prompts where they differ."""
+    prompts = dict.fromkeys(row.prompt for row in rows if row.strength is not None)
+    nouns = Counter(filter(None, (generator.auxiliary_noun(prompt, config.dci) for prompt in prompts)))
+    told = [noun if count == len(prompts) else f"{noun} ({count} of {len(prompts)} prompts)"
+            for noun, count in nouns.most_common()]
+    if told:
+        print(f"auxiliary noun: {', '.join(told)}", flush=True)
 
 
 def reference_picture(concept_path: Path | None) -> list[Image.Image]:
@@ -100,32 +158,29 @@ def reference_picture(concept_path: Path | None) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
 
 
-def comparison_sheet(generator: Generator, prompts: Sequence[str], drawn: dict[Row, Image.Image],
-                     references: Sequence[Image.Image], title: str = "") -> Image.Image:
-    """Lays pictures out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed."""
+def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str],
+                     drawn: dict[Row, Image.Image], references: Sequence[Image.Image], title: str = "") -> Image.Image:
+    """Lays pictures out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed.
+
+    A row's caption names the noun that stood for the concept in DCI's second branch.
+    """
     strengths = list(dict.fromkeys(row.strength for row in drawn))
     base = "fine-tuned" if generator.concept else "base model"
     columns = (["reference"] if references else []) + [base if strength is None else f"+ DCI, lambda {strength:g}"
                                                        for strength in strengths]
     rows = []
     for index, prompt in enumerate(prompts):
+        noun = generator.auxiliary_noun(prompt, config.dci) if strengths != [None] else None
+        how = f", auxiliary noun: {noun}" if noun else ""
         for seed in sorted({row.seed for row in drawn}):
             cells = [references[index % len(references)]] if references else []
             cells += [drawn[Row(prompt, seed, strength)] for strength in strengths]
-            rows.append((f"{generator.texts([prompt])[0]}   (seed {seed})", cells))
+            rows.append((f"{generator.texts([prompt])[0]}   (seed {seed}{how})", cells))
     return sheet(columns, rows, title=title)
 
 
-def draw_masks(generator: Generator, config: SampleConfig | DictConfig, rows: Sequence[Row], outdir: Path,
-               number: Mapping[str, int]) -> list[Path]:
-    """Draws DBIM's masks of the first DCI picture of each prompt, named by the prompt's number."""
-    first = {row.prompt: row for row in reversed(rows) if row.strength is not None}
-    if not first:
-        raise UserError("there are no masks to draw: no picture uses DCI; set dci.use to true.")
-    paths = []
-    for prompt, index in number.items():
-        row = first[prompt]
-        title = f"{generator.texts([prompt])[0]} (seed {row.seed}, lambda {row.strength:g})"
-        panel = mask_panel(*generator.masks(row, config), title)
-        paths.append(save_png(panel, outdir / "masks" / f"{index:03d}.png"))
-    return paths
+def draw_masks(generator: Generator, sample: Sample, path: Path) -> Path:
+    """Draws DBIM's masks of a picture that was watched."""
+    row = sample.row
+    title = f"{generator.texts([row.prompt])[0]} (seed {row.seed}, lambda {row.strength:g})"
+    return save_png(mask_panel(sample.image, sample.masks, title), path)

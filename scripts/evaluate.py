@@ -40,7 +40,7 @@ def draw(options, config: SampleConfig) -> list:
     from ldm.evaluation.plan import read_prompts
     from ldm.sampling import draw_run, load_generator
     prompts = read_prompts(options.from_file or Path(PROMPTS))
-    generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun)
+    generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun, prompts=prompts)
     return drawn_pictures(draw_run(generator, config, prompts, options.outdir, grid=False).files)
 
 

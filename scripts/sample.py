@@ -78,12 +78,12 @@ def main(arguments: Sequence[str]) -> None:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
     prompts = read_prompts(options)
-    from ldm.sampling import draw_run, load_generator  # torch loads only when there is work for it
+    from ldm.sampling import draw_run, load_generator, token_table  # torch loads only when there is work for it
     words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
-    generator = load_generator(config, options.delta_ckpt, words, options.class_noun)
+    run = config, options.delta_ckpt, words, options.class_noun, prompts
     if options.show_tokens:
-        print(generator.describe(prompts, config.dci))
-        return
+        return print(token_table(*run))
+    generator = load_generator(*run, masks=options.save_masks)
     written = draw_run(generator, config, prompts, options.outdir, options.delta_ckpt,
                        grid=not options.skip_grid, masks=options.save_masks)
     print(f"pictures: {written.pictures} in {written.folder / 'samples'}")

@@ -31,7 +31,7 @@ METHOD = """
 method: {words: [<new1>, <new2>], initial_words: [ucd, random], prefix: a, suffix: ., steps: 2, batch_size: 1,
          learning_rate: 1.0e-3}
 trainer: {accelerator: cpu, save_every: 1, save_dtype: fp32}
-preview: {prompts: ["a {} in the snow"], steps: 2}
+preview: {prompts: ["a {} in the snow"], steps: 2, agg_time: 0.5}
 """
 SAMPLING = """
 steps: 4

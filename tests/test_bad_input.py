@@ -10,9 +10,10 @@ import pytorch_lightning as pl
 import torch
 from conftest import Call, SmallWorld, contents
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ldm.checkpoint
+import ldm.sampling
 from ldm.training import Run
 
 
@@ -39,6 +40,9 @@ def bad(small_world: SmallWorld, small_run: Run, tmp_path_factory: pytest.TempPa
     weights = small_world.checkpoint.read_bytes()
     (folder / "truncated.safetensors").write_bytes(weights[: len(weights) // 2])
     torch.save({"state_dict": load_file(small_world.checkpoint)}, folder / "whole.ckpt")
+    other = load_file(small_world.checkpoint)
+    save_file({name: -value if ".attn2." in name else value for name, value in other.items()},
+              folder / "other.safetensors")
     whole = (folder / "whole.ckpt").read_bytes()
     (folder / "truncated.ckpt").write_bytes(whole[: len(whole) // 2])
     (folder / "noise.ckpt").write_bytes(bytes(range(256)) * 8)
@@ -128,11 +132,14 @@ def test_bad_input_in_training(call_script: Call, small_world: SmallWorld, bad: 
     (["--prompt", "{}", "--ckpt", "BAD/malicious.ckpt"], "names code that is not tensor data"),
     (["--prompt", "{}", "-b", "configs/sample/tiny.yaml"], "no model is configured"),
     (["--prompt", "{}", "-b", "configs/model/tiny.yaml", "SAMPLING", "base.ckpt=SMALL"],
-     "does not fit this architecture"),
-    (["--prompt", "{}", "-b", "configs/model/tiny.yaml", "SAMPLING"], "the concept was made for the base 'small'")])
+     "the concept was made for the base 'small' and does not fit this model: 20 tensors differ"),
+    (["--prompt", "{}", "-b", "configs/model/tiny.yaml", "SAMPLING"], "the concept was made for the base 'small'"),
+    (["--prompt", "{}", "-b", "MODEL", "SAMPLING", "base.ckpt=OTHER"],
+     "the concept was made for the base 'small' (")])
 def test_bad_input_in_sampling(call_script: Call, small_world: SmallWorld, small_run: Run, bad: Path,
                                tmp_path: Path, arguments: Sequence[str], message: str) -> None:
-    names = {"BAD": bad, "SMALL": small_world.checkpoint, "SAMPLING": small_world.sampling_files[1]}
+    names = {"BAD": bad, "SMALL": small_world.checkpoint, "SAMPLING": small_world.sampling_files[1],
+             "MODEL": small_world.sampling_files[0], "OTHER": bad / "other.safetensors"}
 
     def spelled(text: str) -> str:
         for name, path in names.items():
@@ -147,6 +154,38 @@ def test_bad_input_in_sampling(call_script: Call, small_world: SmallWorld, small
     assert spelled(message) in outcome.error
     assert contents(tmp_path) == {"samples/earlier.png": b"kept"}
     assert not (bad / "executed").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--prompt", "{}", "--prompt", "a dog"], "'a dog' does not mention the concept"),
+    (["--prompt", "{} and <new9>"], "unknown word <new9>"), (["--prompt", "{}", "--H", "20"], "H is 20 px"),
+    (["--prompt", "snow " * 80 + "{}"], "the concept '<new1> <new2> cat' is cut off"),
+    (["--prompt", "{}", "--ddim_steps", "1001"], "ddim takes at most 1000"),
+    (["--prompt", "{}", "--ddim_steps", "1"], "with 1 steps and agg_time 0.5 no step has two branches"),
+    (["--prompt", "{}", "--save_masks", "--use_dci", "false"], "there are no masks to draw: no picture uses DCI"),
+    (["--prompt", "{}", "--replace_noun", "auto", "--prompt", "a dog", "--show_tokens"], "'a dog' does not mention"),
+    (["--prompt", "{}", "-b", "configs/model/tiny.yaml"], "for the base 'small' and does not fit this model")])
+def test_cheap_mistakes_are_told_before_weights_are_read(call_script: Call, small_world: SmallWorld, small_run: Run,
+                                                         monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                         arguments: Sequence[str], message: str) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(ldm.sampling, "build_model", build)
+    files = [] if "-b" in arguments else ["-b", *small_world.sampling_files]
+    outcome = call_script("sample", *files, "--delta_ckpt", small_run.concept, "--outdir", tmp_path / "out", *arguments)
+    assert message in outcome.error and not (tmp_path / "out").exists()
+
+
+def test_tokens_are_shown_without_weights(call_script: Call, small_world: SmallWorld, small_run: Run) -> None:
+    """Only to choose a noun by the context they are needed, and the table is the same."""
+    given = ["-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, "--prompt", "a {}", "--show_tokens"]
+    missing = "base.ckpt=none.ckpt"
+    shown = call_script("sample", *given, missing, "--replace_noun", "fish")
+    assert [line.split()[2:] for line in shown.out.splitlines()[-2:]] == [
+        ["a", "S^a:", "context"], ["fish", "auxiliary", "noun"]]
+    assert "'none.ckpt' does not exist" in call_script("sample", *given, missing, "--replace_noun", "auto").error
+    assert "S^c: concept" in call_script("sample", *given, "--replace_noun", "auto").out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without CUDA")

@@ -24,7 +24,7 @@ from ldm.customization.delta import load_concept
 from ldm.customization.tokens import TokenSets
 from ldm.modules.attention import SpatialTransformer
 from ldm.pictures import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
-from ldm.pipeline import Generator, Row, cost_matched_steps
+from ldm.pipeline import Generator, Row, choose_device, cost_matched_steps
 from ldm.sampling import draw_run
 from ldm.training import Run
 from ldm.util import UserError
@@ -338,7 +338,115 @@ def test_masks_of_pictures_that_are_not_square(small_world: SmallWorld, small_ge
     assert np.array_equal(rows[0][1][1], expected)
 
 
+def test_watched_pictures_are_drawn_once_and_unchanged(small_world: SmallWorld, small_generator: Generator,
+                                                       tmp_path: Path) -> None:
+    """Masks come from the pass that draws the picture, each from its own row of the batch."""
+    config = small_world.sample_config("dci.agg_lambda=[0.0,1.0]", "n_samples=2", "batch_size=3")
+    calls: list[int] = []
+    handle = small_generator.model.model.diffusion_model.register_forward_hook(
+        lambda module, args, eps: calls.append(len(eps)))
+    prompts = [PROMPT, "{} on the beach"]
+    draw_run(small_generator, config, prompts, tmp_path / "plain", grid=False)
+    alone = calls.copy()
+    calls.clear()
+    watched = draw_run(small_generator, config, prompts, tmp_path / "watched", grid=False, masks=True)
+    handle.remove()
+    assert calls == alone and [path.name for path in watched.sheets] == ["000.png", "001.png"]
+    before, after = contents(tmp_path / "plain"), contents(tmp_path / "watched")
+    assert all(after[name] == content for name, content in before.items())
+    rows = [Row(PROMPT, 5, 1.0), Row(prompts[1], 6, 0.0)]
+    samples = {sample.row: sample for sample in small_generator.generate(prompts, config, watched=rows)}
+    assert [row for row, sample in samples.items() if sample.masks] == rows
+    for row in rows:
+        _, expected = small_generator.masks(row, config)
+        assert [name for name, _ in samples[row].masks] == [name for name, _ in expected]
+        for (_, masks), (_, wanted) in zip(samples[row].masks, expected, strict=True):
+            torch.testing.assert_close(masks, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_auxiliary_noun_is_on_screen_and_sheet(small_world: SmallWorld, small_generator: Generator, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    captions: list[str] = []
+
+    def sheet_of(columns: Sequence[str], rows: Sequence[tuple[str, object]], title: str = "") -> Image.Image:
+        captions[:] = [caption for caption, _ in rows]
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr("ldm.sampling.sheet", sheet_of)
+    prompts = [PROMPT, "a {} beside a dog", "{} on the beach"]
+    draw_run(small_generator, small_world.sample_config("steps=2"), prompts, tmp_path)
+    assert "auxiliary noun: dog (2 of 3 prompts), man (1 of 3 prompts)" in capsys.readouterr().out
+    assert captions == [f"{text}   (seed 5, auxiliary noun: {noun})" for text, noun in (
+        ("a <new1> <new2> cat in the snow", "dog"), ("a <new1> <new2> cat beside a dog", "man"),
+        ("<new1> <new2> cat on the beach", "dog"))]
+    draw_run(small_generator, small_world.sample_config("steps=2", "dci.replace_noun=car"), prompts, tmp_path)
+    assert "auxiliary noun: car\n" in capsys.readouterr().out
+    for override in ("dci.use=false", "dci.ablation=no_full_prompt"):
+        draw_run(small_generator, small_world.sample_config("steps=2", override), [PROMPT], tmp_path)
+        assert captions[0].endswith("(seed 5)") and "auxiliary noun:" not in capsys.readouterr().out
+
+
 # Refusals.
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
+def test_dci_that_would_do_nothing_is_refused(small_world: SmallWorld, small_generator: Generator,
+                                              sampler: str) -> None:
+    """Refused exactly where a run has no step of four rows."""
+    refused = []
+    for steps, agg_time in ((1, 0.5), (1, 1.0), (2, 0.3), (3, 0.3), (4, 0.3), (2, 0.0)):
+        config = small_world.sample_config(f"sampler={sampler}", f"steps={steps}", f"dci.agg_time={agg_time}")
+        calls: list[int] = []
+        handle = small_generator.model.model.diffusion_model.register_forward_hook(
+            lambda module, args, eps, calls=calls: calls.append(len(eps)))
+        draw(small_generator, config, Row(PROMPT, 5, 1.0))
+        handle.remove()
+        try:
+            small_generator.plan([PROMPT], config)
+        except UserError as error:
+            assert f"with {steps} steps and agg_time {agg_time:g} no step has two branches" in str(error)
+            refused.append((steps, agg_time))
+        assert (4 in calls) == ((steps, agg_time) not in refused)
+    assert refused == ([(2, 0.0)] if sampler == "dpm_solver" else [(1, 0.5), (2, 0.3), (3, 0.3), (2, 0.0)])
+    few = ("steps=2", "dci.agg_time=0.3")
+    assert small_generator.plan([PROMPT], small_world.sample_config(*few, "dci.use=false")) == [Row(PROMPT, 5, None)]
+    with pytest.raises(UserError, match="with 3 steps"):       # so many are left of 4
+        small_generator.plan([PROMPT], small_world.sample_config("dci.agg_time=0.3", "dci.match_cost=true"))
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_runs_out_is_told_in_a_sentence(small_world: SmallWorld, small_generator: Generator, monkeypatch,
+                                                    error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(small_generator, "latents", fail)
+    many = "memory does not hold 3 picture\\(s\\) at once; try batch_size=1, then --precision bf16"
+    with pytest.raises(UserError, match=many):
+        next(small_generator.generate([PROMPT], small_world.sample_config("n_samples=3")))
+    with pytest.raises(UserError, match="memory does not hold 1 picture\\(s\\) at once; try --precision bf16"):
+        small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        next(small_generator.generate([PROMPT], small_world.sample_config()))
+
+
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [
+    (False, False, "cpu"), (True, False, "cuda"), (False, True, "mps"), (True, True, "cuda")])
+def test_the_device_that_is_there_is_chosen(monkeypatch, cuda: bool, mps: bool, chosen: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto").type == chosen and choose_device("cpu").type == "cpu"
+    for name, there in (("cuda", cuda), ("cuda:0", cuda), ("mps", mps)):
+        if there:
+            assert choose_device(name) == torch.device(name)
+        else:
+            with pytest.raises(UserError, match=f"device '{name[:4].rstrip(':')}' was asked for but this machine"):
+                choose_device(name)
+    with pytest.raises(UserError, match="use auto, cpu, cuda or mps"):
+        choose_device("tpu")
+
 
 @pytest.mark.parametrize(("override", "message"), [
     ("sampler=euler", "sampler 'euler' is unknown; use one of ddim, plms, dpm_solver"),

@@ -10,7 +10,15 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import compute
-from ldm.compute import compile_network, decode, decode_at_once, set_format, supported_precision
+from ldm.compute import (
+    PRECISIONS,
+    available_memory,
+    compile_network,
+    decode,
+    decode_at_once,
+    set_format,
+    supported_precision,
+)
 from ldm.config import BaseConfig
 from ldm.customization.delta import load_concept
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -212,6 +220,24 @@ def test_precision_that_cannot_be(monkeypatch, name: str, there: bool, message: 
     else:
         with pytest.warns(UserWarning, match=message):
             assert supported_precision(name, torch.device("cpu")) == "full"
+
+
+def test_formats_and_memory_of_apples_gpus(monkeypatch) -> None:
+    """As far as it can be said without one."""
+    apple = torch.device("mps")
+    for new in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor, new=new: new)
+        monkeypatch.setattr(torch.amp, "is_autocast_available", lambda kind, new=new: new)
+        if new:
+            assert [supported_precision(name, apple) for name in PRECISIONS] == list(PRECISIONS)
+            continue
+        with pytest.warns(UserWarning, match="needs macOS 14; computing in fp16"):
+            assert supported_precision("bf16", apple) == "fp16"
+        with pytest.warns(UserWarning, match="no autocast on 'mps'; computing in full"):
+            assert supported_precision("autocast", apple) == "full"
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
+    assert available_memory(apple) == 70
 
 
 def test_weights_in_half_do_not_draw_in_full(small_world: SmallWorld, monkeypatch) -> None:

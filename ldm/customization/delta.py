@@ -168,9 +168,9 @@ class AppliedConcept:
                  if name not in unet or unet[name].shape != value.shape]
         width = model.cond_stage_model.embedding.embedding_dim
         if wrong or any(len(vector) != width for vector in concept.words.values()):
-            raise UserError(f"the concept does not fit this model: {len(wrong)} tensors differ "
-                            f"({', '.join(wrong[:2]) or 'word vectors of another width'}); "
-                            "use the base it was made for.")
+            raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
+                            f"{len(wrong)} tensors differ ({', '.join(wrong[:2]) or 'word vectors of another width'}); "
+                            "draw with the model it was made for.")
         model.cond_stage_model.add_words(concept.words).requires_grad_(False)   # may refuse; so before any change
         self._originals = {name: unet[name].detach().clone() for name in concept.weights}
         self._write(concept.weights)

@@ -166,6 +166,13 @@ def auxiliary_noun(class_noun: str, pieces: Sequence[str], wanted: str | None) -
     return wanted.strip()
 
 
+def chosen_noun(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str], wanted: str | None) -> str:
+    """Returns the auxiliary noun of a prompt cut at the concept: by its context where `wanted` is "auto"."""
+    if wanted == AUTO:
+        return noun_for_context(embedder, class_noun, pieces)
+    return auxiliary_noun(class_noun, pieces, wanted)
+
+
 @torch.no_grad()
 def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str]) -> str:
     """Returns the noun of CONTEXT_NOUNS whose caption is nearest to what the prompt says after the concept.
@@ -178,6 +185,8 @@ def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequ
     context = " ".join(" ".join(pieces[1:]).split()) or pieces[0].strip()
     if not context:
         return choose_auxiliary_noun(class_noun, pieces)
+    if embedder.device.type == "meta":      # no weights yet: any noun does to see whether a prompt will do
+        return nouns[0]
     ids = embedder.tokenize([context, *(f"a photo of a {noun}" for noun in nouns)])         # (1 + N, T)
     ends = (ids == embedder.tokenizer.eos_token_id).int().argmax(dim=1)                     # (1 + N,)
     states = embedder.transformer(ids)[torch.arange(len(ids)), ends]                        # (1 + N, D)
@@ -202,9 +211,7 @@ def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], conc
     alternations = []
     for prompt in prompts:
         row = split_at_concept(prompt, concept)
-        noun = (noun_for_context(embedder, class_noun, row) if wanted == AUTO
-                else auxiliary_noun(class_noun, row, wanted))
-        alternations.append(join_pieces(row, noun))
+        alternations.append(join_pieces(row, chosen_noun(embedder, class_noun, row, wanted)))
         check_fits(embedder, alternations[-1], "the auxiliary noun")
     return token_sets(embedder, alternations)
 
@@ -242,8 +249,7 @@ def describe_tokens(embedder: FrozenCLIPEmbedder, sets: TokenSets, roles: tuple[
     lines = []
     for row, prompt in enumerate(sets.prompts):
         lines.append(f"'{prompt}'")
-        for position, token in enumerate(embedder.tokenize([prompt])[0].tolist()):
-            if sets.content[row, position]:
-                text = embedder.tokenizer.convert_ids_to_tokens(token).removesuffix("</w>")
-                lines.append(f"  {position:3d}  {token:6d}  {text:<16} {roles[0 if sets.named[row, position] else 1]}")
+        for position, token in enumerate(embedder.content_ids(prompt)[:embedder.max_length - 2], 1):
+            text = embedder.tokenizer.convert_ids_to_tokens(token).removesuffix("</w>")
+            lines.append(f"  {position:3d}  {token:6d}  {text:<16} {roles[0 if sets.named[row, position] else 1]}")
     return "\n".join(lines)

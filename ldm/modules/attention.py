@@ -1,7 +1,7 @@
 """Attention over image features: self-attention, cross-attention with DBIM, and the transformer around them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -204,10 +204,14 @@ class SpatialTransformer(nn.Module):
 
 
 @contextmanager
-def record_masks(network: nn.Module, record: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """Appends (layer name, masks (2, B, H, N)) to `record` whenever a layer of `network` integrates branches."""
+def record_masks(network: nn.Module, record: list[tuple[str, Tensor]],
+                 rows: Sequence[int] | slice = slice(None)) -> Iterator[None]:
+    """Appends (layer name, masks (2, B, H, N)) to `record` whenever a layer of `network` integrates branches.
+
+    `rows` are the pictures of the batch, B of them, that are watched.
+    """
     def hook(name: str):
-        return lambda module, args, output: record.append((name, output.detach().cpu()))
+        return lambda module, args, output: record.append((name, output[:, rows].detach().cpu()))
 
     handles = [module.masks.register_forward_hook(hook(name)) for name, module in network.named_modules()
                if isinstance(module, CrossAttention)]

@@ -1,6 +1,7 @@
 """DDIMSampler: the short loop of Song et al. 2021, and its use for image-to-image."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,10 @@ class DDIMSampler(Sampler):
         self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev = ddim_parameters(
             alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_sqrt_one_minus_alphas = np.sqrt(1.0 - self.ddim_alphas)
+
+    @staticmethod
+    def times(steps: int, num_timesteps: int) -> Sequence[int]:
+        return ddim_timesteps(steps, num_timesteps)
 
     def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, *, eta: float, mask: Tensor | None,
             x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:

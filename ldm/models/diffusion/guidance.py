@@ -40,6 +40,11 @@ def draw_noise(like: Tensor, generators: Generators | None) -> Tensor:
     return torch.stack(rows).to(like)                                            # (B, C, H, W)
 
 
+def has_two_branches(t: int, num_timesteps: int, agg_time: float) -> bool:
+    """Says whether time step `t` lies in the early share of the schedule that has two branches."""
+    return t > num_timesteps * (1.0 - agg_time) + 1e-6
+
+
 class Rows:
     """The rows the network is asked about in each step of a run: blocks of conditioning over blocks of latents.
 
@@ -169,8 +174,7 @@ class DualBranchGuidance(Guidance):
         return torch.cat([x, draw_noise(x, self.dual.generators)])               # (2B, C, H, W)
 
     def narrow(self, t: int, *states: Tensor) -> tuple[Tensor, ...]:
-        steps = self.model.num_timesteps
-        if t > steps * (1.0 - self.dual.agg_time) + 1e-6:
+        if has_two_branches(t, self.model.num_timesteps, self.dual.agg_time):
             return states
         return tuple(state[: self.batch] for state in states)                    # the auxiliary branch is done
 

@@ -81,6 +81,11 @@ class Sampler:
                      verbose=verbose)
         return x[:batch_size], record.intermediates
 
+    @staticmethod
+    def times(steps: int, num_timesteps: int) -> Sequence[int]:
+        """Returns the time steps that the steps of a run start from."""
+        raise NotImplementedError
+
     def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, *, eta: float, mask: Tensor | None,
             x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
         """Takes state `x` through all steps."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,10 @@ def dpm_step(x: Tensor, data: Tensor, source: Level, target: Level) -> Tensor:
 
 class DPMSolverSampler(Sampler):
     """Samples with DPM-Solver++(2M); it adds no noise."""
+
+    @staticmethod
+    def times(steps: int, num_timesteps: int) -> Sequence[int]:
+        return dpm_timesteps(steps, num_timesteps)[:-1]
 
     def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, *, eta: float, mask: Tensor | None,
             x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
