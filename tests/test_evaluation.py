@@ -41,7 +41,8 @@ def test_a_concept_file_is_drawn_and_measured(call_script: Call, small_world: Sm
     assert float(table[3]["small_clip_t"]) == rows[3]["small_clip_t"]
     assert "fine-tuned | DCI, lambda 1 |" in outcome.out
     for scale in ("cosine", "2.5 max(cosine, 0)", "100 max(cosine, 0)"):
-        assert f"| CLIP-T, small CLIP, {scale} |" in outcome.out
+        assert f"| CLIP-T, small CLIP, {scale} |" in (tmp_path / "out" / "table.md").read_text()
+    assert outcome.out.count("| CLIP-T, ") == 1 and outcome.out.count("Higher is better") == 1
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     mean = sum(row["small_clip_i"] for row in rows if row["strength"] is None) / 4
     estimate = summary["metrics"]["fine-tuned"]["small_clip_i"]
@@ -78,6 +79,23 @@ def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_
     outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]) == list(ways)
+
+
+def test_columns_go_from_plain_to_rising_lambda(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
+    for number, strength in enumerate((0.0, 1.5, -1.0, None)):                  # as files of a run are sorted
+        save_png(Image.new("RGB", (20, 20), "red"), tmp_path / "p" / f"{number}.png",
+                 {"prompt": "a cat", "strength": strength, "seed": 1, "steps": 2, "sampler": "ddim", "scale": 3.0,
+                  "concept": {"words": ["<new1>"], "class_noun": "cat", "step": 2}})
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", "--metrics", "small_clip", "judge", "kid",
+                          *metric_options[metric_options.index("--metric_weights"):], "--outdir", tmp_path / "out")
+    assert "| fine-tuned | DCI, lambda -1 | DCI, lambda 0 | DCI, lambda 1.5 |" in outcome.out
+    assert outcome.out.count("skipped kid") == 1 and "(fine-tuned; DCI, lambda -1; DCI, lambda 0" in outcome.out
+
+
+def test_weights_nobody_gave_are_one_line(metric_files: dict[str, Path]) -> None:
+    scorer = load_scorer(files={"judge": metric_files["judge"]})
+    assert [reason for reason in scorer.skipped if "do not ship" in reason] == [
+        "clip_b32, clip_l14, dino: their weights do not ship; give them with --metric_weights METRIC=FILE"]
 
 
 def test_references_are_read_as_training_reads_them(call_script: Call, metric_options: list[str],

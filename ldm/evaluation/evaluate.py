@@ -11,7 +11,19 @@ from PIL import Image
 from ldm.data.images import open_image
 from ldm.data.layouts import captioned
 from ldm.evaluation.layouts import Found
-from ldm.evaluation.report import as_numbers, open_cell, summarise, table, way, write_json, write_rows, write_text
+from ldm.evaluation.metrics import SCALES
+from ldm.evaluation.report import (
+    as_numbers,
+    meaning,
+    open_cell,
+    place,
+    summarise,
+    table,
+    way,
+    write_json,
+    write_rows,
+    write_text,
+)
 from ldm.evaluation.scoring import Scorer
 from ldm.pictures import save_png, sheet
 from ldm.util import UserError
@@ -84,12 +96,14 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     notes += ["skipped image alignment: there are no references; give them with --references"] * (not known)
     notes += ["skipped text alignment: the pictures do not say their prompts; give them with --prompts"] * (
         not any(item.prompt for item in found))
-    ways, groups, sets = [way(item.settings) for item in found], {}, {}
-    for name in dict.fromkeys(ways):
+    ways, groups, sets, no_kid = [way(item.settings) for item in found], {}, {}, {}
+    places = {name: place(item.settings) for name, item in zip(ways, found, strict=True)}
+    for name in sorted(places, key=places.get):
         drawn = [index for index, other in enumerate(ways) if other == name]
         groups[name] = [rows[index] for index in drawn]
         sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
-        notes += [f"skipped {reason} ({name})"] if (reason := scorer.why_no_kid(len(drawn), len(compared))) else []
+        no_kid.setdefault(scorer.why_no_kid(len(drawn), len(compared)), []).append(name)
+    notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items() if reason]
     return _write(Evaluation(rows, "", notes, outdir), groups, sets, found, scorer, known)
 
 
@@ -97,17 +111,18 @@ def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Ma
            found: Sequence[Found], scorer: Scorer, known: Sequence[Image.Image]) -> Evaluation:
     """Puts an evaluation on disk."""
     estimates = {name: summarise(rows, list(scorer.titles)) for name, rows in groups.items()}
-    text = table(estimates, scorer.titles, f"mean [95 % interval], {len(result.rows)} pictures")
+    heading = f"mean [95 % interval], {len(result.rows)} pictures"
+    short, full = (table(estimates, scorer.titles, heading, scales) for scales in (("cosine",), tuple(SCALES)))
     of_sets = [f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
                for name, values in sets.items() if any(value is not None for value in values.values())]
     write_rows(result.rows, result.folder)
     write_json(result.folder / "summary.json", {"metrics": as_numbers(estimates), "sets": sets,
                                                 "measured_by": scorer.record, "notes": result.notes})
-    text = "\n\n".join([text, *of_sets])
-    write_text(result.folder / "table.md", "\n\n".join([text, *result.notes]) + "\n")
+    explained = [meaning(scorer.titles), *of_sets]
+    write_text(result.folder / "table.md", "\n\n".join([full, *explained, *result.notes]) + "\n")
     paths = {name: item.path for name, item in zip(names_of(found), found, strict=True)}
     save_png(_sheet(groups, paths, known), result.folder / "sheet.png")
-    return Evaluation(result.rows, text, result.notes, result.folder)
+    return Evaluation(result.rows, "\n\n".join([short, *explained]), result.notes, result.folder)
 
 
 def _sheet(groups: Mapping[str, list], paths: Mapping[str, Path], known: Sequence[Image.Image]) -> Image.Image:

@@ -27,6 +27,10 @@ class MissingWeights(UserError):
     """A metric's weights or package are not here; the metric can be left out."""
 
 
+class WeightsNotGiven(MissingWeights):
+    """The weights are of those that only the user can have."""
+
+
 @dataclass(frozen=True, eq=False)
 class Extractor:
     """One network that turns pictures, and for CLIPs texts, into vectors.
@@ -131,7 +135,7 @@ def load_open_clip(name: str, architecture: str, title: str) -> Callable[[Path |
 def _given(path: Path | None, name: str, title: str) -> Path:
     """Returns the path of weights that only the user can have."""
     if path is None:
-        raise MissingWeights(f"{title}'s weights are not given; name their file with --metric_weights {name}=FILE.")
+        raise WeightsNotGiven(f"{title}'s weights are not given; name their file with --metric_weights {name}=FILE.")
     return path
 
 

@@ -46,17 +46,36 @@ def way(settings: Mapping[str, Any]) -> str:
     return "fine-tuned" if "concept" in settings else "base model"
 
 
-def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "") -> str:
-    """A markdown table: a line per metric, a column per group; CLIP-T on every scale in use, each by its name."""
+def place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
+    """Where the column of such pictures stands: plain ones first, base before fine-tuned, then by rising lambda."""
+    strength = settings.get("strength")
+    return strength is not None, strength or 0.0, "concept" in settings
+
+
+def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "",
+          scales: Sequence[str] = tuple(SCALES)) -> str:
+    """A markdown table: a line per metric, a column per group; CLIP-T on each of some scales, by its name."""
     names = [name for name in titles if any(name in group for group in groups.values())]
     lines = [f"| {first} | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
     for name in names:
-        for scale in SCALES if name.endswith("_t") else ("cosine",):
+        for scale in scales if name.endswith("_t") else ("cosine",):
             title = titles[name] + (f", {scale}" if name.endswith(("_t", "_i")) else "")
             key = name + CLIPPED if scale in PER_PICTURE else name
             cells = [str(_scaled(group[key], scale)) if key in group else "-" for group in groups.values()]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def meaning(titles: Mapping[str, str]) -> str:
+    """Says in a few sentences what the numbers of a table are and which are good."""
+    parts = ["Higher is better in every line"]
+    parts += ["'right' is the share of pictures that the judge found to show what was asked, 1 is all"] * (
+        "judge_edit" in titles)
+    parts += ["CLIP-T is likeness to the prompt"] * any(name.endswith("_t") for name in titles)
+    parts += ["CLIP-I and image similarity are likeness to the concept's own pictures"] * any(
+        name.endswith("_i") for name in titles)
+    return ("; ".join(parts) + ". Numbers compare within a line only, and columns whose intervals overlap widely may "
+            "differ by chance.")
 
 
 def _scaled(value: Estimate, scale: str) -> Estimate:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.checkpoint import weights_hash
 from ldm.customization.contexts import NEW_WORD, PLACEHOLDER
 from ldm.customization.tokens import join_pieces
-from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
+from ldm.evaluation.features import LOADERS, Extractor, MissingWeights, WeightsNotGiven
 from ldm.evaluation.judge import Court, load_court
 from ldm.evaluation.metrics import KID_LEAST, diversity, image_alignment, kid, text_alignment
 from ldm.evaluation.small_clip import embedded
@@ -157,7 +157,7 @@ def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | 
     for name in sorted(set(files) & {"kid"}):
         raise UserError(f"metric '{name}' has no weights of its own; leave them out.")
     wanted, insist = tuple(names or METRICS), set(names or ()) | set(files)
-    extractors, court, skipped = [], None, []
+    extractors, court, skipped, not_given = [], None, [], []
     for name in METRICS:
         if name == "kid" or name not in {*wanted, *files}:
             continue
@@ -170,7 +170,13 @@ def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | 
         except MissingWeights as error:
             if name in insist:
                 raise
+            if isinstance(error, WeightsNotGiven):
+                not_given.append(name)
+                continue
             skipped.append(f"{name}: {re.sub(r'[.]$', '', str(error))}")
+    if not_given:
+        skipped.append(f"{', '.join(not_given)}: their weights do not ship; give them with "
+                       "--metric_weights METRIC=FILE")
     if not extractors and court is None:
         raise UserError("no metric can be measured here: " + "; ".join(skipped or ["kid needs an image metric"]) + ".")
     return Scorer(tuple(extractors), court, "kid" in wanted, tuple(skipped))
