@@ -117,7 +117,10 @@ def test_rgb_with_one_transparent_colour(folder: Path) -> None:
 def test_palette_with_alpha_in_memory() -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (*BLUE, 255))
-    assert pixel(to_rgb(image.convert("PA")), 0) == WHITE
+    image = image.convert("PA")
+    if image.getpixel((0, 0))[1] != 0:
+        pytest.skip("this Pillow's own conversion loses the transparency")
+    assert pixel(to_rgb(image), 0) == WHITE
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

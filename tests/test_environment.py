@@ -321,6 +321,7 @@ def test_uv_brings_a_python_where_there_is_none(checkout: Checkout) -> None:
 
 
 def test_retrieval_has_an_environment_of_its_own(checkout: Checkout) -> None:
+    stub(checkout, "python3.12", PYTHON_STUB)       # for where the tests run on a later one
     checkout.ask(core="packaging>=20", retrieval="madeup>=1", pins="madeup==1.0\n")
     run = checkout.choose("retrieval")
     assert run.stdout == f"{checkout.root}/.venv-retrieval/bin/python\n", run.stderr
