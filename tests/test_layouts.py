@@ -163,7 +163,7 @@ def test_a_class_noun_is_a_noun(tmp_path: Path, class_prompt: str, instance_prom
     if noun is not None:
         assert read_subjects(path)[0].class_noun == noun
         return
-    with pytest.raises(UserError, match=f"concept 1 of '.*list.json': .* class_prompt '{class_prompt}'; write the noun"):
+    with pytest.raises(UserError, match=f"concept 1 of '.*list.json': .* from class_prompt '{class_prompt}'; write "):
         read_subjects(path)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,8 @@ def test_unknown_and_impossible_words_are_refused(embedder):
         FrozenCLIPEmbedder(version="other")
 
 
-def test_what_does_not_fit_is_cut_aloud_or_refused(embedder, caplog):
+def test_what_does_not_fit_is_cut_aloud_or_refused(embedder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     fits, long = "cat " * 75, "cat " * 75 + "dog house"
     assert len(embedder.content_ids(fits)) == 75
     assert embedder.tokenize([fits], strict=True).shape == (1, 77)
@@ -221,6 +223,7 @@ def test_what_does_not_fit_is_cut_aloud_or_refused(embedder, caplog):
     assert torch.equal(ids, embedder.tokenize([fits]))
     with pytest.raises(UserError, match="cut: 'dog house'; shorten"):
         embedder([long], strict=True)
+    assert len(embedder.content_ids("cat " * 100)) == 100
     assert not caplog.records      # transformers would speak of "indexing errors", of which there are none
 
 
