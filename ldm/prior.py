@@ -29,11 +29,10 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import NEW_WORD
 from ldm.pipeline import Generator, choose_device
 from ldm.progress import progress
-from ldm.util import UserError, folder_name
+from ldm.util import ROOT, UserError, folder_name
 
 MODES = ("folder", "retrieve", "generate", "none")
 NOUN = "{}"       # stands for the class noun in data.reg.prompt
-RETRIEVE = Path(__file__).resolve().parents[1] / "scripts" / "retrieve.py"
 
 
 def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
@@ -131,7 +130,7 @@ def retrieved_folder(concept: ConceptConfig, settings: RegularizationConfig) -> 
     flags = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
     if settings.allow_private:
         flags.append("--allow_private")
-    command = [sys.executable, str(RETRIEVE), *flags]
+    command = [sys.executable, str(ROOT / "scripts" / "retrieve.py"), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                           env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
         for line in child.stdout:

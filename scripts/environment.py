@@ -52,6 +52,11 @@ class Environment:
         return self.folder / ".installed"
 
     @property
+    def log(self) -> Path:
+        """What the last installer said."""
+        return self.folder / "install.log"
+
+    @property
     def wanted(self) -> list[str]:
         """What the note must list."""
         return [*self.pins.read_text(encoding="utf-8").splitlines(), *self.beside]
@@ -132,7 +137,7 @@ def base_python(newest: tuple[int, int], uv: str | None) -> str:
     return found
 
 
-def make(needed: Environment, uv: str | None) -> None:
+def make(needed: Environment, uv: str | None, lock: Sequence[int]) -> None:
     """Makes the folder afresh where its Python does not run or an installation into it was cut short."""
     begun = needed.note.exists() and not needed.note.read_bytes()
     earlier = any(needed.folder.glob(".installed-*"))   # notes of this script's first version: clip-retrieval is in it
@@ -145,16 +150,15 @@ def make(needed: Environment, uv: str | None) -> None:
     command = [base, "-I", "-m", "venv", needed.folder]
     if uv:                          # --seed: with a pip, so that `pip install` in the folder goes into the folder
         command = [uv, "venv", "--allow-existing", "--seed", "--python", base, needed.folder]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"{base} cannot make {needed.folder}; is its venv module there (Debian: apt install python3-venv)? "
-                 f"It says: {(run.stdout.splitlines() or [''])[-1]}")
+    if not watch(command, needed.log, lock):
+        sys.exit(f"{base} cannot make {needed.folder}; without uv it needs the venv module (Debian: apt install "
+                 "python3-venv).")
 
 
 def install(needed: Environment, lock: Sequence[int]) -> None:
     """Fills the folder with the pins and what goes beside them."""
     uv = shutil.which("uv")
-    make(needed, uv)
+    make(needed, uv, lock)
     before = needed.note.read_bytes() if needed.note.exists() else b"\n"
     needed.note.write_bytes(b"")    # until all is there, so that a killed installation is known by it
     what = ["-r", needed.pins, *needed.beside]
@@ -164,10 +168,9 @@ def install(needed: Environment, lock: Sequence[int]) -> None:
         attempts = [[uv, "pip", "install", "--python", needed.python, *what]]
         if "UV_TORCH_BACKEND" not in os.environ:    # the builds for this machine, if PyTorch's own index can be reached
             attempts.insert(0, [*attempts[0], "--torch-backend", "auto"])
-    log = needed.folder / "install.log"
-    if not any(watch(command, log, lock) for command in attempts):
+    if not any(watch(command, needed.log, lock) for command in attempts):
         needed.note.write_bytes(before)
-        sys.exit(f"The installation stopped; {log} says more, and the next run takes it up again.")
+        sys.exit(f"The installation stopped; {needed.log} says more, and the next run takes it up again.")
     needed.note.write_text("\n".join(needed.wanted) + "\n", encoding="utf-8")
 
 

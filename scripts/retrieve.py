@@ -5,38 +5,16 @@ and the other commands run themselves with its Python wherever the one that star
 """
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from ldm import cli
-from ldm.util import ROOT, UserError, folder_name, from_here
+from ldm.util import UserError, folder_name, from_here
 
 COMMANDS = ("index", "serve", "setup")
-
-
-def change_environment(arguments: Sequence[str]) -> None:
-    """Runs this command again with the Python of .venv-retrieval where this one lacks clip-retrieval.
-
-    Raises:
-        UserError: there is no such Python, or clip-retrieval is not in it either.
-    """
-    if find_spec("clip_retrieval") is not None:
-        return
-    from ldm.data.clip_client import MISSING, SETUP
-    folder = ROOT / ".venv-retrieval"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists() or Path(sys.prefix).resolve() == folder.resolve():
-        raise UserError(f"{MISSING}; {SETUP}.")
-    command = [str(python), __file__, *arguments]
-    os.environ["PYTHONPATH"] = str(ROOT)    # nothing of this one's packages
-    if os.name == "nt":                     # there execv would return to the shell at once
-        sys.exit(subprocess.call(command))
-    os.execv(python, command)
 
 
 def retrieval_parser() -> cli.Parser:
@@ -87,9 +65,9 @@ def main(arguments: Sequence[str]) -> None:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
     options = (command_parser(command) if command else retrieval_parser()).parse_command(arguments[bool(command):])
     if command == "setup":
-        sys.exit(subprocess.call([sys.executable, ROOT / "scripts" / "environment.py", "retrieval"]))
-    change_environment(arguments)
+        sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("environment.py"), "retrieval"]))
     from ldm.data import clip_client, clip_index, download, retrieval  # not for --help
+    clip_client.change_environment(Path(__file__), arguments)
     if options.clip_config:
         clip_index.register_architecture(options.clip_config)
     if command == "serve":

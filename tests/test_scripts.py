@@ -344,7 +344,8 @@ def test_resuming_from_the_command_line(call_script: Call, small_run: Run, tmp_p
 
 def test_scripts_are_short() -> None:
     for path in (ROOT / "scripts").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 100, path
+        if path.name != "environment.py":       # runs before ldm can be imported, so all it does is in it
+            assert len(path.read_text().splitlines()) <= 100, path
     for name in SCRIPTS:
         assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 100
 

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +19,26 @@ MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
 ALTERNATIVES = ("start one (scripts/retrieve.py index, then serve), name another with --url, draw the pictures "
                 "(data.reg.mode=generate), or put some in a folder (data.reg.mode=folder)")
+
+
+def change_environment(script: Path, arguments: Sequence[str]) -> None:
+    """Runs a script of this repository again with the Python of .venv-retrieval, where this one lacks clip-retrieval.
+
+    Raises:
+        UserError: there is no such Python, or clip-retrieval is not in it either.
+    """
+    if importlib.util.find_spec("clip_retrieval") is not None:
+        return
+    root = script.resolve().parents[1]
+    folder = root / ".venv-retrieval"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists() or Path(sys.prefix).resolve() == folder.resolve():
+        raise UserError(f"{MISSING}; {SETUP}.")
+    os.environ["PYTHONPATH"] = str(root)    # and nothing of this Python's packages
+    command = [str(python), str(script), *arguments]
+    if os.name == "nt":                     # there execv would return to the shell at once
+        sys.exit(subprocess.call(command))
+    os.execv(python, command)
 
 
 @dataclass(frozen=True)
