@@ -14,11 +14,13 @@ class _Lines:
     """Passes what a bar writes over itself on as lines of their own."""
 
     def __init__(self, stream: TextIO):
-        self.stream = stream
+        self.stream, self.last = stream, ""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        line = text.strip()
+        if line and line != self.last:      # a bar that ends says again what it said
             self.stream.write(f"{line}\n")
+            self.last = line
 
     def flush(self) -> None:
         self.stream.flush()
@@ -34,8 +36,10 @@ def progress(items: Iterable | None = None, *, desc: str, unit: str, total: floa
         quiet: show nothing.
         form: tqdm's bar_format, where its own does not fit.
     """
-    settings = {"desc": desc, "unit": unit, "total": total, "initial": initial, "disable": quiet, "bar_format": form}
+    # Position 0: a bar within another takes its line meanwhile, instead of one below it.
+    settings = {"desc": desc, "unit": unit, "total": total, "initial": initial, "disable": quiet, "bar_format": form,
+                "position": 0}
     if sys.stderr.isatty():
         return tqdm(items, **settings)
     # With `miniters` given, tqdm's watching thread adds no lines of its own.
-    return tqdm(items, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL, miniters=0, position=0, **settings)
+    return tqdm(items, file=_Lines(sys.stderr), mininterval=LOG_INTERVAL, miniters=0, **settings)

@@ -18,6 +18,7 @@ from ldm.evaluation import experiment, plots
 from ldm.evaluation import sweep as sweep_module
 from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
 from ldm.evaluation.experiment import (
+    Comparison,
     compare,
     compare_curves,
     jobs_of,
@@ -31,7 +32,7 @@ from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig
 from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
-from ldm.evaluation.sweep import Sweep, points
+from ldm.evaluation.sweep import Pace, Sweep, points
 from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings
 from ldm.util import UserError
@@ -275,8 +276,41 @@ def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
     matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
     assert (sweep.work(shared), sweep.work(matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
     # Two steps of a picture and a class picture come on top, three times the work of drawing.
-    assert sweep.total(JOBS) == sum(map(sweep.work, JOBS)) + 3 * 2 * 1 * 2
+    assert sweep.shares(JOBS) == {JOBS[0]: (3 * 2 * 1 * 2, 8), JOBS[1]: (0, 12), JOBS[2]: (0, 8)}
     assert sweep.steps(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
+
+
+def test_what_is_left_is_told_when_it_is_measured() -> None:
+    base, other = Job("thing", BASE, 0), Job("other", "ICO", 1)
+    pace = Pace({base: (0, 10), JOBS[0]: (100, 8), JOBS[1]: (0, 12), other: (50, 20)})
+    assert pace.seconds() is None and str(pace) == ""                # nothing was done
+    pace.finish(base, {"seconds": 5.0, "taught": 0.0})
+    assert pace.seconds() is None                                   # nor was anything taught, and that is another rate
+    pace.finish(JOBS[0], {"seconds": 204.0, "taught": 200.0})
+    # Fine-tuning takes 2 s a row, sampling (5 + 4) / (10 + 8) s.
+    assert pace.seconds() == 50 * 2 + (12 + 20) * 0.5 and str(pace) == "about 01:56 left; "
+    pace.finish(JOBS[1], {"seconds": 6.0, "taught": 0.0})
+    pace.finish(other, {"seconds": 0.0, "taught": 0.0})
+    assert pace.seconds() == 0
+    halved = Pace({base: (0, 10), JOBS[1]: (0, 12)}, workers=2)
+    halved.finish(base, {"seconds": 5.0, "taught": 0.0})
+    assert halved.seconds() == 3
+
+
+@pytest.mark.parametrize(("intervals", "text"), [
+    ([(0.1, 0.3), (-0.2, -0.1)], ""), ([], ""), ([(None, None), (None, None)], "Nothing is decided: one prompt"),
+    ([(0.1, 0.3), (-0.2, 0.1)], "Not decided with 24 pictures a point: 1 of 2 differences")])
+def test_a_report_says_what_it_does_not_decide(intervals: list[tuple[float | None, float | None]], text: str) -> None:
+    estimates = [Estimate(0.0, low, high) for low, high in intervals]
+    comparisons = [Comparison("a", "b", *estimates, (0, 0), 1)] if estimates else []
+    said = experiment.verdict(comparisons, None, 24)
+    assert said.startswith(text) and bool(said) == bool(text)
+
+
+def test_a_plot_says_what_it_shows() -> None:
+    assert experiment.plot_title(CLAIMS["dci"], 24) == (
+        "Does DCI beat the raw model of the same concept file at equal U-Net work?\n"
+        "dci (Fig. 6), 24 pictures a point, 95 % intervals")
 
 
 # What is drawn.

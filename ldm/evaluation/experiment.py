@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ldm.evaluation.claims import Claim, Line
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.plan import BASE, Job, Subject, spread
 from ldm.evaluation.plots import Curve, tradeoff_plot
-from ldm.evaluation.report import as_numbers, open_cell, summarise, table, write_json, write_rows, write_text
+from ldm.evaluation.report import as_numbers, meaning, open_cell, summarise, table, write_json, write_rows, write_text
 from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
 from ldm.evaluation.sweep import Sweep, points
 from ldm.pictures import mask_panel, save_png, sheet
@@ -85,12 +86,13 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     titles = sweep.scorer.titles
     estimates = {_name(line, index): summarise(rows[point], list(titles))
                  for line in lines for index, point in enumerate(line.points)}
+    drawn = min(len(rows[point]) for line in lines for point in line.points)
     several, minutes = len(estimates) > 1, sweep.seconds(jobs) / 60
     text = "\n\n".join(filter(None, [
         f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
         "![plot](plot.png)" if several else "", "![pictures](sheet.png)",
-        table(estimates, titles, "mean [95 % interval]"), comparison_table(comparisons, titles, axes),
-        area_table(areas)]))
+        table(estimates, titles, "mean [95 % interval]"), meaning(titles),
+        comparison_table(comparisons, titles, axes), area_table(areas), verdict(comparisons, areas, drawn)]))
     if claim.masks:
         text += "\n\n" + draw_masks(sweep, lines[0].points[0], jobs, folder)
     write_json(folder / "summary.json", {
@@ -100,7 +102,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     curves = [Curve(line.label, [(*(estimates[_name(line, index)][axis] for axis in axes), mark)
                                  for index, mark in enumerate(line.marks)]) for line in lines]
     if several:
-        tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], f"{claim.name} ({claim.source})", folder / "plot.png")
+        tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], plot_title(claim, drawn), folder / "plot.png")
     save_png(experiment_sheet(sweep, lines, rows), folder / "sheet.png")
     return Report(folder, text, comparisons, areas)
 
@@ -196,6 +198,25 @@ def area_table(areas: Areas | None) -> str:
     lines += [f"| {name} - {base} | {value} | {'' if value.low is None else 'yes' if value.excludes_zero else 'no'} |"
               for (name, base), value in areas.differences.items()]
     return "\n".join(lines)
+
+
+def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) -> str:
+    """Says how many of the differences are not decided with so many pictures a point."""
+    found = [estimate for item in comparisons for estimate in (item.editability, item.fidelity)]
+    found += list(areas.differences.values()) if areas else []
+    known = [estimate for estimate in found if estimate.low is not None]
+    if found and not known:
+        return "Nothing is decided: one prompt of one concept gives no intervals."
+    unclear = sum(not estimate.excludes_zero for estimate in known)
+    if not unclear:
+        return ""
+    return (f"Not decided with {drawn} pictures a point: {unclear} of {len(known)} differences, whose intervals "
+            "include zero; more concepts, prompts or seeds make intervals narrower.")
+
+
+def plot_title(claim: Claim, drawn: int) -> str:
+    """Says what a claim's plot shows."""
+    return f"{fill(claim.question, 80)}\n{claim.name} ({claim.source}), {drawn} pictures a point, 95 % intervals"
 
 
 def _as_json(item: Comparison) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, ti
             marks.append((mark if curve in spoken else "", (x[i], y[i]), colour))
         axes.plot(x, y, color=colour, linewidth=1.4)
         axes.plot([], [], color=colour, label=fill(curve.label, 80), marker=shape, markersize=6, linewidth=1.4)
-    axes.set(xlabel=f"editability: {editability}", ylabel=f"fidelity: {fidelity}", title=title)
+    axes.set(xlabel=f"editability: {editability}", ylabel=f"fidelity: {fidelity}")
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     ends = [several[0].points[end][2] for end in (0, -1)] if len(several) > len(spoken) else []
     _add_legend(figure, f"markers grow along a curve, from {' to '.join(ends)}" if ends else None)

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -59,7 +60,7 @@ class Sweep:
         self._keys: dict[Job, str] = {}
         self._contents: dict[Path, str] = {}
         self._seen: set[Path] = set()           # folders whose pictures were found usable: that decodes them all
-        self._reported: set[tuple[str, str, int]] = set()       # fine-tuning runs that the bar has counted
+        self._taught = 0.0                      # seconds that fine-tuning took
 
     @cached_property
     def generator(self) -> Generator:
@@ -93,35 +94,37 @@ class Sweep:
                 self._seen.add(folder)
 
     def run(self, jobs: Sequence[Job], quiet: bool = False) -> dict[Job, list[dict[str, Any]]]:
-        """Carries out what is not on disk and returns every job's rows; the bar's ETA holds, as it counts U-Net rows.
-        """
+        """Carries out what is not on disk and returns every job's rows."""
         self.check(jobs)
-        self._reported.clear()
-        order = sorted(dict.fromkeys(jobs), key=lambda job: (*job.taught, job.step))
-        with progress_bar(self.total(order), quiet) as bar:
+        order = in_order(jobs)
+        missing = [job for job in order if not self.path(job).is_file()]
+        pace = Pace(self.shares(missing))
+        with progress_bar(len(order), len(order) - len(missing), quiet) as bar:
             try:
-                return {job: self._rows(job, order, bar) for job in order}
+                for done, job in enumerate(missing, len(order) - len(missing)):
+                    bar.update(done - bar.n)
+                    bar.set_postfix_str(f"{pace}{job.concept}, {job.method} {job.step or ''}".strip())
+                    pace.finish(job, self._make(job, order, bar))
+                bar.update(len(order) - bar.n)
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(INTERRUPTED) from interrupt
+        return {job: [{**row, **describe(job)} for row in self.stored(job)["rows"]] for job in order}
 
-    def _rows(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> list[dict[str, Any]]:
-        """Reads a job's rows, or makes them."""
-        path = self.path(job)
-        bar.set_postfix_str(f"{job.concept}, {job.method} {job.step or ''}".strip(), refresh=False)
-        if not path.is_file():
-            start = time.monotonic()
-            rows = self.measure(job, self.draw(job, jobs, bar))
-            write_json(path, {"job": describe(job), "seconds": time.monotonic() - start, "rows": rows})
-        else:
-            bar.update(self.work(job))
-        if job.taught not in self._reported:
-            self._reported.add(job.taught)
-            bar.update(self.run_work(job, jobs))
-        return [{**row, **describe(job)} for row in json.loads(path.read_text("utf-8"))["rows"]]
+    def _make(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> dict[str, Any]:
+        """Makes a job's rows and returns what is on disk then."""
+        start, taught = time.monotonic(), self._taught
+        rows = self.measure(job, self.draw(job, jobs, bar))
+        write_json(self.path(job), {"job": describe(job), "seconds": time.monotonic() - start,
+                                    "taught": self._taught - taught, "rows": rows})
+        return self.stored(job)
+
+    def stored(self, job: Job) -> dict[str, Any]:
+        """Reads what is on disk of a job: its rows, the seconds it took and those of them that fine-tuning took."""
+        return json.loads(self.path(job).read_text("utf-8"))
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Returns the time that these jobs took when they were carried out."""
-        return sum(json.loads(self.path(job).read_text("utf-8"))["seconds"] for job in dict.fromkeys(jobs))
+        return sum(self.stored(job)["seconds"] for job in dict.fromkeys(jobs))
 
     def settings(self, job: Job) -> Any:
         """Returns a job's sampling configuration."""
@@ -195,14 +198,14 @@ class Sweep:
         rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
         return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
 
-    def total(self, jobs: Sequence[Job]) -> int:
-        """U-Net rows of jobs and of the fine-tuning they need."""
-        teaching = {job.taught: job for job in jobs}.values()
-        return sum(map(self.work, jobs)) + sum(self.run_work(job, jobs) for job in teaching)
+    def shares(self, jobs: Sequence[Job]) -> dict[Job, tuple[int, int]]:
+        """U-Net rows of each job: of the fine-tuning that it is the first to need, and of its pictures."""
+        first = {job.taught: job for job in reversed(jobs)}
+        return {job: (self.run_work(job, jobs) if first[job.taught] == job else 0, self.work(job)) for job in jobs}
 
     def run_work(self, job: Job, jobs: Sequence[Job]) -> int:
-        """U-Net rows of one fine-tuning run: a row of a training step costs about three, backwards included."""
-        if job.method == BASE:
+        """U-Net rows of a fine-tuning run that is to come; a row of training costs three, backwards included."""
+        if job.method == BASE or all(self.learned(job, step) for step in self.steps(job, jobs)):
             return 0
         batch = self.subjects[job.concept].training(self.config, job.method).method.batch_size
         return 3 * 2 * batch * max(self.steps(job, jobs))
@@ -212,23 +215,33 @@ class Sweep:
         """The steps at which jobs need the model that this job uses."""
         return sorted({other.step for other in jobs if other.taught == job.taught})
 
+    def logdir(self, job: Job) -> Path:
+        """Where a job's fine-tuning run is."""
+        return self.outdir / "runs" / f"{folder_name(job.concept)}-{self.training_key(job)}"
+
+    def learned(self, job: Job, step: int) -> Path | None:
+        """Returns the concept file of a step of a job's fine-tuning run, if it is there."""
+        files = self.logdir(job).glob(f"*/checkpoints/step-{step:06d}.safetensors")
+        return next((path for path in sorted(files) if path.with_name("last.ckpt").is_file()), None)
+
     def concept_file(self, job: Job, jobs: Sequence[Job]) -> Path:
         """Returns the concept file of a job's step, teaching or going on with the run if need be."""
         subject, steps = self.subjects[job.concept], self.steps(job, jobs)
-        logdir = self.outdir / "runs" / f"{folder_name(job.concept)}-{self.training_key(job)}"
-        runs = sorted(path.parent.parent for path in logdir.glob("*/checkpoints/last.ckpt"))
-        name = f"step-{job.step:06d}.safetensors"
-        found = next((path for run in runs if (path := run / "checkpoints" / name).is_file()), None)
+        found = self.learned(job, job.step)
         if found is None:
+            logdir = self.logdir(job)
+            runs = sorted(path.parent.parent for path in logdir.glob("*/checkpoints/last.ckpt"))
             every = math.gcd(*steps)
             config = subject.training(self.config, job.method, f"method.steps={max(steps)}",
                                       f"trainer.save_every={every}", f"trainer.logdir={logdir}", run=job.run)
             done = max((int(path.stem[5:]) for run in runs[-1:] for path in run.glob("checkpoints/step-*")), default=0)
             logdir.mkdir(parents=True, exist_ok=True)
+            start = time.monotonic()
             with (logdir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
                 # A step that a longer run passed without saving is only reached from the start.
                 run = fine_tune(config, runs[-1] if runs and done < job.step else None)
-            found = run.folder / "checkpoints" / name
+            self._taught += time.monotonic() - start
+            found = run.folder / "checkpoints" / f"step-{job.step:06d}.safetensors"
         return found
 
     def draw(self, job: Job, jobs: Sequence[Job], bar: tqdm | None = None) -> list[Image.Image]:
@@ -237,9 +250,9 @@ class Sweep:
         paths = [[self.picture(job, prompt, sample) for sample in range(config.seeds)]
                  for prompt in range(len(subject.prompts))]
         missing = [index for index, row in enumerate(paths) if not all(path.is_file() for path in row)]
-        per_picture = self.work(job) / (len(subject.prompts) * config.seeds)
+        one = 1 / (len(paths) * config.seeds)
         if bar is not None:
-            bar.update(per_picture * config.seeds * (len(paths) - len(missing)))
+            bar.update(one * config.seeds * (len(paths) - len(missing)))
         if missing:
             generator = self.ready(job, jobs)
             texts = job.prompts(subject)
@@ -248,7 +261,7 @@ class Sweep:
                 index, sample = next(places)
                 save_png(drawn.image, paths[index][sample], drawn.settings)
                 if bar is not None:
-                    bar.update(per_picture)
+                    bar.update(one)
         return [open_cell(path) for row in paths for path in row]
 
     def ready(self, job: Job, jobs: Sequence[Job]) -> Generator:
@@ -302,24 +315,28 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
         metrics: what `load_scorer` takes: names, files of weights, and where to compute.
     """
     runs: dict[tuple[str, str, int], list[Job]] = {}
+    jobs = in_order(jobs)
     for job in jobs:
         runs.setdefault(job.taught, []).append(job)
     # The longest first, so that none of them is left for one process at the end.
-    shares = sorted(runs.values(), key=sweep.total, reverse=True)
-    missing = {sweep.path(job): sweep.work(job) for job in jobs}
-    for share in shares:
-        missing[sweep.path(share[0])] += sweep.run_work(share[0], share)
+    shares = sorted(runs.values(), key=lambda share: sum(map(sum, sweep.shares(share).values())), reverse=True)
+    missing = [job for job in jobs if not sweep.path(job).is_file()]
     workers = min(workers, len(shares))
+    pace = Pace(sweep.shares(missing), workers)
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, \
-            progress_bar(sum(missing.values())) as bar:
+            progress_bar(len(jobs), len(jobs) - len(missing)) as bar:
         pending = {pool.submit(_carry_out, sweep.config, sweep.outdir, metrics, share, threads) for share in shares}
         try:
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                bar.update(sum(missing.pop(path) for path in [*missing] if path.is_file()))
+                for job in [job for job in missing if sweep.path(job).is_file()]:
+                    missing.remove(job)
+                    pace.finish(job, sweep.stored(job))
+                    bar.set_postfix_str(f"{pace}{workers} processes", refresh=False)
+                    bar.update()
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(INTERRUPTED) from interrupt
         finally:
@@ -327,14 +344,57 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
 
 
 def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequence[Job], threads: int) -> None:
-    """Carries jobs out in a process of `share_out`."""
+    """Carries jobs out in a process of `share_out`, which shows the progress of all."""
+    sys.stderr = open(os.devnull, "w")
     torch.set_num_threads(threads)
     Sweep(config, outdir, load_scorer(*metrics)).run(jobs, quiet=True)
 
 
-def progress_bar(total: int, quiet: bool = False) -> tqdm:
-    """Makes a sweep's bar."""
-    return progress(total=total, desc="sweep", unit="row", quiet=quiet)
+def in_order(jobs: Sequence[Job]) -> list[Job]:
+    """Returns jobs once each, as they are carried out: all of a fine-tuning run together, by step."""
+    return sorted(dict.fromkeys(jobs), key=lambda job: (*job.taught, job.step))
+
+
+class Pace:
+    """How long what is left will take: fine-tuning and sampling each at the rate it had so far.
+
+    Args:
+        shares: U-Net rows of the jobs that are left, of fine-tuning and of sampling, as `Sweep.shares` gives them.
+        workers: processes that work at once.
+    """
+
+    def __init__(self, shares: Mapping[Job, tuple[int, int]], workers: int = 1):
+        self._left, self._workers = dict(shares), workers
+        self._done, self._seconds = [0, 0], [0.0, 0.0]
+
+    def finish(self, job: Job, stored: Mapping[str, Any]) -> None:
+        """Counts a job with the seconds that its file tells."""
+        taught = stored["taught"]
+        for kind, (rows, seconds) in enumerate(zip(self._left.pop(job), (taught, stored["seconds"] - taught),
+                                                   strict=True)):
+            if rows:
+                self._done[kind] += rows
+                self._seconds[kind] += seconds
+
+    def seconds(self) -> float | None:
+        """Returns the seconds that are left, or None where something is left that was not done yet."""
+        total = 0.0
+        for kind, (done, seconds) in enumerate(zip(self._done, self._seconds, strict=True)):
+            left = sum(share[kind] for share in self._left.values())
+            if left and not done:
+                return None
+            total += seconds * left / max(done, 1)
+        return total / self._workers
+
+    def __str__(self) -> str:
+        left = self.seconds()
+        return "" if left is None else f"about {tqdm.format_interval(left)} left; "
+
+
+def progress_bar(jobs: int, done: int, quiet: bool = False) -> tqdm:
+    """Makes a sweep's bar, which counts points of a concept; what is left is told by `Pace`, in its postfix."""
+    return progress(total=jobs, initial=done, desc="sweep", unit="job", quiet=quiet,
+                    form="{l_bar}{bar}| {n:.1f}/{total_fmt} jobs [{elapsed}{postfix}]")
 
 
 def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
