@@ -11,19 +11,14 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config import meanings, merge
 from ldm.util import UserError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Says defaults that say something, explains configuration keys, and keeps a description's lines as they are."""
-
-    def __init__(self, prog: str, explain: Callable[[str], str]):
-        super().__init__(prog)
-        self.explain = explain
+    """Says defaults that say something, and keeps a description's lines as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = self.explain(action.help or "")
+        text = action.help or ""
         silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
         return text if silent else f"{text} (default: %(default)s)"
 
@@ -43,8 +38,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None, configured: bool = True, prog: str | None = None,
                  schema: type | None = None, shipped: Mapping[str, Sequence[str]] | None = None):
         self._swallows: dict[str, bool] = {}     # options: does it take any number of values, so overrides too?
-        super().__init__(prog=prog, description=description, allow_abbrev=False,
-                         formatter_class=lambda prog: _Formatter(prog, self.explain))
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_Formatter)
         self.configured, self.schema, self.shipped = configured, schema, shipped or {}
         if not configured:
             return
@@ -59,9 +53,15 @@ class Parser(argparse.ArgumentParser):
         self._swallows.update(dict.fromkeys(action.option_strings, swallows))
         return action
 
+    def format_help(self) -> str:
+        for action in self._actions:
+            action.help = self.explain(action.help or "")
+        return super().format_help()
+
     @cached_property
     def _configurations(self) -> dict[str, DictConfig]:
         """The shipped configurations."""
+        from ldm.config import merge
         return {name: merge(self.schema, files) for name, files in self.shipped.items()}
 
     def explain(self, text: str) -> str:
@@ -69,6 +69,7 @@ class Parser(argparse.ArgumentParser):
         named = re.fullmatch(r"(.*)\(([\w.]+)\)", text)
         if self.schema is None or named is None:
             return text
+        from ldm.config import meanings  # torch comes with it, which nothing but a key's help needs here
         words, key = named[1].strip(), named[2]
         values = {name: OmegaConf.select(config, key) for name, config in self._configurations.items()}
         usual = values.pop("", None)

@@ -134,6 +134,10 @@ def test_help_is_the_same_from_another_folder(call_script: Call, monkeypatch: py
     assert call_script("sample", "--help").out == here
 
 
+def test_what_all_commands_import_brings_no_torch() -> None:
+    assert start("-c", "import sys, ldm.cli; print('torch' in sys.modules)").out == "False\n"
+
+
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
     """A folder with the two commands, whose Python writes down its arguments and does nothing else."""
