@@ -161,7 +161,7 @@ def test_bad_input_in_sampling(call_script: Call, small_world: SmallWorld, small
     (["--prompt", "{} and <new9>"], "unknown word <new9>"), (["--prompt", "{}", "--H", "20"], "H is 20 px"),
     (["--prompt", "snow " * 80 + "{}"], "the concept '<new1> <new2> cat' is cut off"),
     (["--prompt", "{}", "--ddim_steps", "1001"], "ddim takes at most 1000"),
-    (["--prompt", "{}", "--ddim_steps", "1"], "with 1 steps and agg_time 0.5 no step has two branches"),
+    (["--prompt", "{}", "--ddim_steps", "1"], "with steps=1 and agg_time=0.5 no step has two branches"),
     (["--prompt", "{}", "--save_masks", "--use_dci", "false"], "there are no masks to draw: no picture uses DCI"),
     (["--prompt", "{}", "--replace_noun", "auto", "--prompt", "a dog", "--show_tokens"], "'a dog' does not mention"),
     (["--prompt", "{}", "-b", "configs/model/tiny.yaml"], "for the base 'small' and does not fit this model")])

@@ -403,13 +403,13 @@ def test_dci_that_would_do_nothing_is_refused(small_world: SmallWorld, small_gen
         try:
             small_generator.plan([PROMPT], config)
         except UserError as error:
-            assert f"with {steps} steps and agg_time {agg_time:g} no step has two branches" in str(error)
+            assert f"with steps={steps} and agg_time={agg_time:g} no step has two branches" in str(error)
             refused.append((steps, agg_time))
         assert (4 in calls) == ((steps, agg_time) not in refused)
     assert refused == ([(2, 0.0)] if sampler == "dpm_solver" else [(1, 0.5), (2, 0.3), (3, 0.3), (2, 0.0)])
     few = ("steps=2", "dci.agg_time=0.3")
     assert small_generator.plan([PROMPT], small_world.sample_config(*few, "dci.use=false")) == [Row(PROMPT, 5, None)]
-    with pytest.raises(UserError, match="with 3 steps"):       # so many are left of 4
+    with pytest.raises(UserError, match="with steps=3"):       # so many are left of 4
         small_generator.plan([PROMPT], small_world.sample_config("dci.agg_time=0.3", "dci.match_cost=true"))
 
 

@@ -102,7 +102,7 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
     code = ("import runpy, sys, ldm.cli, ldm.config\n"
             "print(sorted({'open_clip', 'clip_retrieval', 'wandb', 'diffusers', 'cv2'} & set(sys.modules)))\n"
             "sys.argv[:] = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')")
-    outcome = start("-c", code, "scripts/sample.py", "-b", *small_world.sampling_files, "--prompt", "a {}",
+    outcome = start("-c", code, "scripts/sample.py", "-b", *small_world.sampling_files, "--prompt", "a cat",
                     "--ckpt", small_world.folder / "none.ckpt")
     assert outcome.out == "[]\n"
     assert "checkpoint" in outcome.error and "does not exist" in outcome.error
