@@ -108,3 +108,13 @@ def test_flips_can_be_off():
     for rows in islice(iter(plan(2, flip=False)), 20):
         assert all(torch.allclose(image, source(caption), atol=1e-6)
                    for image, caption in zip(rows.images, rows.captions, strict=True))
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_a_plan_knows_the_pictures_it_will_show(rank: int, world_size: int) -> None:
+    share = plan(1, first=3, rank=rank, world_size=world_size)
+    shown = {picture for micro_step in (3, 4) for picture in share.rows(micro_step).pictures}
+    found = share.pictures(5)
+    assert set(found) == shown and 2 <= len(found) == len(shown) <= 4
+    assert share.pictures(3) == [] and len(plan(3).pictures(1)) == 6
+    assert share.pictures(10**9) == share.pictures() and len(share.pictures()) == 16      # it stops when it has all

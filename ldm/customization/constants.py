@@ -19,8 +19,8 @@ class Posteriors:
 
     def __init__(self, pictures: Iterable[Picture], image: Callable[[Picture], Tensor],
                  encode: Callable[[Tensor], Tensor], quiet: bool = True):
-        self._moments = {picture: encode(image(picture)).cpu()
-                         for picture in progress(pictures, desc="encoding the pictures", unit="picture", quiet=quiet)}
+        with progress(pictures, desc="encoding the pictures", unit="picture", quiet=quiet) as bar:
+            self._moments = {picture: encode(image(picture)).cpu() for picture in bar}
 
     def __len__(self) -> int:
         return len(self._moments)

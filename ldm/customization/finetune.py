@@ -108,14 +108,16 @@ class ConceptFinetune(pl.LightningModule):
             cast_frozen(self.model.model.diffusion_model, dtype)
             cast_frozen(self.model.cond_stage_model, dtype)
 
-    def keep_constants(self, plan: TrainingPlan, decoder: bool, quiet: bool = True) -> None:
+    def keep_constants(self, plan: TrainingPlan, decoder: bool, quiet: bool = True, last: int | None = None) -> None:
         """Computes once what the steps of a plan would compute again and again, and gives the encoder's memory back.
 
         Args:
             decoder: keeps the decoder, on the CPU, for previews.
             quiet: shows no progress.
+            last: the micro-step the plan ends before; None: it does not end.
         """
-        self.posteriors = Posteriors(plan.pictures(), plan.image, lambda image: self._moments(image[None])[0], quiet)
+        self.posteriors = Posteriors(plan.pictures(last), plan.image, lambda image: self._moments(image[None])[0],
+                                     quiet)
         self.text = CaptionFeatures(self.text)
         self.model.first_stage_model.release(decoder)
         self.model.first_stage_model.cpu()
@@ -174,10 +176,13 @@ class ConceptFinetune(pl.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), lr=self.effective_learning_rate)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counts micro-steps as this configuration divides a step: Lightning steps when their number divides."""
-        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        more = checkpoint["global_step"] * self.method.accumulate - counts["ready"]
-        counts |= {name: count + more for name, count in counts.items()}
+        """Counts micro-steps as this configuration divides a step, and as after a whole one, wherever it was saved."""
+        steps, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+        done = steps * self.method.accumulate
+        for counts in loop["epoch_loop.batch_progress"].values():
+            if isinstance(counts, dict):
+                counts |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
 
     def on_train_start(self) -> None:
         """Sets rates and weight decay: a resumed optimizer brings those it was saved with."""

@@ -110,32 +110,34 @@ class TrainingPlan(IterableDataset):
 
     def rows(self, micro_step: int) -> TrainingRows:
         """Returns this device's rows of a micro-step."""
+        shown = self.shown(micro_step)
+        pictures = [picture for picture, _ in shown]
+        sources = [(self.concept, self.regularization)[picture.source] for picture in pictures]
+        captions = [source.captions[picture.item] for source, picture in zip(sources, pictures, strict=True)]
+        weights = torch.tensor([self.prior_weight if picture.source else 1.0 for picture in pictures])
+        masks = torch.stack([self.mask(picture) for picture in pictures]) if self._masked else None
+        return TrainingRows(torch.stack([self.image(picture) for picture in pictures]), captions, weights,
+                            self.batch_size * (2 if self._members else 1), [seed for _, seed in shown],
+                            frozenset(self.picks(micro_step)), masks, pictures)
+
+    def picks(self, micro_step: int) -> list[int]:
+        """Returns the reference pictures of a micro-step, of all devices one after the other."""
         total = self.batch_size * self.world_size
+        return [shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total)]
+
+    def shown(self, micro_step: int) -> list[tuple[Picture, int]]:
+        """Returns this device's pictures of a micro-step, references first, each with its row's seed."""
+        picks = self.picks(micro_step)
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        start = micro_step * total
-        picks = [shuffled(len(self.concept), start + row, self.seed) for row in range(total)]
-        images, captions, weights, seeds, masks = [], [], [], [], []
-        pictures: list[Picture] = []
+        places = [(micro_step * len(picks) + row, picks[row]) for row in mine]
+        classes = [(position, self.class_picture(position, pick)) for position, pick in places]
 
-        def take(source: CaptionedImages, item: int, weight: float, row_seed: int) -> None:
-            flipped = self.flip and bool(np.random.default_rng(row_seed).integers(2))
-            pictures.append(Picture(int(source is self.regularization), item, flipped))
-            images.append(self.image(pictures[-1]))
-            mask = torch.full(images[-1].shape[:2], 255) if source.masks is None else source.masks[item]
-            masks.append((mask.flip(1) if flipped else mask).float() / 255)
-            captions.append(source.captions[item])
-            weights.append(weight)
-            seeds.append(row_seed)
+        def row(source: int, position: int, item: int) -> tuple[Picture, int]:
+            seed = self.row_seed(position, source)
+            return Picture(source, item, self.flip and bool(np.random.default_rng(seed).integers(2))), seed
 
-        for row in mine:
-            take(self.concept, picks[row], 1.0, self.row_seed(start + row, 0))
-        for row in mine:
-            item = self.class_picture(start + row, picks[row])
-            if item is not None:
-                take(self.regularization, item, self.prior_weight, self.row_seed(start + row, 1))
-        full = self.batch_size * (2 if self._members else 1)
-        return TrainingRows(torch.stack(images), captions, torch.tensor(weights), full, seeds, frozenset(picks),
-                            torch.stack(masks) if self._masked else None, pictures)
+        return [row(0, position, pick) for position, pick in places] + \
+            [row(1, position, item) for position, item in classes if item is not None]
 
     def class_picture(self, position: int, pick: int) -> int | None:
         """Returns the regularisation picture beside the reference `pick` at `position`; None where its class has none.
@@ -156,11 +158,25 @@ class TrainingPlan(IterableDataset):
         image = (self.concept, self.regularization)[picture.source].images[picture.item]
         return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
 
-    def pictures(self) -> list[Picture]:
-        """Lists every picture the plan can show, mirrored ones apart."""
-        return [Picture(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
-                for item in range(len(images) if images is not None else 0)
-                for flipped in ((False, True) if self.flip else (False,))]
+    def mask(self, picture: Picture) -> Tensor:
+        """Returns what of a picture counts in the loss, (H, W) float32 in [0, 1]."""
+        source = (self.concept, self.regularization)[picture.source]
+        mask = torch.full(source.images.shape[1:3], 255) if source.masks is None else source.masks[picture.item]
+        return (mask.flip(1) if picture.flipped else mask).float() / 255
+
+    def pictures(self, last: int | None = None) -> list[Picture]:
+        """Lists every picture the plan can show, mirrored ones apart, or those this device shows before step `last`."""
+        every = [Picture(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
+                 for item in range(len(images) if images is not None else 0)
+                 for flipped in ((False, True) if self.flip else (False,))]
+        if last is None:
+            return every
+        found: set[Picture] = set()
+        for micro_step in range(self.first, last):
+            found |= {picture for picture, _ in self.shown(micro_step)}
+            if len(found) == len(every):
+                break
+        return [picture for picture in every if picture in found]
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""
