@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.signals import heeded
 from ldm.util import UserError
 
 
@@ -129,16 +130,20 @@ def set_options(**values: object) -> DictConfig:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a script's main function on the command line; user errors become one line and exit status 1."""
+    """Runs a script's main function on the command line; user errors become one line and exit status 1.
+
+    A signal ends it with one line too, and status 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
+    """
     warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch")
     warnings.filterwarnings("ignore", module="PIL")     # of damaged files, which the loader names itself
     try:
-        main(sys.argv[1:])
+        with heeded():
+            main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        print(interrupt or "interrupted; what was saved before is intact.", file=sys.stderr)
-        sys.exit(130)
+        print(str(interrupt) or "interrupted; what was saved before is intact.", file=sys.stderr)
+        sys.exit(getattr(interrupt, "status", 130))
     sys.exit(0)

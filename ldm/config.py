@@ -67,13 +67,13 @@ class BaseConfig:
 class TrainerConfig:
     """How a run is carried out."""
 
-    accelerator: str = "auto"             # auto | cpu | gpu
+    accelerator: str = "auto"             # auto | cpu | gpu (CUDA) | mps (Apple)
     devices: int = 1
     num_nodes: int = 1
     precision: str = "32-true"            # Lightning's names: 32-true, bf16-mixed, 16-mixed
     cache: bool = True                    # encode pictures and fixed captions once, then drop the VAE's encoder
     checkpointing: bool | None = None     # recompute activations in the backward pass; null is the model file's
-    memory_gb: float | None = None        # the GPU's memory: prints an estimate, and refuses what exceeds it
+    memory_gb: float | None = None        # the GPU's memory: prints an estimate there, and refuses what exceeds it
     seed: int = 23                        # of everything random in a run
     save_every: int = 100                 # steps between concept files
     save_dtype: str = "fp16"              # fp16 | fp32, of K/V in concept files

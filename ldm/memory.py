@@ -20,6 +20,8 @@ from ldm.util import UserError, instantiate_from_config
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}     # what autocast computes in
 GB = 1e9
+# What torch says on a CPU (Linux, Windows), on an Apple GPU or from a CUDA library, and the system on mapping a file.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
 RUNTIME = 800_000_000        # CUDA's context, its libraries' workspaces, and what fragmentation wastes
 
 
@@ -158,4 +160,5 @@ def advice(config: DictConfig) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Says whether an error means that memory ran out, on a GPU or in the machine."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in words for phrase in NO_MEMORY)

@@ -27,7 +27,7 @@ from ldm.data.regularization import (
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import NEW_WORD
-from ldm.pipeline import Generator, choose_device
+from ldm.pipeline import Generator
 from ldm.progress import progress
 from ldm.util import ROOT, UserError, folder_name
 
@@ -41,7 +41,7 @@ def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
 
 
 def load_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], framing: Framing,
-               first_process: bool = True) -> CaptionedImages | None:
+               device: torch.device, first_process: bool = True) -> CaptionedImages | None:
     """Gets every concept's class pictures, saying for each how many there are and from where; None without any.
 
     A server that fails never stops training: the concept then goes without.
@@ -51,7 +51,7 @@ def load_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, s
     """
     images, captions, masks, groups = [], [], [], []
     for index, concept in enumerate(config.concepts):
-        found = prior_set(config, concept, model, identity, framing.size, first_process)
+        found = prior_set(config, concept, model, identity, framing.size, device, first_process)
         if found is None:
             print(f"{concept.name}: no regularisation pictures, so the class may be forgotten (see real_reg/README.md)")
             continue
@@ -82,8 +82,8 @@ def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | No
 
 
 def prior_set(config: DictConfig, concept: ConceptConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
-              first_process: bool) -> RegularizationSet | None:
-    """Returns one concept's class pictures, getting them first where `data.reg.mode` says so."""
+              device: torch.device, first_process: bool) -> RegularizationSet | None:
+    """Returns one concept's class pictures, getting them first (on `device`) where `data.reg.mode` says so."""
     settings, mode = config.data.reg, chosen_mode(config.data.reg, concept)
     if mode == "none":
         return None
@@ -93,7 +93,6 @@ def prior_set(config: DictConfig, concept: ConceptConfig, model: LatentDiffusion
                             "another mode.")
         return read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
     if mode == "generate":
-        device = choose_device({"cpu": "cpu", "gpu": "cuda"}.get(config.trainer.accelerator, "auto"))
         if first_process:
             folder = generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
         else:

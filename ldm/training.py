@@ -2,15 +2,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import itertools
 import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from ldm.callbacks import KeepConstants, Preview, Progress, SaveConcept
-from ldm.checkpoint import load_file, write_atomically
+from ldm.checkpoint import write_atomically
 from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
@@ -35,10 +37,14 @@ from ldm.memory import MIXED, advice, check_memory, out_of_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
 from ldm.prior import MODES, join_masks, load_prior
+from ldm.resume import Resumed, RunIdentity, identify, name_pictures, resume_state
+from ldm.signals import Interrupt, Signals, heeded
 from ldm.util import UserError, folder_name, from_here
 
 RUN_VARIABLE = "DCI_ICO_RUN"   # tells the processes Lightning starts which folder the first one chose
 PRECISIONS = ("32-true", *MIXED)
+DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}     # by trainer.accelerator
+LOGGERS = {"csv": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}     # any of these packages
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,14 @@ class Run:
 class ConceptData(pl.LightningDataModule):
     """Hands each device its share of the training plan, from the step a resumed run stands at."""
 
-    def __init__(self, concept: CaptionedImages, regularization: CaptionedImages | None, config: DictConfig):
+    def __init__(self, concept: CaptionedImages, regularization: CaptionedImages | None, config: DictConfig,
+                 identity: RunIdentity):
         super().__init__()
-        self.concept, self.regularization, self.config = concept, regularization, config
+        self.concept, self.regularization, self.config, self.identity = concept, regularization, config, identity
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what Lightning saves beside the tensors: what the run is about."""
+        return asdict(self.identity)
 
     def train_dataloader(self) -> DataLoader:
         method, trainer = self.config.method, self.trainer
@@ -93,8 +104,10 @@ def check_config(config: DictConfig) -> None:
     check_seed("trainer.seed", config.trainer.seed, 2 ** 32 - 1)      # numpy's generator takes no more
     check_seed("preview.seed", config.preview.seed)
     check_seed("data.reg.seed", config.data.reg.seed, MAX_SEED - config.data.reg.num)
-    if config.trainer.accelerator == "gpu":
-        choose_device("cuda")
+    if config.trainer.accelerator not in DEVICES:
+        raise UserError(f"trainer.accelerator '{config.trainer.accelerator}' is unknown; "
+                        f"use one of {', '.join(DEVICES)}.")
+    check_logger(config.trainer.logger)
 
 
 def check_data(config: DictConfig) -> None:
@@ -178,76 +191,99 @@ def effective_learning_rate(config: DictConfig) -> float:
     return method.learning_rate * (rows if method.scale_lr else 1)
 
 
-def fine_tune(config: DictConfig, resume: Path | None = None) -> Run:
+def fine_tune(config: DictConfig, resume: Path | None = None, insist: bool = False) -> Run:
     """Carries out a run, or goes on with the one in folder `resume`.
+
+    Args:
+        insist: goes on although base, concepts or pictures are not what they were.
 
     Raises:
         UserError: anything the user can mend, before training where possible.
+        Interrupt: a signal ended the run; it says where the run's state is, if a step was made.
     """
     check_config(config)
-    checkpoint = resume_state(resume) if resume else None
+    device = choose_device(DEVICES[config.trainer.accelerator])
+    resumed = resume_state(resume) if resume else None
+    if resumed and resumed.step >= config.method.steps:
+        raise UserError(f"the run in '{resume}' is at step {resumed.step} already; method.steps is "
+                        f"{config.method.steps}.")
     if is_helper():
         sys.stdout = open(os.devnull, "w")         # the first process speaks for all
+    try:
+        with heeded() as signals:
+            return _carry_out(config, device, resumed, insist, signals)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if out_of_memory(error):
+            raise UserError(f"memory ran out; {advice(config)}.") from error
+        raise
+
+
+def _carry_out(config: DictConfig, device: torch.device, resumed: Resumed | None, insist: bool,
+               signals: Signals) -> Run:
+    """Prepares a run and trains."""
     found = read_references(config)
     pl.seed_everything(config.trainer.seed, verbose=False)
-    model, identity = build_model(config.model, config.base)
+    print(f"loading {config.base.ckpt or 'the embedded model'}", flush=True)
+    model, base = build_model(config.model, config.base)
     size = picture_side(model, "trainer.image_size", config.trainer.image_size)
-    warn_of_photos(identity, (path for references in found for path in references.paths), size)
+    warn_of_photos(base, (path for references in found for path in references.paths), size)
     schemes = [make_scheme(model, config.method, concept.class_noun, words, index)
                for index, (concept, words) in enumerate(zip(config.concepts, concept_words(config), strict=True))]
+    identity = identify(base, schemes)
+    if resumed:
+        resumed.check(identity, insist)
     templates = caption_templates(found, schemes) if config.data.captions else ()
-    regularization = load_prior(config, model, identity, framing(config, size), not is_helper())
+    regularization = load_prior(config, model, base, framing(config, size), device, not is_helper())
     learning_rate = effective_learning_rate(config)
     counts = [len(references.paths) for references in found]
-    module = ConceptFinetune(model, config.method, schemes, counts, identity, learning_rate, config.trainer.seed,
+    module = ConceptFinetune(model, config.method, schemes, counts, base, learning_rate, config.trainer.seed,
                              {"config": shareable(config), "versions": versions()}, templates)
     module.lighten(MIXED.get(config.trainer.precision), config.trainer.checkpointing)
-    check_memory(config, module, size)
+    if device.type == "cuda":
+        check_memory(config, module, size)
     references = load_references(found, module.captions, framing(config, size))
-    folder = resume or start_folder(config)
+    pictures = RunIdentity(photos=name_pictures(references), class_pictures=name_pictures(regularization))
+    if resumed:
+        resumed.check(pictures, insist)
+    folder = resumed.folder if resumed else start_folder(config)
     report(config, module, references, regularization, learning_rate, folder)
     if not is_helper():
         save_references(references, counts, config, folder)
-    save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype)
+    save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype, signals)
     preview = Preview(folder / "images", config.preview,
                       "autocast" if config.trainer.precision in MIXED else "full")
     constants = [KeepConstants(decoder=bool(config.preview.prompts))] if config.trainer.cache else []
-    trainer = make_trainer(config, folder, [save, preview, Progress(), *constants])
+    trainer = make_trainer(config, folder, device, [Progress(save), save, preview, *constants])
+    data = ConceptData(references, regularization, config,
+                       replace(pictures, base=identity.base, concepts=identity.concepts))
     try:
-        trainer.fit(module, datamodule=ConceptData(references, regularization, config), ckpt_path=checkpoint,
-                    weights_only=True)
-    except SystemExit as exit:
-        if trainer.interrupted:      # Lightning takes Ctrl-C for itself and leaves without a word
-            raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; {way_on(folder)}") from exit
+        trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
+    except (SystemExit, KeyboardInterrupt) as end:     # Lightning leaves by the first after the second
+        interrupt = Interrupt(signals.number or signal.SIGINT, f"interrupted {way_on(folder, save.done)}")
+        if trainer.is_global_zero:
+            raise interrupt from end
+        sys.exit(interrupt.status)
+    except UserError as error:                         # all processes end for the same reason
+        if not trainer.is_global_zero:
+            sys.exit(1)
+        if signals.number is not None:
+            raise Interrupt(signals.number, f"interrupted, and {error}") from error
         raise
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            raise UserError(f"memory ran out at step {trainer.global_step}; {advice(config)}.") from error
-        raise
-    if trainer.is_global_zero and not save.path(config.method.steps).exists():
-        raise UserError(f"the run in '{folder}' is at step {trainer.global_step} already; method.steps is "
-                        f"{config.method.steps}.")
     return Run(folder, save.path(config.method.steps), next(reversed(preview.drawn.values()), None))
 
 
-def way_on(folder: Path) -> str:
-    """Says how an interrupted run goes on."""
-    if (folder / "checkpoints" / "last.ckpt").exists():
-        return f"go on from the last checkpoint with: bash {from_here('train.sh')} -r {shlex.quote(str(folder))}"
-    return f"'{folder}' holds no checkpoint yet (trainer.save_every)."
+def way_on(folder: Path, step: int) -> str:
+    """Says where an interrupted run stands and how it goes on."""
+    if not (folder / "checkpoints" / "last.ckpt").exists():
+        return f"before the first step; '{folder}' holds nothing to go on from."
+    run = shlex.quote(str(folder))
+    return (f"and saved at step {step}; go on with: bash {from_here('train.sh')} -r {run}   "
+            f"(or: python {from_here('scripts/train.py')} -r {run})")
 
 
 def is_helper() -> bool:
     """Says whether this is a further process that Lightning started on this machine for its share of the devices."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
-
-
-def resume_state(folder: Path) -> Path:
-    """Returns the file a run in `folder` goes on from, refusing a damaged one before any work."""
-    path = folder / "checkpoints" / "last.ckpt"
-    if "state_dict" not in load_file(path, "resume state"):
-        raise UserError(f"resume state '{path}' was not written by a run; give a folder under logs/.")
-    return path
 
 
 def shareable(config: DictConfig) -> dict[str, Any]:
@@ -282,18 +318,19 @@ def start_folder(config: DictConfig) -> Path:
     return folder
 
 
-def make_trainer(config: DictConfig, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+def make_trainer(config: DictConfig, folder: Path, device: torch.device,
+                 callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     """Builds the Lightning trainer.
 
     Raises:
-        UserError: Lightning does not know, or this machine does not have, what the configuration names.
+        UserError: this machine does not have what the configuration names.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)    # its hints about other products, mostly
     settings = config.trainer
     several = settings.devices * settings.num_nodes > 1
     logger = make_logger(config, folder)
     try:
-        return pl.Trainer(accelerator=settings.accelerator, devices=settings.devices, num_nodes=settings.num_nodes,
+        return pl.Trainer(accelerator=device.type, devices=settings.devices, num_nodes=settings.num_nodes,
                           strategy="ddp" if several else "auto", precision=settings.precision,
                           max_steps=config.method.steps, accumulate_grad_batches=config.method.accumulate,
                           logger=logger, callbacks=list(callbacks), log_every_n_steps=min(10, config.method.steps),
@@ -304,25 +341,35 @@ def make_trainer(config: DictConfig, folder: Path, callbacks: Sequence[pl.Callba
                         "devices and precision.") from error
 
 
+def check_logger(kind: str) -> None:
+    """Refuses a logger that could not log; W&B would ask for its key in the middle of the work.
+
+    Raises:
+        UserError: the logger is unknown, not installed, or nobody has logged in to W&B.
+    """
+    if kind not in LOGGERS:
+        raise UserError(f"trainer.logger '{kind}' is unknown; use one of {', '.join(LOGGERS)}.")
+    specs = [importlib.util.find_spec(package) for package in LOGGERS[kind]]
+    if specs and not any(spec and spec.origin for spec in specs):       # a folder of that name has no origin
+        raise UserError(f"trainer.logger '{kind}' needs the package '{kind}'; install it, or use trainer.logger=csv.")
+    if kind == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+        if not wandb.api.api_key:
+            raise UserError("trainer.logger 'wandb' needs a login; run 'wandb login', or set WANDB_MODE=offline, or "
+                            "use trainer.logger=csv.")
+
+
 def make_logger(config: DictConfig, folder: Path) -> Logger:
     """Builds the logger; TensorBoard and W&B are imported only when asked for.
 
     A resumed run logs beside what there is: Lightning empties a folder it is given.
     """
-    kind = config.trainer.logger
-    if kind == "csv":
-        earlier = len(list(folder.glob("metrics*"))) if not is_helper() else 0
-        return CSVLogger(folder, name="", version=f"metrics-{earlier}" if earlier else "metrics")
-    try:
-        if kind == "tensorboard":
-            from pytorch_lightning.loggers import TensorBoardLogger
-            return TensorBoardLogger(folder, name="", version="tensorboard")
-        if kind == "wandb":
-            from pytorch_lightning.loggers import WandbLogger
-            return WandbLogger(name=folder.name, save_dir=folder)
-    except ModuleNotFoundError as error:
-        raise UserError(f"trainer.logger '{kind}' needs the package '{kind}'; install it, or use csv.") from error
-    raise UserError(f"trainer.logger '{kind}' is unknown; use csv, tensorboard or wandb.")
+    if config.trainer.logger == "tensorboard":
+        return TensorBoardLogger(folder, name="", version="tensorboard")
+    if config.trainer.logger == "wandb":
+        return WandbLogger(name=folder.name, save_dir=folder)
+    earlier = len(list(folder.glob("metrics*"))) if not is_helper() else 0
+    return CSVLogger(folder, name="", version=f"metrics-{earlier}" if earlier else "metrics")
 
 
 def versions() -> dict[str, str]:

@@ -36,6 +36,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--ctx_end_init", help="words the suffix contexts start from (method.suffix)")
     parser.add_argument("-n", "--name", help="of the run; left out, the first concept's (name)")
     parser.add_argument("-r", "--resume", type=Path, help="run folder (or its last.ckpt) to go on with")
+    parser.add_argument("--insist", action="store_true", help="with -r: although base, concepts or pictures are others")
     parser.add_argument("-l", "--logdir", help="where run folders go (trainer.logdir)")
     parser.add_argument("-s", "--seed", type=int, help="(trainer.seed)")
     parser.add_argument("--gpus", help="GPUs, as '0,' or '0,1,' or their number")
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         from ldm.inspection import inspect_run
         return inspect_run(config, options.inspect)
     from ldm.training import fine_tune  # Lightning and the model code load only when there is work
-    run = fine_tune(config, folder)
+    run = fine_tune(config, folder, options.insist)
     print(f"concept file: {run.concept}")
     print(f"pictures:     {run.preview or run.folder / 'images'}")
     base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,3 +236,14 @@ def clip_retrieval(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Tem
 def contents(folder: Path) -> dict[str, bytes]:
     """Returns every file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_until(command: Sequence[object], ready: Callable[[], bool], number: int) -> subprocess.CompletedProcess[str]:
+    """Starts Python in the repository, sends it a signal when it is ready, and waits for the end of it."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while not ready() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=1200)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune
 from ldm.data.concept import Picture
-from ldm.memory import GB, MIXED, activation_bytes, advice
+from ldm.memory import GB, MIXED, activation_bytes, advice, check_memory
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.training import fine_tune
@@ -156,24 +156,40 @@ def test_the_estimate_counts_what_autograd_keeps(small_world: SmallWorld) -> Non
     assert saved_bytes(module, 2, True) < 0.7 * expected
 
 
-def test_a_run_that_does_not_fit_is_refused_with_what_to_try(small_world: SmallWorld, tmp_path: Path, capsys) -> None:
+def test_a_run_that_does_not_fit_is_refused_with_what_to_try(small_world: SmallWorld, tmp_path: Path, capsys,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_world.train_config(tmp_path, "trainer.memory_gb=0.5", "method.batch_size=2")
-    with pytest.raises(UserError, match="needs about 0.8 GB.*memory_gb is 0.5; try trainer.precision=bf16-mixed, then "
-                                        "method.batch_size=1 method.accumulate=2, then trainer.checkpointing"):
+    with monkeypatch.context() as patch, pytest.raises(
+            UserError, match="needs about 0.8 GB.*memory_gb is 0.5; try trainer.precision=bf16-mixed, then "
+                             "method.batch_size=1 method.accumulate=2, then trainer.checkpointing"):
+        patch.setattr("ldm.training.choose_device", lambda name: torch.device("cuda"))
         fine_tune(config)
     assert not list(tmp_path.iterdir())
-    fine_tune(small_world.train_config(tmp_path, "trainer.memory_gb=2", "method.steps=1"))
+    check_memory(small_world.train_config(tmp_path, "trainer.memory_gb=2"), make_module(small_world), 32)
     assert "memory: about 0.8 GB: weights 0.0, gradients" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
-def test_running_out_of_memory_ends_in_a_sentence(small_world: SmallWorld, tmp_path: Path, monkeypatch, error) -> None:
+def test_a_gpus_memory_is_no_matter_without_one(small_world: SmallWorld, tmp_path: Path, capsys) -> None:
+    fine_tune(small_world.train_config(tmp_path, "trainer.memory_gb=0.5", "method.steps=1"))
+    assert "GB are there" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(12, "Cannot allocate memory")])
+@pytest.mark.parametrize("place", ["ldm.customization.finetune.ConceptFinetune.training_step",
+                                   "ldm.training.build_model"])
+def test_running_out_of_memory_ends_in_a_sentence(small_world: SmallWorld, tmp_path: Path, monkeypatch, place: str,
+                                                  error: Exception) -> None:
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(ConceptFinetune, "training_step", fails)
-    with pytest.raises(UserError, match="memory ran out at step 0; try trainer.precision=bf16-mixed, then"):
+    monkeypatch.setattr(place, fails)
+    with pytest.raises(UserError, match="memory ran out; try trainer.precision=bf16-mixed, then"):
         fine_tune(small_world.train_config(tmp_path))
 
 

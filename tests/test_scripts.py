@@ -323,7 +323,8 @@ def test_ctrl_c_says_how_to_go_on(call_script: Call, small_run: Run, tmp_path: P
     outcome = call_script("train", "-r", folder, "method.steps=4")
     assert outcome.status == 130
     assert outcome.err.splitlines()[-1] == \
-        f"interrupted at step 3; go on from the last checkpoint with: bash train.sh -r '{folder}'"
+        f"interrupted and saved at step 3; go on with: bash train.sh -r '{folder}'   (or: python scripts/train.py -r " \
+        f"'{folder}')"
 
 
 def test_resuming_takes_no_other_configuration(call_script: Call, small_run: Run) -> None:

@@ -1,0 +1,68 @@
+"""Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm can send before a job's time is up."""
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupt(KeyboardInterrupt):
+    """The process is to end, by signal `number`; the message, if any, says what was saved and how to go on."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status shells expect: 130 after Ctrl-C, 143 after SIGTERM, 138 after Linux's SIGUSR1."""
+        return 128 + self.number
+
+
+class Signals:
+    """Raises Interrupt at once, or, while `held`, only remembers the signal's `number` for the next seam of the work.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.held = False
+
+    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+        self.number = number
+        if not self.held:
+            raise Interrupt(number)
+
+    def install(self) -> None:
+        """Answers all ending signals from here on but those that who started the process told it to ignore."""
+        _answer({number: self for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN})
+
+
+def _answer(handlers: Mapping[int, Any]) -> None:
+    """Sets handlers of signals, which Python allows a process's first thread only."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def heeded() -> Iterator[Signals]:
+    """Answers ending signals within a block, and leaves it with Interrupt when one came.
+
+    Libraries turn an exception that reaches them in the middle of their work into one of their own (reading
+    safetensors: ValueError), so whatever error follows a signal counts as its consequence.
+    """
+    signals, before = Signals(), {number: signal.getsignal(number) for number in ENDING}
+    signals.install()
+    try:
+        yield signals
+    except Exception as error:
+        if signals.number is None:
+            raise
+        raise Interrupt(signals.number) from error
+    finally:
+        _answer(before)
