@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ldm.checkpoint
 import ldm.sampling
-from ldm.training import Run
+from ldm.training import Run, fine_tune
 
 
 class Malicious:
@@ -78,7 +79,7 @@ def bad(small_world: SmallWorld, small_run: Run, tmp_path_factory: pytest.TempPa
     (["--caption", "photo of a cat"], "must contain the concept words"),
     (["--caption", "a <new1> cat", "--modifier_token", "<new2>"], "contradicts --caption"),
     (["--gpus", "many"], "--gpus 'many'"), (["--gpus", "1,2"], "CUDA_VISIBLE_DEVICES"),
-    (["--gpus", "0"], "devices is 0"), (["trainer.accelerator=abacus"], "the trainer cannot be set up"),
+    (["--gpus", "0"], "devices is 0"), (["trainer.accelerator=abacus"], "use one of auto, cpu, gpu"),
     (["trainer.precision=64"], "use one of 32-true"), (["trainer.save_dtype=fp8"], "use fp16 or fp32"),
     (["trainer.logger=paper"], "trainer.logger 'paper' is unknown"),
     (["method.learning_rate=-1"], "method.learning_rate is -1.0"),
@@ -195,6 +196,59 @@ def test_cuda_asked_for_and_absent(call_script: Call, small_world: SmallWorld, t
     for command in (train, sample):
         assert "device 'cuda' was asked for but this machine" in call_script(*command).error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a test puts packages that are found before those installed."""
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "packages"
+
+
+@pytest.mark.parametrize(("key", "message"), [("", "needs a login; run 'wandb login', or set WANDB_MODE=offline"),
+                                              ("0123", None)])
+def test_wandb_wants_its_login_before_any_work(call_script: Call, small_world: SmallWorld, packages: Path,
+                                               tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str,
+                                               message: str | None) -> None:
+    (packages / "wandb").mkdir(parents=True)
+    (packages / "wandb" / "__init__.py").write_text(f"class api:\n    api_key = '{key}'\n")
+    monkeypatch.setattr("ldm.training.build_model", lambda *_: pytest.fail("it built a model"))
+    arguments = ["train", "-b", *small_world.training_files, "trainer.logger=wandb", "-l", tmp_path / "logs",
+                 "concepts.0.images=none"]                                              # what is refused next
+    assert (message or "image folder 'none' does not exist") in call_script(*arguments).error
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "image folder 'none' does not exist" in call_script(*arguments).error
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed(call_script: Call, small_world: SmallWorld, packages: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A folder of the package's name, which W&B leaves where it has run, is no package."""
+    (packages / kind).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(packages), *(path for path in sys.path if "site-packages" not in path)])
+    arguments = ["train", "-b", *small_world.training_files, f"trainer.logger={kind}", "-l", tmp_path / "logs"]
+    assert f"trainer.logger '{kind}' needs the package '{kind}'; install it" in call_script(*arguments).error
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(("accelerator", "device"), [("auto", "auto"), ("cpu", "cpu"), ("gpu", "cuda"),
+                                                     ("cuda", "cuda"), ("mps", "mps")])
+def test_training_asks_for_the_device_that_sampling_would(small_world: SmallWorld, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch, accelerator: str,
+                                                          device: str) -> None:
+    asked: list[str] = []
+
+    def choose(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("ldm.training.choose_device", choose)
+    fine_tune(small_world.train_config(tmp_path, f"trainer.accelerator={accelerator}", "method.steps=1"))
+    assert asked == [device]
 
 
 def test_unreadable_pictures_are_named_and_the_rest_used(call_script: Call, small_world: SmallWorld, bad: Path,

@@ -54,6 +54,7 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
     header, row = (folder / "metrics" / "metrics.csv").read_text().splitlines()
     values = dict(zip(header.split(","), row.split(","), strict=True))
     assert values["step"] == "1" and 0.1 < float(values["loss"]) < 100
+    assert float(values["learning_rate"]) == pytest.approx(1e-3) and float(values["seconds_per_step"]) > 0
     lines = outcome.out.splitlines()
     assert f"concept file: {folder / 'checkpoints' / 'step-000002.safetensors'}" in lines
     assert f"pictures:     {folder / 'images' / 'preview-000002.png'}" in lines
