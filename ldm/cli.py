@@ -7,12 +7,15 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import TracebackType
 from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.signals import heeded
 from ldm.util import UserError
+
+INTERRUPTED = "interrupted; what was saved before is intact."
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -144,6 +147,17 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; what was saved before is intact.", file=sys.stderr)
+        print(str(interrupt) or INTERRUPTED, file=sys.stderr)
         sys.exit(getattr(interrupt, "status", 130))
     sys.exit(0)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Says in a sentence, too, that Ctrl-C came while a script was still importing what it needs."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught

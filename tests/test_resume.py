@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Call, SmallWorld, contents, run_until
+from conftest import ROOT, Call, SmallWorld, contents, run_until
 from PIL import Image
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
@@ -107,6 +109,14 @@ def test_an_error_a_signal_caused_is_not_told_as_one(call_script: Call, small_wo
     monkeypatch.setattr("ldm.pipeline.load_state", torn)
     outcome = call_script("train", "-b", *small_world.training_files, "-l", tmp_path)
     assert (outcome.status, outcome.err) == (130, "interrupted; what was saved before is intact.\n")
+
+
+def test_ctrl_c_while_a_script_imports_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    code = f"import sys; from ldm import cli; sys.path.insert(0, {str(tmp_path)!r}); import torch"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode in (130, -signal.SIGINT)
+    assert ended.stderr == "interrupted; what was saved before is intact.\n"
 
 
 def test_a_full_disk_at_the_end_is_said(small_world: SmallWorld, tmp_path: Path, monkeypatch) -> None:
