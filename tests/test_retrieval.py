@@ -399,4 +399,4 @@ def test_a_bomb_from_the_web_is_left_out(web: Web, fetcher: Downloader, tmp_path
     web.offer(2)
     web.pages["/0.jpg"] = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000)))
     found = collect(tmp_path / "set", web, fetcher, 1)
-    assert found.pictures == 1 and found.refused == {"claims more than 178,956,970 pixels": 1}
+    assert found.pictures == 1 and found.refused == {"claims more than 400,000,000 pixels": 1}
