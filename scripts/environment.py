@@ -151,8 +151,8 @@ def make(needed: Environment, uv: str | None, lock: Sequence[int]) -> None:
     if uv:                          # --seed: with a pip, so that `pip install` in the folder goes into the folder
         command = [uv, "venv", "--allow-existing", "--seed", "--python", base, needed.folder]
     if not watch(command, needed.log, lock):
-        sys.exit(f"{base} cannot make {needed.folder}; without uv it needs the venv module (Debian: apt install "
-                 "python3-venv).")
+        sys.exit(f"{last_lines(needed.log, 3)}\n{base} cannot make {needed.folder}; without uv it needs the venv "
+                 "module (Debian: apt install python3-venv).")
 
 
 def install(needed: Environment, lock: Sequence[int]) -> None:
@@ -170,12 +170,13 @@ def install(needed: Environment, lock: Sequence[int]) -> None:
             attempts.insert(0, [*attempts[0], "--torch-backend", "auto"])
     if not any(watch(command, needed.log, lock) for command in attempts):
         needed.note.write_bytes(before)
-        sys.exit(f"The installation stopped; {needed.log} says more, and the next run takes it up again.")
+        sys.exit(f"{last_lines(needed.log, 3)}\nThe installation stopped; {needed.log} says more, and the next run "
+                 "takes it up again.")
     needed.note.write_text("\n".join(needed.wanted) + "\n", encoding="utf-8")
 
 
 def watch(command: Sequence[object], log: Path, lock: Sequence[int]) -> bool:
-    """Runs an installer, saying now and then what it is at and at the end what it failed of; returns its success."""
+    """Runs an installer and says now and then what it is at; returns whether it succeeded."""
     start, terminal = time.monotonic(), sys.stderr.isatty()
     head, tail = ("\r\033[K", "") if terminal else ("", "\n")
     with log.open("wb") as file:
@@ -189,8 +190,6 @@ def watch(command: Sequence[object], log: Path, lock: Sequence[int]) -> bool:
                 now = f"  {time.monotonic() - start:3.0f} s, {len(done)} packages; {last_lines(log, 1)[:90]}"
                 print(f"{head}{now}", end=tail, file=sys.stderr, flush=True)
     print(head, end="", file=sys.stderr)
-    if process.returncode:
-        print(last_lines(log, 3), file=sys.stderr)
     return process.returncode == 0
 
 

@@ -302,7 +302,7 @@ def test_uv_installs_where_there_is_one_and_chooses_the_builds_unless_told(check
     checkout.ask(core="madeup>=1", pins="madeup==1.0\n")
     stub(checkout, "uv", UV_STUB)
     run = checkout.choose()                     # PyTorch's own index is out of reach here
-    assert run.returncode == 0 and "Failed to fetch" in run.stderr, run.stderr
+    assert run.returncode == 0 and "Failed to fetch" not in run.stderr, run.stderr
     assert_ready(checkout)
     made, refused, done = (checkout.root.parent / "uv.log").read_text().splitlines()
     assert made.startswith("venv ") and "--seed" in made and made.endswith(f" {checkout.venv}")
@@ -360,7 +360,8 @@ def test_an_installer_is_heard_while_it_works(script: ModuleType, monkeypatch: p
     code = "import time; print('Downloading torch', flush=True); time.sleep(1.5); print('ERROR: no space'); exit(1)"
     assert script.watch([sys.executable, "-c", code], tmp_path / "log", ()) is False
     said = capsys.readouterr().err
-    assert "s, 0 packages; Downloading torch" in said and said.endswith("Downloading torch\nERROR: no space\n")
+    assert "s, 0 packages; Downloading torch" in said
+    assert script.last_lines(tmp_path / "log", 1) == "ERROR: no space"
     assert ("\r" in said) is terminal
     assert script.watch([sys.executable, "-c", ""], tmp_path / "log", ()) is True
     assert capsys.readouterr().err.strip("\r\033[K") == ""
