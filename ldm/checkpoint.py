@@ -32,6 +32,9 @@ SCHEDULE_BUFFERS = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alph
 
 OPTIONAL_KEYS = (*ACCEPTED_EXTRA, *SCHEDULE_BUFFERS)
 
+HUB_NAME = r"[\w.-]+/[\w-]+(\.\d[\w-]*)*"    # "CompVis/stable-diffusion-v1-4", "owner/model-2.1"; no suffix of a file
+BATCH_BYTES = 256 * 2**20                    # of a mapped file, cast before its pages are let go
+
 _globals_lock = threading.Lock()  # torch's list of allowed globals is one per process
 
 
@@ -70,10 +73,22 @@ def existing_file(path: str | os.PathLike[str], what: str = "checkpoint") -> Pat
     """Returns `path`, or refuses in words when no file is there or it is empty."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{what} '{path}' does not exist; give the path of the file.")
+        raise UserError(f"{what} '{path}' {_why_no_file(path)}")
     if path.stat().st_size == 0:
         raise UserError(f"{what} '{path}' is empty; copy or download it again.")
     return path
+
+
+def _why_no_file(path: Path) -> str:
+    """Says what a path is that is no file."""
+    if (path / "model_index.json").exists():
+        return "is a folder in diffusers' layout; give the single file of that model, such as sd-v1-4.ckpt."
+    if path.is_dir():
+        return "is a folder; give the path of a file."
+    if re.fullmatch(HUB_NAME, str(path)) and not path.parent.exists():
+        return ("does not exist; it looks like the name of a model on a hub, and nothing is fetched from there: "
+                "download the single file, such as sd-v1-4.ckpt, and give its path.")
+    return "does not exist; give the path of the file."
 
 
 def load_file(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[str, Any]:
@@ -150,13 +165,18 @@ def _named_globals(path: Path) -> list[str]:
     return names
 
 
+def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the innermost `state_dict` of a file's content that holds something; Lightning and others wrap it."""
+    inner = content.get("state_dict")
+    return unwrapped(inner) if isinstance(inner, dict) and inner else content
+
+
 def load_state(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[str, Tensor]:
-    """Reads the state dict of a file, unwrapping Lightning's `state_dict` entry."""
-    content = load_file(path, what)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    """Reads the state dict of a file, unwrapped; it must hold tensors and nothing else."""
+    state = unwrapped(load_file(path, what))
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{what} '{path}' holds no state dict: neither tensors nor a 'state_dict' of tensors.")
-    return state
+    return dict(state)
 
 
 def named(names: Iterable[str], most: int = 3) -> str:
@@ -196,7 +216,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
 
     `model_ema.*` copies are left out unless the model keeps an EMA itself. The schedule stays the model's own.
     `assign` makes the state's tensors the model's instead of copying them, as a model built on the meta device
-    needs; memory-mapped ones then occupy memory once, and only where they are used. Their format becomes the model's.
+    needs; memory-mapped ones then occupy memory once, and only where they are used. They keep their formats, which
+    `cast_weights` changes.
 
     Raises:
         UserError: keys are missing, unexpected or of another shape.
@@ -210,11 +231,37 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
         raise UserError(f"'{source}' does not fit this architecture: {problem}; check that the model configuration "
                         "belongs to this checkpoint.")
     weights = {key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}
-    if assign:
-        formats = {key: value.dtype for key, value in model.state_dict().items()}
-        weights = {key: value.to(formats[key]) for key, value in weights.items()}
     own = {key: value for key, value in model.state_dict().items() if key not in weights}    # schedule, `accepted`
     model.load_state_dict({**own, **weights}, assign=assign)
+
+
+def cast_weights(model: nn.Module, wanted: Callable[[str], torch.dtype],
+                 read: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+    """Puts a model's floating weights into other formats in little memory beyond the result.
+
+    Args:
+        wanted: the format of a weight by its name.
+        read: reads the weights once more, where the model's are mapped from a file. Pages of a file leave memory only
+            with their mapping, so every batch is cast from a mapping of its own. None: the model's tensors are cast.
+    """
+    bytes_of = {key: value.nbytes for key, value in model.state_dict().items()
+                if value.is_floating_point() and value.dtype != wanted(key)}
+    for keys in _batches(bytes_of):
+        source = read() if read else model.state_dict()
+        model.load_state_dict({key: source[key].to(wanted(key)) for key in keys}, strict=False, assign=True)
+
+
+def _batches(bytes_of: Mapping[str, int]) -> Iterator[list[str]]:
+    """Divides names into runs of about BATCH_BYTES."""
+    batch, size = [], 0
+    for key, count in bytes_of.items():
+        batch.append(key)
+        size += count
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str, str]:

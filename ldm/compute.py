@@ -48,10 +48,18 @@ def _cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Returns the format of a model's weight where U-Net and autoencoder are in `dtype`.
+
+    The text encoder stays in float32: it runs once per prompt.
+    """
+    return dtype if name.startswith(("model.", "first_stage_model.")) else torch.float32
+
+
 def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
     """Puts U-Net and autoencoder into a number format (None keeps theirs) and the memory format that suits it.
 
-    The text encoder stays in float32: it runs once per prompt. Channels-last wins on GPUs, in half precision, and
+    Channels-last wins on GPUs, in half precision, and
     everywhere in the autoencoder, which is all convolutions; in float32 on a CPU the U-Net, whose attention wants rows
     of pixels, is at least as fast as it is (docs/benchmarks.md). On Apple's GPUs, where nothing was measured, all
     stays as it is.

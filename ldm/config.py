@@ -61,6 +61,8 @@ class BaseConfig:
 
     ckpt: str | None = None               # .ckpt or .safetensors; null is the embedded model of ldm/tiny
     name: str | None = None               # how it is called in concept files; null is the file's name
+    vae: str | None = None                # file of another autoencoder, such as vae-ft-mse; null is the checkpoint's
+    any_base: bool = False                # use concepts that were made for another base, too, with a warning
 
 
 @dataclass

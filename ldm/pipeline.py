@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import load_state, load_weights
+from ldm.checkpoint import cast_weights, is_mapped, load_file
 from ldm.compute import (
     FORMATS,
     PRECISIONS,
     compile_network,
     decode,
+    format_of,
     set_format,
     supported_precision,
     weights_precision,
@@ -40,6 +41,7 @@ from ldm.models.diffusion.guidance import DualBranch, has_two_branches
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
+from ldm.recognize import fit_names, load_checkpoint, read_vae, say_left_out
 from ldm.util import UserError, instantiate_from_config
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
@@ -83,16 +85,36 @@ def empty_model(model_node: Any) -> LatentDiffusion:
     return model
 
 
-def build_model(model_node: Any, base: BaseConfig) -> tuple[LatentDiffusion, dict[str, str]]:
-    """Builds a base model with its weights and returns it with its identity; no checkpoint means the embedded model."""
+def build_model(model_node: Any, base: BaseConfig,
+                dtype: torch.dtype = torch.float32) -> tuple[LatentDiffusion, dict[str, str]]:
+    """Builds a base model with its weights and returns it with its identity; no checkpoint means the embedded model.
+
+    Args:
+        model_node: the configuration's `model`.
+        base: which checkpoint, and which autoencoder in place of its own.
+        dtype: the format of U-Net and autoencoder, whatever the files': each weight is cast once, from its file.
+
+    Raises:
+        UserError: a file is missing, broken or of another kind, or the configuration is no model's.
+    """
     embedded = base.ckpt is None
     path = Path(str(resources.files("ldm.tiny") / "model.safetensors")) if embedded else Path(base.ckpt)
-    state = load_state(path)      # before the model is built: a missing or broken file should cost no time
+    content = load_file(path)      # before the model is built: a missing or broken file should cost no time
     model = empty_model(model_node)
-    load_weights(model, state, path, assign=True)
+
+    def read() -> dict[str, Tensor]:
+        return fit_names(load_file(path), model)[0] | (read_vae(base.vae, model)[0] if base.vae else {})
+
+    vae, spare = read_vae(base.vae, model) if base.vae else ({}, [])
+    load_checkpoint(model, content, path, vae=vae, assign=True)
+    say_left_out(base.vae, spare)
     name = base.name or (NAME if embedded else path.stem)
+    identity = base_identity(model, name)
+    mapped = is_mapped(path) and (base.vae is None or is_mapped(Path(base.vae)))
+    del content, vae                     # what is cast stays in memory no longer than it is needed
+    cast_weights(model, lambda key: format_of(key, dtype), read if mapped else None)
     model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
-    return model.eval().requires_grad_(False), base_identity(model, name)
+    return model.eval().requires_grad_(False), identity
 
 
 Masks = list[tuple[str, Tensor]]
@@ -217,11 +239,12 @@ class Generator:
         device: where to draw.
         precision: the format U-Net and autoencoder are put into, bf16 or fp16; others leave them as they are.
         compiled: compiles the U-Net.
+        any_base: takes concepts that were made for another base, with a warning.
     """
 
     def __init__(self, model: LatentDiffusion, identity: dict[str, str], device: torch.device | str = "cpu",
-                 precision: str = "full", compiled: bool = False):
-        self.model, self.identity = model.to(device).eval(), identity
+                 precision: str = "full", compiled: bool = False, any_base: bool = False):
+        self.model, self.identity, self.any_base = model.to(device).eval(), identity, any_base
         precision = supported_precision(precision, self.model.device)
         set_format(self.model, FORMATS[precision] if precision in ("bf16", "fp16") else None)
         self.precision = weights_precision(self.model)
@@ -244,7 +267,7 @@ class Generator:
                 self.applied.remove()
                 self.applied = None
             if concept:
-                self.applied = AppliedConcept(self.model, concept, self.identity)
+                self.applied = AppliedConcept(self.model, concept, self.identity, self.any_base)
 
     def size(self, settings: SampleConfig) -> tuple[int, int]:
         """Returns (height, width) in px, the model's own where none is set.

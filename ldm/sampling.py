@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from ldm.compute import FORMATS, supported_precision
 from ldm.config import SampleConfig, save_config
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.tokens import AUTO
@@ -54,14 +56,17 @@ def check_run(config: SampleConfig | DictConfig) -> None:
 
 
 def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...] = (),
-                   class_noun: str = "", prompts: Sequence[str] = (), masks: bool = False) -> Generator:
+                   class_noun: str | Sequence[str] = "", prompts: Sequence[str] = (),
+                   masks: bool = False) -> Generator:
     """Builds the base and puts the concept in; mistakes are refused first, those in `prompts` too if they are given."""
     check_run(config)
     device = choose_device(config.device)
     concept = load_concept(concept_path, words, class_noun) if concept_path else None
     if prompts:
         rehearse(config, concept, prompts, masks)
-    generator = Generator(*build_model(config.model, config.base), device, config.precision, config.compile)
+    precision = supported_precision(config.precision, device)
+    model, identity = build_model(config.model, config.base, FORMATS.get(precision, torch.float32))
+    generator = Generator(model, identity, device, precision, config.compile, config.base.any_base)
     generator.load(concept)
     return generator
 

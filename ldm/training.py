@@ -289,7 +289,8 @@ def is_helper() -> bool:
 def shareable(config: DictConfig) -> dict[str, Any]:
     """Returns the configuration for a file others may get: without the paths of this machine."""
     content = OmegaConf.to_container(config, resolve=True)
-    content["base"]["ckpt"], content["trainer"]["logdir"] = None, ""
+    content["base"] |= {"ckpt": None, "vae": None}
+    content["trainer"]["logdir"] = ""
     content["data"]["reg"] |= {"root": "", "url": None, "clip": None}
     for concept in content["concepts"]:
         concept["images"] = concept["regularization"] = ""

@@ -191,7 +191,7 @@ def test_other_files_are_said_to_be_no_checkpoint(tmp_path, content):
 
 def test_missing_empty_and_tableless_files_are_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nowhere.ckpt")
-    assert "does not exist" in refusal(tmp_path)                       # a folder
+    assert "is a folder" in refusal(tmp_path)
     (tmp_path / "empty.ckpt").touch()
     assert "is empty" in refusal(tmp_path / "empty.ckpt")
     torch.save([torch.ones(1)], tmp_path / "list.ckpt")

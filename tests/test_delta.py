@@ -196,19 +196,145 @@ def test_a_second_concept_of_the_same_words_leaves_the_first_alone(model):
     assert same(before, snapshot(model))
 
 
-def test_a_bases_identity_is_its_values_in_half_precision(model):
+def test_a_bases_identity_is_what_a_concept_touches(model):
+    """U-Net and text encoder, in any format; beside it the earlier measure, the whole model's values as float16."""
     identity = base_identity(model, "small")
-    assert identity["name"] == "small" and len(identity["hash"]) == 16
+    assert identity["name"] == "small" and {len(identity[kind]) for kind in ("hash", "network")} == {16}
     half = copy.deepcopy(model).half()
-    assert base_identity(half, "x")["hash"] == identity["hash"]
-    assert base_identity(half.float(), "x")["hash"] == identity["hash"]
-    assert base_identity(build(0), "x") == {"name": "x", "hash": identity["hash"]}
-    assert base_identity(build(1), "small")["hash"] != identity["hash"]
+    assert base_identity(half, "small") == base_identity(half.float(), "small") == identity
+    assert base_identity(build(0), "x") == identity | {"name": "x"}
     half.cond_stage_model.add_words({"<new1>": torch.zeros(WIDTH)})
-    assert base_identity(half, "x")["hash"] == identity["hash"]
-    changed = copy.deepcopy(model)
-    changed.first_stage_model.decoder.conv_out.bias[0] += 1.0
-    assert base_identity(changed, "small")["hash"] != identity["hash"]
+    assert base_identity(half, "small") == identity
+    coarse = base_identity(copy.deepcopy(model).bfloat16(), "small")
+    assert coarse["network"] == identity["network"] and coarse["hash"] != identity["hash"]
+    decoder = copy.deepcopy(model)
+    decoder.first_stage_model.decoder.conv_out.bias[0] += 1.0
+    found = base_identity(decoder, "small")
+    assert found["network"] == identity["network"] and found["hash"] != identity["hash"]
+    for part in ("model.diffusion_model.out.2.weight",
+                 "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"):
+        trained = copy.deepcopy(model)
+        weight = trained.get_parameter(part)
+        weight += 0.01 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+        assert base_identity(trained, "small")["network"] != identity["network"]
+    assert base_identity(build(1), "small")["network"] != identity["network"]
+
+
+def test_another_decoder_or_format_is_the_same_base_and_another_network_is_so_on_request(model):
+    concept = make_concept(model)
+    other = build(1)
+    for change in ("decoder", "bfloat16"):
+        changed = copy.deepcopy(model)
+        if change == "bfloat16":
+            changed.bfloat16().float()
+        else:
+            changed.first_stage_model.decoder.conv_out.bias[0] += 1.0
+        AppliedConcept(changed, concept, base_identity(changed, change)).remove()
+    earlier = dataclasses.replace(concept, base={"name": "small", "hash": concept.base["hash"]})
+    AppliedConcept(model, earlier, base_identity(model, "small")).remove()       # a file of before `network`
+    for made in (concept, earlier):
+        with pytest.raises(UserError, match="--any_base"):
+            AppliedConcept(other, made, base_identity(other, "other"))
+        with pytest.warns(UserWarning, match="made for the base 'small'.*not for 'other'.*all the same"):
+            AppliedConcept(other, made, base_identity(other, "other"), any_base=True).remove()
+
+
+def factors_of(model: LatentDiffusion, rank: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random factors of a difference for every K and V."""
+    rng, unet = torch.Generator().manual_seed(5), model.model.diffusion_model.state_dict()
+    return {name: (torch.randn(len(unet[name]), rank, generator=rng), torch.randn(rank, WIDTH, generator=rng))
+            for name in kv_names(model)}
+
+
+def test_a_compressed_delta_is_added_to_the_base(model, tmp_path, capsys):
+    """Custom Diffusion's {"u", "v"}; and a file of ours keeps the factors."""
+    factors, before = factors_of(model), snapshot(model)
+    state = {UNET + name: {"u": u, "v": v} for name, (u, v) in factors.items()}
+    torch.save({"state_dict": {**state, "embed": torch.ones(1, WIDTH)}}, tmp_path / "delta.ckpt")
+    concept = load_concept(tmp_path / "delta.ckpt", class_noun="cat")
+    assert capsys.readouterr().out == ""                         # nothing is left out
+    for made in (concept, load_concept(concept.save(tmp_path / "ours.safetensors", torch.float32))):
+        assert not made.weights and made.factors.keys() == factors.keys()
+        applied = AppliedConcept(model, made, base_identity(model, "small"))
+        during = snapshot(model)
+        assert {key for key in before if not torch.equal(before[key], during[key])} == \
+            {UNET + name for name in factors}
+        for name, (u, v) in factors.items():
+            expected = torch.from_numpy(before[UNET + name].double().numpy() + u.double().numpy() @ v.double().numpy())
+            assert torch.allclose(during[UNET + name].double(), expected, atol=1e-6)
+        with applied.put_aside():
+            aside = snapshot(model)
+            assert all(torch.equal(before[key], aside[key]) for key in before)
+        again = snapshot(model)
+        assert all(torch.equal(during[key], again[key]) for key in during)
+        applied.remove()
+        assert same(before, snapshot(model))
+    wide = dataclasses.replace(concept, factors={kv_names(model)[0]: (torch.ones(3, 1), torch.ones(1, 3))})
+    with pytest.raises(UserError, match="1 tensors differ"):
+        AppliedConcept(model, wide, base_identity(model, "small"))
+    assert same(before, snapshot(model))
+
+
+def write_delta(path: Path, rows: int | None, **entries: object) -> Path:
+    """Writes a Custom Diffusion delta of one K."""
+    state = {UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(2, WIDTH), **entries}
+    torch.save({"state_dict": state | ({} if rows is None else {"embed": torch.ones(rows, WIDTH)})}, path)
+    return path
+
+
+def test_a_joint_delta_asks_whose_its_words_are(tmp_path, capsys):
+    path = write_delta(tmp_path / "joint.ckpt", 2)
+    with pytest.raises(UserError, match=r"holds 2 new words, which may be one concept's or 2 concepts'.*"
+                                        r"--class_noun cat dog.*--modifier_token '<new1>\+<new2>'"):
+        load_concept(path, class_noun="cat")
+    two = load_concept(path, class_noun=["cat", "tortoise plushy"])
+    assert two.schemes == (PromptScheme(("<new1>",), "cat"), PromptScheme(("<new2>",), "tortoise plushy", index=1))
+    assert "read as 2 concepts: <new1> cat, <new2> tortoise plushy" in capsys.readouterr().out
+    assert load_concept(path, ("<a>", "<b>"), ["cat", "dog"]).schemes[1] == PromptScheme(("<b>",), "dog", index=1)
+    assert load_concept(path, ("<a>", "<b>"), "cat").schemes == (PromptScheme(("<a>", "<b>"), "cat"),)
+    with pytest.raises(UserError, match=r"2 new words but 3 class nouns were named \(cat, a, b\).*quote"):
+        load_concept(path, class_noun=["cat", "a", "b"])
+
+
+def test_what_a_delta_holds_besides_is_used_named_or_refused(model, tmp_path, capsys):
+    path = write_delta(tmp_path / "more.ckpt", 1, epoch=3, **{"some.thing": torch.ones(1), "other": {"u": 1},
+                                                             UNET + "out.2.bias": torch.ones(4)})
+    concept = load_concept(path, class_noun="cat")
+    assert "out.2.bias" in concept.weights and len(concept.weights) == 2
+    line = capsys.readouterr().out
+    assert "left out" in line and all(name in line for name in ("epoch", "some.*", "other"))
+    wordless = load_concept(write_delta(tmp_path / "wordless.ckpt", None), class_noun="cat")
+    assert not wordless.words and wordless.scheme.concept == "cat" and len(wordless.weights) == 1
+    wordless = dataclasses.replace(wordless, weights={})
+    AppliedConcept(model, wordless, base_identity(model, "small")).remove()
+    text = write_delta(tmp_path / "text.ckpt", 1, **{"cond_stage_model.transformer.x": torch.ones(1)})
+    with pytest.raises(UserError, match="changes the text encoder too"):
+        load_concept(text, class_noun="cat")
+    bad = write_delta(tmp_path / "bad.ckpt", 1, **{UNET + "out.2.bias": torch.full((4,), torch.nan)})
+    with pytest.raises(UserError, match="not finite, in out.2.bias"):
+        load_concept(bad, class_noun="cat")
+
+
+@pytest.mark.parametrize("content, kind", [
+    ({"lora_unet_mid_block_attn2_to_k.lora_up.weight": torch.ones(1)}, "a LoRA file"),
+    ({"unet.mid_block.attn2.to_k.lora_A.weight": torch.ones(1)}, "a LoRA file"),
+    ({"emb_params": torch.ones(2, WIDTH)}, "a textual-inversion embedding"),
+    ({"<cat>": torch.ones(WIDTH)}, "a textual-inversion embedding"),
+    ({"string_to_param": {"*": torch.ones(2, WIDTH)}, "name": "cat"}, "a textual-inversion embedding"),
+    ({UNET + "out.2.bias": torch.ones(4), "first_stage_model.quant_conv.bias": torch.ones(8)}, "a whole checkpoint")])
+def test_other_kinds_of_file_are_told_by_what_they_are(tmp_path, content, kind):
+    torch.save(content, tmp_path / "file.ckpt")
+    with pytest.raises(UserError, match=f"is no concept: it is {kind}"):
+        load_concept(tmp_path / "file.ckpt", class_noun="cat")
+
+
+def test_a_file_of_another_version_of_the_format_is_refused(model, tmp_path):
+    path = make_concept(model).save(tmp_path / "concept.safetensors")
+    tensors, metadata = load_safetensors(path), read_metadata(path)
+    for change, more in (({"format": "dci-ico-concept-9"}, {}), ({}, {"routing.x": torch.ones(1)})):
+        save_safetensors(path, tensors | more, metadata | change)
+        with pytest.raises(UserError, match="written by another version"):
+            load_concept(path)
 
 
 def test_a_custom_diffusion_file_is_read(model, tmp_path):

@@ -504,7 +504,7 @@ def test_a_picture_can_be_drawn_again_from_its_settings(small_world: SmallWorld,
         latents = draw(small_generator, again, row)
         assert torch.equal(latents, draw(small_generator, config, row))
         assert settings["concept"] == {"words": ["<new1>", "<new2>"], "class_noun": "cat", "step": 2}
-        assert settings["base"] == {"name": "small", "hash": small_generator.identity["hash"]}
+        assert settings["base"] == small_generator.identity
         assert settings["text"] == "a <new1> <new2> cat in the snow"
         assert settings.get("auxiliary_text") == (None if row.strength is None else "a dog in the snow")
         with Image.open(path) as picture:

@@ -12,6 +12,7 @@ from conftest import ROOT, SmallWorld, small_model_config
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ldm import checkpoint
 from ldm.benchmarks.contestants import random_state
 from ldm.benchmarks.rows import START
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_state, save_safetensors
@@ -52,25 +53,71 @@ def test_a_half_file_becomes_a_full_model(small_world: SmallWorld, tmp_path: Pat
     assert written.bytes < 0.6 * small_world.checkpoint.stat().st_size
 
 
-@pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
-def test_loading_needs_the_file_once(tmp_path: Path, kind: str) -> None:
-    """Read to the last byte in a process of its own: peak resident memory beyond the imports'."""
+def write_large(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes random weights of a model of some 23 million, and its configuration beside them."""
     config = small_model_config()
     config.model.params.unet_config.params.update(model_channels=160, num_head_channels=32, context_dim=32)
     with torch.device("meta"):
         model = instantiate_from_config(config.model)
     state = {**random_state(model), **{name: getattr(model, name) for name in SCHEDULE_BUFFERS}}
-    path = tmp_path / f"model{kind}"
+    state = {name: value.to(dtype) for name, value in state.items()}
+    path = folder / f"model{kind}"
     save_safetensors(path, state) if kind == ".safetensors" else torch.save({"state_dict": state}, path)
-    OmegaConf.save(config.model, tmp_path / "model.yaml")
-    size = path.stat().st_size
-    assert size > 80e6
-    done = subprocess.run([sys.executable, "-c", START, tmp_path / "model.yaml", path], cwd=ROOT, text=True,
+    OmegaConf.save(config.model, folder / "model.yaml")
+    assert path.stat().st_size > 20e6 * dtype.itemsize
+    return path
+
+
+def start_memory(code: str, folder: Path, path: Path) -> int:
+    """Loads a file, read to the last byte, in a process of its own: peak resident bytes beyond the imports'."""
+    done = subprocess.run([sys.executable, "-c", code, folder / "model.yaml", path], cwd=ROOT, text=True,
                           capture_output=True, check=True)
     memory = json.loads(done.stdout.splitlines()[-1])[2]
     if memory is None:
         pytest.skip("this system does not tell")
-    assert 0.8 * size < memory < 1.3 * size
+    return memory
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
+def test_loading_needs_the_file_once(tmp_path: Path, kind: str) -> None:
+    path = write_large(tmp_path, kind)
+    assert 0.8 < start_memory(START, tmp_path, path) / path.stat().st_size < 1.3
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "legacy"])
+@pytest.mark.parametrize("stored, dtype", [("float32", "bfloat16"), ("float16", "bfloat16"), ("float16", "float32")])
+def test_each_weight_is_cast_once_from_its_file(small_world: SmallWorld, tmp_path: Path, monkeypatch, kind: str,
+                                                stored: str, dtype: str) -> None:
+    """In several batches, with the values of one cast; text encoder and schedule stay in float32."""
+    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 500_000)
+    state = {name: value.to(getattr(torch, stored)) for name, value in load_state(small_world.checkpoint).items()}
+    path = tmp_path / f"model.{kind}"
+    if kind == "safetensors":
+        save_safetensors(path, state)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "ckpt")
+    config = small_world.sample_config(f"base.ckpt={path}")
+    model, identity = build_model(config.model, config.base, getattr(torch, dtype))
+    for name, value in model.state_dict().items():
+        if name not in SCHEDULE_BUFFERS:
+            format = getattr(torch, "float32" if name.startswith("cond_stage_model.") else dtype)
+            assert value.dtype == format and torch.equal(value, state[name].float().to(format)), name
+    assert model.betas.dtype == torch.float32 and not any(value.requires_grad for value in model.parameters())
+    assert identity["network"] == small_world.build()[1]["network"]
+
+
+@pytest.mark.parametrize("kind, stored, dtype, most", [(".safetensors", "float32", "bfloat16", 0.75),
+                                                       (".ckpt", "float16", "bfloat16", 1.4),
+                                                       (".ckpt", "float16", "float32", 2.4)])
+def test_casting_needs_little_beside_the_result(tmp_path: Path, kind: str, stored: str, dtype: str,
+                                                most: float) -> None:
+    """Peak resident memory in copies of the file; file and result together would be 1.5, 2 and 3."""
+    path = write_large(tmp_path, kind, getattr(torch, stored))
+    small = "import ldm.checkpoint\nldm.checkpoint.BATCH_BYTES = 2**22\n"
+    code = small + START.replace("[2]))", f"[2]), torch.{dtype})")
+    assert f"torch.{dtype}" in code
+    memory = start_memory(code, tmp_path, path)
+    assert memory < most * path.stat().st_size
 
 
 # Conversion.
@@ -83,6 +130,20 @@ def test_conversion_drops_averages_and_training_state(small_world: SmallWorld, t
     assert (written.tensors, written.left_out) == (len(state), 2)
     found = load_state(written.path)
     assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_conversion_keeps_averages_where_there_is_nothing_else(small_world: SmallWorld, tmp_path: Path) -> None:
+    state = load_state(small_world.checkpoint)
+    names = {name: "model_ema." + name[len("model."):].replace(".", "") for name in state if name.startswith("model.")}
+    averages = {names.get(name, name): value for name, value in state.items()}
+    torch.save({"state_dict": {**averages, "state_dict": {}, "model_ema.decay": torch.ones(())}}, tmp_path / "ema.ckpt")
+    written = convert(tmp_path / "ema.ckpt", tmp_path / "ema.safetensors")
+    assert (written.tensors, written.left_out) == (len(state), 2)
+    config = small_world.sample_config(f"base.ckpt={written.path}")
+    assert build_model(config.model, config.base)[1]["hash"] == small_world.build()[1]["hash"]
+    torch.save({"epoch": 3}, tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="holds no weights"):
+        convert(tmp_path / "none.ckpt", tmp_path / "none.safetensors")
 
 
 def test_half_conversion_keeps_the_schedule_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

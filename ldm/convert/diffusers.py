@@ -17,6 +17,7 @@ VAE_PARTS = {"mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.res
              "mid.attn_1.k": "mid_block.attentions.0.to_k", "mid.attn_1.v": "mid_block.attentions.0.to_v",
              "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", "norm_out": "conv_norm_out",
              "nin_shortcut": "conv_shortcut"}
+OLDER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}    # until diffusers 0.17
 
 
 def rename(key: str, table: Mapping[str, str]) -> str:
@@ -61,3 +62,12 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     """Renames an autoencoder's state dict; the 1x1 convolutions of its attention are linear layers there."""
     renamed = {vae_key(key, levels): value for key, value in state.items()}
     return {key: value.flatten(1) if ".to_" in key and value.ndim == 4 else value for key, value in renamed.items()}
+
+
+def our_vae_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Puts an autoencoder's state dict under the names and shapes of `expected`, where diffusers' names are known."""
+    levels = len({key.split(".")[2] for key in expected if key.startswith("decoder.up.")})
+    ours = {vae_key(key, levels): key for key in expected}
+    named = {ours.get(name := rename(key, OLDER_ATTENTION), name): value for key, value in state.items()}
+    return {key: value.view_as(expected[key]) if key in expected and value.numel() == expected[key].numel() else value
+            for key, value in named.items()}

@@ -1,4 +1,4 @@
-"""Rewrites a checkpoint as .safetensors, in full or half precision, without its training state and averages."""
+"""Rewrites a checkpoint as .safetensors, in full or half precision, without training state and spare averages."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import ACCEPTED_EXTRA, SCHEDULE_BUFFERS, load_state, save_safetensors
+from ldm.checkpoint import ACCEPTED_EXTRA, SCHEDULE_BUFFERS, load_file, save_safetensors, unwrapped
+from ldm.recognize import AVERAGE, averages_alone
 from ldm.util import UserError
 
 
@@ -36,9 +37,11 @@ def convert(source: Path, target: Path, half: bool = False) -> Converted:
         raise UserError(f"'{target}' must end in .safetensors, which is what is written.")
     if target.exists():
         raise UserError(f"'{target}' exists already; remove it first, or choose another name.")
-    state = load_state(source)
-    kept = {key: value for key, value in state.items()
-            if not key.startswith("model_ema.") and key not in ACCEPTED_EXTRA}
+    state = unwrapped(load_file(source))
+    others = ACCEPTED_EXTRA if averages_alone(state) else (*ACCEPTED_EXTRA, AVERAGE)
+    kept = {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(others)}
+    if not kept:
+        raise UserError(f"checkpoint '{source}' holds no weights.")
     if half:
         kept = {key: value if key in SCHEDULE_BUFFERS else to_half(key, value) for key, value in kept.items()}
     save_safetensors(target, _apart(kept), {"format": "pt"})

@@ -23,7 +23,7 @@ class PromptScheme:
     P_i = [I]_i,1..p [T]_1..n [E] [I]_i,p+1..p+s: image-specific contexts around "V" and the class noun.
 
     Attributes:
-        words: the concept contexts "V", n new words such as <new1>.
+        words: the concept contexts "V", n new words such as <new1>; none in a delta that changes the class alone.
         class_noun: E, frozen; may have several tokens. Empty for a concept without one (a style).
         prefix, suffix: p and s, how many contexts stand before and after.
         template: fixed words around the concept in captions; "{}" alone for ICO, "photo of a {}" as a baseline.
@@ -41,7 +41,7 @@ class PromptScheme:
         for word in self.words:
             if not NEW_WORD.fullmatch(word):
                 raise UserError(f"concept word '{word}' must be in angle brackets without spaces, like <new1>.")
-        if len(set(self.words)) != len(self.words) or not self.words:
+        if len(set(self.words)) != len(self.words) or not self.concept:
             raise UserError(f"concept words {list(self.words)} must be at least one and all different.")
         if self.template.count(PLACEHOLDER) != 1:
             raise UserError(f"the caption template '{self.template}' must contain {{}} once, where the concept stands.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,21 @@ from ldm.checkpoint import (
     existing_file,
     is_safetensors,
     load_file,
+    named,
     read_metadata,
     refuse_non_finite,
     save_safetensors,
 )
+from ldm.convert.foreign import read_delta, schemes_of
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.recognize import say_left_out
 from ldm.util import UserError
 
-FORMAT = "dci-ico-concept-1"
-PEER_TABLE = "transformer.text_model.embeddings.token_embedding.weight"  # the release's deltas: the whole token table
-PEER_EMBED = "embed"                                                     # Custom Diffusion's: the new rows alone
+FORMAT_NAME = "dci-ico-concept-"
+FORMAT = FORMAT_NAME + "1"
+FACTORS = (".u", ".v")       # what a weight's name in a file ends with where factors of a difference are stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,10 @@ class Concept:
     Attributes:
         words: vectors (D,) of the concept words "V".
         contexts: vectors (D,) of the image-specific contexts; kept for inspection, not needed for sampling.
-        weights: changed tensors of the U-Net by their names inside it, in full (not as differences).
+        weights: changed tensors of the U-Net by their names inside it, in full.
+        factors: further ones as factors (u, v) of their difference to the base: weight = base + u @ v.
         schemes: how each concept is prompted; the first is the one `{}` stands for.
-        base: name and hash of the model it was trained on; an empty hash means unknown (foreign files).
+        base: the model it was trained on, as `base_identity` names it; an empty hash means unknown (foreign files).
         step: training steps taken.
         info: configuration and versions, for the reader.
     """
@@ -54,6 +57,7 @@ class Concept:
     base: Mapping[str, str]
     step: int = 0
     info: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def scheme(self) -> PromptScheme:
@@ -66,10 +70,12 @@ class Concept:
         Raises:
             UserError: a value is not finite, or the file cannot be written.
         """
-        refuse_non_finite({**self.words, **self.contexts, **self.weights}, f"the concept of step {self.step}")
+        weights = {**self.weights, **{name + end: factor for name, pair in self.factors.items()
+                                      for end, factor in zip(FACTORS, pair, strict=True)}}
+        refuse_non_finite({**self.words, **self.contexts, **weights}, f"the concept of step {self.step}")
         tensors = {f"words.{name}": value.float() for name, value in self.words.items()}
         tensors |= {f"contexts.{name}": value.float() for name, value in self.contexts.items()}
-        tensors |= {f"{UNET_PREFIX}{name}": _stored(name, value, dtype) for name, value in self.weights.items()}
+        tensors |= {f"{UNET_PREFIX}{name}": _stored(name, value, dtype) for name, value in weights.items()}
         schemes = [{"words": list(scheme.words), "class_noun": scheme.class_noun, "prefix": scheme.prefix,
                     "suffix": scheme.suffix, "template": scheme.template} for scheme in self.schemes]
         return save_safetensors(path, tensors, {"format": FORMAT, "concepts": schemes, "base": dict(self.base),
@@ -87,99 +93,117 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def base_identity(model: LatentDiffusion, name: str) -> dict[str, str]:
-    """Names a base model: its name and a hash of every tensor's first values, the same in half precision and full."""
-    digest = hashlib.sha256()
+    """Names a base model: by its name and two hashes over the first values of its tensors.
+
+    `hash` is of all tensors' values in half precision. `network` is of what a concept touches, U-Net and text encoder,
+    and of signs alone: those are the same whatever format a file stores, and any training turns some.
+    """
+    values, signs = hashlib.sha256(), hashlib.sha256()
     state = model.state_dict()
     for key in sorted(state):
         if ".token_embedding.extra." in key or key.startswith("model_ema."):
             continue
-        values = state[key].detach().reshape(-1)[:2048].to("cpu", torch.float16)
-        digest.update(f"{key}{tuple(state[key].shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return {"name": name, "hash": digest.hexdigest()[:16]}
+        first = state[key].detach().reshape(-1)[:2048].cpu()
+        title = f"{key}{tuple(state[key].shape)}".encode()
+        values.update(title + first.to(torch.float16).numpy().tobytes())
+        if key.startswith((UNET_PREFIX, "cond_stage_model.")):
+            signs.update(title + first.signbit().numpy().tobytes())
+    return {"name": name, "hash": values.hexdigest()[:16], "network": signs.hexdigest()[:16]}
 
 
-def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (), class_noun: str = "") -> Concept:
+def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
+                 class_noun: str | Sequence[str] = "") -> Concept:
     """Reads a concept file: ours, the paper release's `embeddings_gs-*.ckpt`, or Custom Diffusion's `delta*.ckpt`.
 
+    What a foreign file holds is used, or named in a printed line, or the file is refused.
+
     Args:
-        words, class_noun: what a foreign file does not say; ours are self-describing.
+        words, class_noun: what a foreign file does not say; ours are self-describing. Several nouns make as many
+            concepts, of one word each.
 
     Raises:
         UserError: the file is none of these, damaged, or says too little.
     """
     path = existing_file(path, "concept file")
-    if is_safetensors(path):
+    if is_safetensors(path) and read_metadata(path, "concept file").get("format", "").startswith(FORMAT_NAME):
         return _read_own(path)
-    state = load_file(path, "concept file")
-    state = state.get("state_dict", state)
-    return _read_foreign(path, {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)},
-                         words, class_noun)
+    nouns = ((class_noun,) if class_noun else ()) if isinstance(class_noun, str) else tuple(class_noun)
+    return _read_foreign(path, words, nouns)
 
 
 def _read_own(path: Path) -> Concept:
     metadata = read_metadata(path, "concept file")
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"concept file '{path}' is a safetensors file but no concept ({FORMAT}); give the file that "
-                        "training wrote under checkpoints/.")
     tensors = load_file(path, "concept file")
+    refuse_non_finite(tensors, f"concept file '{path}'")
+    unknown = [key for key in tensors if not key.startswith(("words.", "contexts.", UNET_PREFIX))]
+    if metadata["format"] != FORMAT or unknown:
+        raise UserError(f"concept file '{path}' was written by another version ({metadata['format']}"
+                        f"{', with ' if unknown else ''}{named(unknown)}); use the one that made it.")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     schemes = tuple(PromptScheme(**{**entry, "words": tuple(entry["words"]), "index": index})
                     for index, entry in enumerate(json.loads(metadata["concepts"])))
-    refuse_non_finite(tensors, f"concept file '{path}'")
     words = part("words.")
     ordered = {name: words[name] for scheme in schemes for name in scheme.words}
-    return Concept(ordered, part("contexts."), part(UNET_PREFIX), schemes, json.loads(metadata["base"]),
-                   int(metadata["step"]), json.loads(metadata["info"]))
+    weights = part(UNET_PREFIX)
+    factored = [name.removesuffix(FACTORS[0]) for name in weights if name.endswith(FACTORS[0])]
+    factors = {name: tuple(weights.pop(name + end) for end in FACTORS) for name in factored}
+    return Concept(ordered, part("contexts."), weights, schemes, json.loads(metadata["base"]),
+                   int(metadata["step"]), json.loads(metadata["info"]), factors)
 
 
-def _read_foreign(path: Path, state: Mapping[str, Tensor], words: tuple[str, ...], class_noun: str) -> Concept:
-    refuse_non_finite(state, f"concept file '{path}'")
-    weights = {key.removeprefix(UNET_PREFIX): value for key, value in state.items()
-               if re.search(r"attn2\.to_(?:[kqv]|out)", key)}
-    if PEER_EMBED in state:
-        rows = state[PEER_EMBED]
-    elif PEER_TABLE in state:
-        rows = state[PEER_TABLE][49408:]   # the release saves CLIP's 49,408 rows too; new words follow them
-    else:
-        raise UserError(f"concept file '{path}' is no concept: it has neither our format nor the release's token "
-                        "table nor Custom Diffusion's 'embed'.")
-    words = words or tuple(f"<new{index + 1}>" for index in range(len(rows)))
-    if len(words) != len(rows):
-        raise UserError(f"concept file '{path}' holds {len(rows)} new words but {len(words)} were named "
-                        f"({' '.join(words)}); list all with --modifier_token, joined by +.")
-    if not class_noun:
-        raise UserError(f"concept file '{path}' does not say its class noun; give it with --class_noun.")
-    return Concept(dict(zip(words, rows.float(), strict=True)), {}, weights, (PromptScheme(words, class_noun),),
-                   {"name": "unknown", "hash": ""})
+def _read_foreign(path: Path, words: tuple[str, ...], nouns: tuple[str, ...]) -> Concept:
+    delta = read_delta(path, load_file(path, "concept file"))
+    schemes = schemes_of(path, delta, words, nouns)
+    say_left_out(path, delta.spare)
+    if len(schemes) > 1:
+        print(f"'{path}': read as {len(schemes)} concepts: {named(scheme.concept for scheme in schemes)}", flush=True)
+    names = [name for scheme in schemes for name in scheme.words]
+    return Concept(dict(zip(names, delta.rows, strict=True)), {}, delta.weights, schemes,
+                   {"name": "unknown", "hash": ""}, factors=delta.factors)
 
 
 class AppliedConcept:
-    """A concept put into a model; `remove` gives the model back as it was, to the bit."""
+    """A concept put into a model; `remove` gives the model back as it was, to the bit.
 
-    def __init__(self, model: LatentDiffusion, concept: Concept, base: Mapping[str, str]):
-        _check_base(concept, base)
+    Args:
+        model: the base, of the identity `base`.
+        any_base: takes a concept that was made for another base, with a warning.
+
+    Raises:
+        UserError: the concept was made for another base, or does not fit this model.
+    """
+
+    def __init__(self, model: LatentDiffusion, concept: Concept, base: Mapping[str, str], any_base: bool = False):
+        _check_base(concept, base, any_base)
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
-        wrong = [name for name, value in concept.weights.items()
-                 if name not in unet or unet[name].shape != value.shape]
+        shapes = {name: value.shape for name, value in concept.weights.items()}
+        shapes |= {name: (len(u), v.shape[1]) for name, (u, v) in concept.factors.items()}
+        wrong = [name for name, shape in shapes.items() if name not in unet or unet[name].shape != shape]
         width = model.cond_stage_model.embedding.embedding_dim
         if wrong or any(len(vector) != width for vector in concept.words.values()):
             raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
                             f"{len(wrong)} tensors differ ({', '.join(wrong[:2]) or 'word vectors of another width'}); "
                             "draw with the model it was made for.")
-        model.cond_stage_model.add_words(concept.words).requires_grad_(False)   # may refuse; so before any change
-        self._originals = {name: unet[name].detach().clone() for name in concept.weights}
-        self._write(concept.weights)
+        if concept.words:                                                       # may refuse; so before any change
+            model.cond_stage_model.add_words(concept.words).requires_grad_(False)
+        self._originals = {name: unet[name].detach().clone() for name in shapes}
+        self._write_concept()
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         unet = dict(self.model.model.diffusion_model.named_parameters())
         for name, value in values.items():
             unet[name].copy_(value)
+
+    def _write_concept(self) -> None:
+        self._write(self.concept.weights)
+        for name, (u, v) in self.concept.factors.items():
+            base = self._originals[name]
+            self._write({name: base.float() + u.to(base.device).float() @ v.to(base.device).float()})
 
     @contextmanager
     def put_aside(self) -> Iterator[None]:
@@ -188,7 +212,7 @@ class AppliedConcept:
         try:
             yield
         finally:
-            self._write(self.concept.weights)
+            self._write_concept()
 
     def remove(self) -> None:
         """Restores the base's tensors and vocabulary."""
@@ -196,7 +220,13 @@ class AppliedConcept:
         self.model.cond_stage_model.clear_words()
 
 
-def _check_base(concept: Concept, base: Mapping[str, str]) -> None:
-    if concept.base["hash"] and concept.base["hash"] != base["hash"]:
-        raise UserError(f"the concept was made for the base '{concept.base['name']}' ({concept.base['hash']}), not for "
-                        f"'{base['name']}' ({base['hash']}); give that checkpoint with --ckpt.")
+def _check_base(concept: Concept, base: Mapping[str, str], any_base: bool) -> None:
+    """Compares U-Net and text encoder, or what earlier files have instead, the values of the whole model."""
+    kinds = [kind for kind in ("network", "hash") if concept.base.get(kind)]
+    if not kinds or any(concept.base[kind] == base.get(kind) for kind in kinds):
+        return
+    mismatch = (f"the concept was made for the base '{concept.base['name']}' ({concept.base['hash']}), not for "
+                f"'{base['name']}' ({base['hash']})")
+    if not any_base:
+        raise UserError(f"{mismatch}; give that checkpoint with --ckpt, or use it on this one with --any_base.")
+    warnings.warn(f"{mismatch}; it is used all the same.", stacklevel=3)

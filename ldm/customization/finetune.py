@@ -27,6 +27,8 @@ def make_scheme(model: LatentDiffusion, method: MethodConfig, class_noun: str, w
                 index: int = 0) -> PromptScheme:
     """Builds a concept's prompt scheme: p and s follow from the method's words and lengths."""
     embedder = model.cond_stage_model
+    if not words:
+        raise UserError("a concept has no words to learn; give at least one with --modifier_token.")
     return PromptScheme(tuple(words), class_noun.strip(),
                         contexts.context_length(embedder, method.prefix, method.prefix_length, "prefix"),
                         contexts.context_length(embedder, method.suffix, method.suffix_length, "suffix"),

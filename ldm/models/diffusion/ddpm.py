@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoint import OPTIONAL_KEYS, load_state, load_weights
+from ldm.checkpoint import load_file
 from ldm.models.diffusion.schedule import schedule_buffers
 from ldm.modules.attention import ProjectedText
 from ldm.modules.dbim import DBIMControl
@@ -18,6 +18,7 @@ from ldm.modules.diffusionmodules.openaimodel import StepShifts
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.recognize import load_checkpoint
 from ldm.util import UserError, instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any]
@@ -80,9 +81,7 @@ class DDPM(pl.LightningModule):
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Loads a checkpoint, complete but for keys that begin with one of `ignore_keys`."""
-        state = {key: value for key, value in load_state(path).items() if not key.startswith(tuple(ignore_keys))}
-        kept = [key for key in self.state_dict() if key.startswith(tuple(ignore_keys))] if ignore_keys else []
-        load_weights(self, state, path, accepted=[*kept, *OPTIONAL_KEYS])
+        load_checkpoint(self, load_file(path), path, ignore_keys)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
