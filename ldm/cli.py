@@ -81,6 +81,13 @@ class Parser(argparse.ArgumentParser):
         defaults += [f"{name}: {value}" for name, value in values.items() if value not in (None, usual)]
         return f"{words or meanings(self.schema)[key]} ({'; '.join([key, *defaults])})".strip().replace("%", "%%")
 
+    def add_base(self) -> None:
+        """Adds the flags that choose the base model."""
+        self.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
+        self.add_argument("--vae", help="file of another autoencoder for it, such as vae-ft-mse (base.vae)")
+        self.add_argument("--any_base", action="store_const", const=True,
+                          help="use a concept on another base than its own, with a warning (base.any_base)")
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")
 
@@ -121,6 +128,11 @@ def count_gpus(text: str) -> int:
     if not all(part.isdecimal() for part in numbers) or ("," in text and numbers != [*map(str, range(len(numbers)))]):
         raise UserError(f"--gpus '{text}' is neither a number nor 0,1,...; choose others with CUDA_VISIBLE_DEVICES.")
     return len(numbers) if "," in text else int(text)
+
+
+def base_options(options: argparse.Namespace) -> dict[str, object]:
+    """Returns what the flags of `Parser.add_base` say, as `set_options` takes it."""
+    return {"base__ckpt": options.ckpt, "base__vae": options.vae, "base__any_base": options.any_base}
 
 
 def set_options(**values: object) -> DictConfig:

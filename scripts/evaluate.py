@@ -20,7 +20,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
     parser.add_argument("--from-file", "--from_file", type=Path, help="what to draw with it, a prompt per line; "
                         f"CustomConcept101's files fit; default: {PROMPTS}")
-    parser.add_argument("--ckpt", help="SD v1 checkpoint it belongs to (base.ckpt)")
+    parser.add_base()
     parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds (n_samples)")
     parser.add_argument("--seed", type=int, help="(seed)")
     parser.add_argument("--references", type=Path, help="the concept's pictures; default: beside the concept file")
@@ -48,7 +48,8 @@ def check(options) -> None:
     """Refuses options that would be ignored, and folders that hold no pictures, before any work."""
     if (options.pictures is None) == (options.delta_ckpt is None):
         raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
-    drawing = {"--from_file": options.from_file, "--ckpt": options.ckpt, "--n_samples": options.n_samples,
+    drawing = {"--from_file": options.from_file, "--ckpt": options.ckpt, "--vae": options.vae,
+               "--any_base": options.any_base, "--n_samples": options.n_samples,
                "--seed": options.seed, "-b": options.base, **{item: item for item in options.overrides}}
     unused = [name for name, value in drawing.items() if value is not None]
     if options.pictures and unused:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     from ldm.evaluation.scoring import load_scorer, read_weights
     from ldm.pipeline import choose_device
     found = read_pictures(options.pictures, options.prompts) if options.pictures else []
-    flags = cli.set_options(base__ckpt=options.ckpt, n_samples=options.n_samples, seed=options.seed)
+    flags = cli.set_options(**cli.base_options(options), n_samples=options.n_samples, seed=options.seed)
     config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
     scorer = load_scorer(options.metrics, read_weights(options.metric_weights), choose_device(config.device))
     found = found or draw(options, config)

@@ -19,9 +19,10 @@ def parser() -> cli.Parser:
     """Makes the parser; the familiar flags are short forms of configuration keys."""
     parser = cli.Parser(__doc__, schema=SampleConfig, shipped=SHIPPED)
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
-    parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
+    parser.add_base()
     parser.add_argument("--delta_ckpt", type=Path, help="concept file; also the release's or Custom Diffusion's")
-    parser.add_argument("--class_noun", default="", help="class noun, for concept files that do not say it")
+    parser.add_argument("--class_noun", nargs="+", default=[],
+                        help="class noun, for concept files that do not say it; of several concepts one each")
     parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
     parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")
@@ -53,7 +54,7 @@ def options_to_config(options) -> OmegaConf:
     sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else None
     guidance = {None: None, True: "shared", False: "separate"}[options.share_guidance]
     return cli.set_options(
-        base__ckpt=options.ckpt, steps=options.ddim_steps, eta=0.0 if sampler and options.ddim_eta is None else
+        **cli.base_options(options), steps=options.ddim_steps, eta=0.0 if sampler and options.ddim_eta is None else
         options.ddim_eta, scale=options.scale, n_samples=options.n_samples, n_iter=options.n_iter, height=options.H,
         width=options.W, seed=options.seed, precision=options.precision, compile=options.compile, sampler=sampler,
         dci__use=options.use_dci, dci__replace_noun=options.replace_noun, dci__agg_lambda=options.agg_lambda,

@@ -27,7 +27,7 @@ def parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.usage = "%(prog)s [claim NAME ...] [options] [key=value ...]"
     parser.add_argument("--quick", action="store_true", help=f"merge {QUICK}: the same comparisons on less")
-    parser.add_argument("--ckpt", help="SD v1 checkpoint to teach and to draw with (base.ckpt of both)")
+    parser.add_base()
     parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge; default: "
                         "all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
     config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
-    if options.ckpt:
-        config = OmegaConf.merge(config, {name: [*config[name], f"base.ckpt={options.ckpt}"]
-                                          for name in ("training", "sampling")})
+    chosen = {key.replace("__", "."): value for key, value in cli.base_options(options).items() if value is not None}
+    base = [f"{key}={value}" for key, value in chosen.items()]
+    config = OmegaConf.merge(config, {name: [*config[name], *base] for name in ("training", "sampling")})
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
     check_plots()       # the last thing that is made; hours may lie before it

@@ -21,7 +21,7 @@ SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/method/i
 def parser() -> cli.Parser:
     """Makes the parser; the familiar flags are short forms of configuration keys."""
     parser = cli.Parser(__doc__, schema=TrainConfig, shipped=SHIPPED)
-    parser.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
+    parser.add_base()
     parser.add_argument("--datapath", help="folder of reference photos (concepts.0.images)")
     parser.add_argument("--reg_datapath", help="real_reg folder or any folder of the class (concepts.0.regularization)")
     parser.add_argument("--reg_mode", help="folder, retrieve, generate or none (data.reg.mode)")
@@ -49,7 +49,7 @@ def parser() -> cli.Parser:
 def options_to_config(options, files: Sequence[str]):
     """Turns flags into configuration; --datapath and --class_noun change the first configured concept."""
     flags = cli.set_options(
-        base__ckpt=options.ckpt, name=options.name, trainer__logdir=options.logdir, trainer__seed=options.seed,
+        **cli.base_options(options), name=options.name, trainer__logdir=options.logdir, trainer__seed=options.seed,
         data__reg__mode=options.reg_mode, method__prefix=options.init_ctx, method__suffix=options.ctx_end_init,
         method__words=options.modifier_token.split("+") if options.modifier_token else None)
     if options.gpus:
