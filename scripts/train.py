@@ -27,8 +27,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--reg_mode", help="folder, retrieve, generate or none (data.reg.mode)")
     parser.add_argument("--concepts_list", type=Path, help="concept_list.json, dataset.json, or a folder of subjects")
     parser.add_argument("--subject", nargs="+", default=[], help="which of --concepts_list to learn, together")
-    parser.add_argument("--reg_caption", help="caption of regularisation pictures, or a file of captions "
-                        "(concepts.0.regularization_caption)")
+    parser.add_argument("--reg_caption", help="of class pictures, or a file (concepts.0.regularization_caption)")
     parser.add_argument("--caption", help="caption of the references with words and noun, e.g. 'photo of a <new1> cat'")
     parser.add_argument("--class_noun", help="what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun)")
     parser.add_argument("--modifier_token", help="concept words joined by +, e.g. '<new1>+<new2>' (method.words)")
