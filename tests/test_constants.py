@@ -38,7 +38,7 @@ def test_kept_constants_give_the_same_loss_and_gradients(small_world: SmallWorld
     plan = make_plan(small_world, module, batch_size=2)
     kept.keep_constants(plan, decoder=False)
     encoded: list[int] = []
-    kept.model.cond_stage_model.transformer.register_forward_hook(lambda m, args, out: encoded.append(len(out)))
+    kept.model.cond_stage_model.transformer.register_forward_hook(lambda m, args, out: encoded.append(len(args[0])))
     for micro_step in range(3):
         batch = plan.rows(micro_step)
         assert_same_gradients(gradients(kept, batch), gradients(module, batch))

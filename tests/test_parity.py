@@ -125,8 +125,11 @@ def test_text_tower_equals_transformers():
     theirs.load_state_dict({key.removeprefix(prefix): value for key, value in ours.state_dict().items()})
     ids = torch.randint(0, 299, (2, 77))
     ids[:, 20:] = 299
-    assert_close(ours(ids), theirs(ids).last_hidden_state)
-    assert_close(ours(ids[:, :9]), theirs(ids[:, :9]).last_hidden_state)
+    for found, expected in ((ours(input_ids=ids, output_hidden_states=True), theirs(ids, output_hidden_states=True)),
+                            (ours(ids[:, :9]), theirs(ids[:, :9]))):
+        assert_close(found.last_hidden_state, expected.last_hidden_state)
+        for state, other in zip(found.hidden_states or (), expected.hidden_states or (), strict=True):
+            assert_close(state, other)
 
 
 def control_of_two() -> DBIMControl:

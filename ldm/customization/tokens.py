@@ -189,7 +189,7 @@ def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequ
         return nouns[0]
     ids = embedder.tokenize([context, *(f"a photo of a {noun}" for noun in nouns)])         # (1 + N, T)
     ends = (ids == embedder.tokenizer.eos_token_id).int().argmax(dim=1)                     # (1 + N,)
-    states = embedder.transformer(ids)[torch.arange(len(ids)), ends]                        # (1 + N, D)
+    states = embedder.transformer(ids).last_hidden_state[torch.arange(len(ids)), ends]      # (1 + N, D)
     return nouns[int(torch.cosine_similarity(states[:1], states[1:]).argmax())]
 
 

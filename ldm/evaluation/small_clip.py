@@ -45,7 +45,7 @@ class SmallCLIP(nn.Module):
 
     def encode_text(self, ids: Tensor, end: Tensor) -> Tensor:
         """Unit vectors (B, dim) from the states at the end tokens; ids may stop at the batch's longest text."""
-        states = self.text(ids)                                                     # (B, T, D)
+        states = self.text(ids).last_hidden_state                                   # (B, T, D)
         return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
 
     def encode_image(self, pictures: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """CLIP's text transformer, under the key names a Stable Diffusion v1 checkpoint uses."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,8 +19,8 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = ExtendedEmbedding(vocabulary_size, width)
         self.position_embedding = nn.Embedding(positions, width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]    # (B, T, D)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]  # (B, T, D)
 
 
 class SelfAttention(nn.Module):
@@ -74,10 +76,22 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Returns what goes into the first layer and what comes out of each, (B, T, D)."""
+        states = [x]
         for layer in self.layers:
-            x = layer(x)
-        return x
+            states.append(layer(states[-1]))
+        return states
+
+
+class TextOutput(NamedTuple):
+    """What the text tower returns: the features (B, T, D), and where asked for the states between layers, unnormalized.
+
+    `hidden_states[-1]` is the last layer's, before the final normalization, as in transformers.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class TextTransformer(nn.Module):
@@ -89,8 +103,9 @@ class TextTransformer(nn.Module):
         self.encoder = Encoder(width, layers, heads)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))                     # (B, T, D)
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> TextOutput:
+        states = self.encoder(self.embeddings(input_ids))                                    # (B, T, D) each
+        return TextOutput(self.final_layer_norm(states[-1]), tuple(states) if output_hidden_states else None)
 
 
 class CLIPTextModel(nn.Module):
@@ -106,6 +121,16 @@ class CLIPTextModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Returns the last hidden states (B, T, D) of token ids (B, T)."""
-        return self.text_model(input_ids)
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> TextOutput:
+        """Returns the features of token ids (B, T), under transformers' names."""
+        return self.text_model(input_ids, output_hidden_states)
+
+    def get_input_embeddings(self) -> ExtendedEmbedding:
+        """Returns the token table."""
+        return self.text_model.embeddings.token_embedding
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> ExtendedEmbedding:
+        """Gives the token table so many rows, further ones at random, and returns it."""
+        table = self.get_input_embeddings()
+        table.resize(new_num_tokens)
+        return table

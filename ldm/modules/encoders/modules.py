@@ -131,7 +131,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     def forward(self, text: str | Sequence[str], strict: bool = False) -> Tensor:
         """Encodes prompts into features (B, max_length, width)."""
-        return self.transformer(self.tokenize([text] if isinstance(text, str) else text, strict))
+        return self.transformer(self.tokenize([text] if isinstance(text, str) else text, strict)).last_hidden_state
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """Same as calling the module (CompVis's name)."""

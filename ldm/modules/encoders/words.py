@@ -26,6 +26,15 @@ class ExtendedEmbedding(nn.Embedding):
         """Takes all added rows away."""
         self.extra = nn.ParameterList()
 
+    @torch.no_grad()
+    def resize(self, rows: int) -> None:
+        """Gives `weight` so many rows: those there are, the added ones after them, then random ones as wide spread."""
+        known = torch.cat([self.weight, *self.extra])[:rows]                         # (<= rows, D)
+        fresh = known.std() * torch.randn(rows - len(known), known.shape[1], device=known.device, dtype=known.dtype)
+        self.weight = nn.Parameter(torch.cat([known, fresh]), self.weight.requires_grad)
+        self.num_embeddings = rows
+        self.clear_rows()
+
     def forward(self, input: Tensor) -> Tensor:
         """Returns vectors (B, T, D) of ids (B, T)."""
         if not len(self.extra):
