@@ -309,7 +309,7 @@ class Generator:
     def _check_phase(self, settings: SampleConfig) -> None:
         """Refuses DCI without any step with two branches: it would draw plain pictures under another name."""
         steps, total, share = dci_steps(settings), self.model.num_timesteps, settings.dci.agg_time
-        if not any(has_two_branches(int(t), total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
+        if not any(has_two_branches(t, total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
             raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
                             "nothing; take more steps, a larger dci.agg_time, or dci.use=false.")
 

@@ -210,7 +210,8 @@ def test_without_control_it_is_plain_fused_attention(layer, monkeypatch):
 
 def test_checkpointing_changes_no_gradient():
     torch.manual_seed(3)
-    block = randomize(SpatialTransformer(16, n_heads=2, d_head=8, context_dim=CONTEXT, use_checkpoint=True))
+    block = randomize(SpatialTransformer(16, n_heads=2, d_head=8, context_dim=CONTEXT, use_checkpoint=True,
+                                         group_channels=8))
     x, context = torch.randn(8, 16, 4, 4), torch.randn(8, POSITIONS, CONTEXT)
     control = make_control([0.5, -1.0], SEPARATE, [PAPER, MOON])
     gradients = []
@@ -385,7 +386,8 @@ def test_masks_hardly_feel_half_precision(dtype, bounds, strength):
 def build_unet(channel_mult: Sequence[int]) -> UNetModel:
     torch.manual_seed(12)
     network = UNetModel(image_size=4, in_channels=4, model_channels=16, out_channels=4, num_res_blocks=1,
-                        attention_resolutions=[2, 1], channel_mult=channel_mult, num_heads=2, context_dim=CONTEXT)
+                        attention_resolutions=[2, 1], channel_mult=channel_mult, num_heads=2, context_dim=CONTEXT,
+                        group_channels=8)
     return randomize(network).requires_grad_(False)
 
 

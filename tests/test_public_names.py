@@ -4,9 +4,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import load_state
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.checkpoint import SCHEDULE_BUFFERS, load_state
+from ldm.models.diffusion.guidance import Rows
+from ldm.modules.diffusionmodules.util import timestep_embedding
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
 DOORS = """
@@ -167,6 +171,210 @@ def test_latents_are_scaled_going_in_and_unscaled_coming_out(released):
     assert torch.equal(z, 0.5 * (posterior.mean + posterior.std * torch.randn_like(posterior.mean)))
     assert torch.equal(model.get_first_stage_encoding(posterior.mode()), 0.5 * posterior.mean)
     assert torch.equal(model.decode_first_stage(z), model.first_stage_model.decode(2.0 * z))
+
+
+# --- what else clients call, and patch ----------------------------------------------------------------------------
+
+def own_attention(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Plain attention in prompt-to-prompt's way: a body of its own, put in the place of CrossAttention's."""
+    assert isinstance(x, Tensor) and (context is None or isinstance(context, Tensor) and len(context) == len(x))
+    q, k, v = self.to_q(x), self.to_k(x if context is None else context), self.to_v(x if context is None else context)
+    heads = []
+    for one_q, one_k, one_v in zip(*(part.chunk(self.heads, dim=-1) for part in (q, k, v)), strict=True):
+        heads.append((one_q @ one_k.mT * self.scale).softmax(dim=-1) @ one_v)
+    return self.to_out(torch.cat(heads, dim=-1))
+
+
+def plain_block(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """A transformer block's `_forward` as token merging replaces it."""
+    x = self.attn1(self.norm1(x), context=None) + x
+    x = self.attn2(self.norm2(x), context=context) + x
+    return self.ff(self.norm3(x)) + x
+
+
+def plain_network(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    """The U-Net's forward as ControlNet replaces it."""
+    assert timesteps.shape == (len(x),) == (len(context),)
+    embedded = timestep_embedding(timesteps, self.model_channels).to(x.dtype)
+    emb, h, skips = self.time_embed(embedded), x, []
+    for module in self.input_blocks:
+        h = module(h, emb, context)
+        skips.append(h)
+    h = self.middle_block(h, emb, context)
+    for module in self.output_blocks:
+        h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+    return self.out(h)
+
+
+def patch_class(kind: str, name: str, own: Any) -> Callable[[Any, Any], None]:
+    return lambda monkeypatch, model: monkeypatch.setattr(get_obj_from_str(f"ldm.modules.{kind}"), name, own)
+
+
+def patch_objects(monkeypatch: Any, model: Any) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "CrossAttention":
+            monkeypatch.setattr(module, "forward", own_attention.__get__(module), raising=False)
+
+
+def patch_apply_model(monkeypatch: Any, model: Any) -> None:
+    inner = model.apply_model
+
+    def wrapped(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        assert t.shape == (len(x),) == (len(cond),)
+        return inner(x, t, cond)
+
+    monkeypatch.setattr(model, "apply_model", wrapped)
+
+
+def watch(monkeypatch: Any, model: Any) -> None:
+    def look(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        x, context = args
+        assert isinstance(context, Tensor) and len(context) == len(x) == len(output) == 4
+
+    model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.register_forward_hook(look)
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim.DDIMSampler", "dpm_solver.DPMSolverSampler"])
+@pytest.mark.parametrize("patch", [
+    patch_class("attention.CrossAttention", "forward", own_attention), patch_objects, patch_apply_model, watch,
+    patch_class("attention.BasicTransformerBlock", "_forward", plain_block),
+    patch_class("diffusionmodules.openaimodel.UNetModel", "forward", plain_network)],
+    ids=["attention", "attention of objects", "apply_model", "hook", "block", "network"])
+def test_patches_see_tensors_and_change_nothing_they_do_not_mean_to(released, monkeypatch, patch, sampler_name):
+    model = load_model_from_config(*released).double()
+    x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    text = [model.get_learned_conditioning([prompt] * 2) for prompt in ("a cat", "")]
+
+    def draw() -> Tensor:
+        return get_obj_from_str(f"ldm.models.diffusion.{sampler_name}")(model).sample(
+            4, 2, (4, 8, 8), text[0], x_T=x_T, verbose=False, unconditional_guidance_scale=3.0,
+            unconditional_conditioning=text[1])[0]
+
+    with torch.no_grad():
+        assert model.prepare_steps([1]) is not None and model.prepare_conditioning(text[0]) is not None
+        expected = draw()
+        patch(monkeypatch, model)
+        assert model.prepare_steps([1]) is None and model.prepare_conditioning(text[0]) is None
+        assert (draw() - expected).abs().max() < 1e-8 * expected.abs().max()
+
+
+def test_a_patched_network_is_refused_weights_of_its_own_for_a_branch(released, monkeypatch):
+    model = load_model_from_config(*released)
+    patch_objects(monkeypatch, model)
+    with pytest.raises(UserError, match="nobody replaced or hooked"):
+        Rows(model, [torch.zeros(1, 77, 32)], (0,), aside=nullcontext)
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim.DDIMSampler", "plms.PLMSSampler", "dpm_solver.DPMSolverSampler"])
+def test_sample_takes_compvis_arguments_in_their_order(released, sampler_name):
+    model = load_model_from_config(*released)
+    with pytest.warns(UserWarning, match="ignores foo, as"):
+        sampler = get_obj_from_str(f"ldm.models.diffusion.{sampler_name}")(model, schedule="linear", foo=1)
+    c, uc = (model.get_learned_conditioning([text]) for text in ("a cat", ""))
+    x_T = torch.randn(1, 4, 8, 8)
+    expected, _ = sampler.sample(S=3, batch_size=1, shape=[4, 8, 8], conditioning=c, x_T=x_T, verbose=False,
+                                 unconditional_guidance_scale=3.0, unconditional_conditioning=uc)
+    given = (3, 1, [4, 8, 8], c, None, None, None, False, 0.0, None, None, 1.0, 0.0, None, None, False, x_T, 100, 3.0,
+             uc)
+    with pytest.warns(UserWarning, match="ignores bar, as"):
+        assert torch.equal(sampler.sample(*given, bar=None)[0], expected)
+    for wish in ({"quantize_x0": True}, {"score_corrector": object()}, {"normals_sequence": [1]}):
+        with pytest.raises(UserError, match=f"does not know how to use {next(iter(wish))}"):
+            sampler.sample(3, 1, [4, 8, 8], c, **wish)
+
+
+def test_a_sampler_shows_the_schedule(released):
+    model = load_model_from_config(*released)
+    sampler = get_obj_from_str("ldm.models.diffusion.ddim.DDIMSampler")(model)
+    sampler.make_schedule(5, ddim_eta=1.0)
+    assert all(getattr(sampler, name) is getattr(model, name) for name in SCHEDULE_BUFFERS)
+    found = sampler.ddim_sigmas_for_original_num_steps ** 2                  # eta 1: DDPM's posterior variance
+    assert np.allclose(found, model.posterior_variance, rtol=5e-3, atol=1e-7)
+
+
+def test_ddpm_steps_are_those_of_the_posterior(released):
+    """The posterior in Gaussian algebra: the product of N(x_t; sqrt(a) x, b) and N(x; sqrt(a_prev) x_0, 1 - a_prev)."""
+    model = load_model_from_config(*released)
+    c, x = model.get_learned_conditioning(["a cat"] * 2), torch.randn(2, 4, 8, 8)
+    t = torch.tensor([0, 500])
+    mean, variance, log_variance = model.q_posterior(0.3 * x, x, t)
+    a, a_prev, beta = (values[t].double().reshape(-1, 1, 1, 1) for values in (
+        model.alphas_cumprod, model.alphas_cumprod_prev, model.betas))
+    precision = (1 - beta) / beta + 1 / (1 - a_prev)
+    expected = ((1 - beta).sqrt() * x / beta + a_prev.sqrt() * 0.3 * x / (1 - a_prev)) / precision
+    assert torch.allclose(mean[1].double(), expected[1], atol=1e-4) and torch.allclose(mean[0], 0.3 * x[0], atol=1e-5)
+    assert torch.allclose(variance.double()[1], 1 / precision[1], rtol=1e-4) and variance[0] == 0
+    with torch.no_grad():
+        x_0 = model.predict_start_from_noise(x, t, model.apply_model(x, t, c))
+        predicted = model.p_mean_variance(x, c, t, clip_denoised=True)
+        assert torch.equal(predicted[0], model.q_posterior(x_0.clamp(-1, 1), x, t)[0])
+        torch.manual_seed(1)
+        stepped = model.p_sample(x, c, t, clip_denoised=True, temperature=0.5)
+        torch.manual_seed(1)
+        noise = 0.5 * torch.randn_like(x) * (0.5 * log_variance).exp()
+    assert torch.equal(stepped[0], predicted[0][0]) and torch.allclose(stepped[1], (predicted[0] + noise)[1], atol=1e-6)
+
+
+def test_a_model_samples_and_decodes_by_itself(released):
+    model = load_model_from_config(*released)
+    c = model.get_learned_conditioning(["a cat"])
+    seen: list[int] = []
+    x, states = model.p_sample_loop(c, (1, 4, 8, 8), True, verbose=False, callback=seen.append, timesteps=3)
+    assert seen == [2, 1, 0] and len(states) == 2 and states[-1] is x and x.isfinite().all()
+    assert model.sample(c, 1, verbose=False, timesteps=2).shape == (1, 4, 8, 8)
+    assert model.sample_log(c, 1, ddim=True, ddim_steps=2)[0].shape == (1, 4, 8, 8)
+    latents = x.clone().requires_grad_()
+    assert torch.equal(model.differentiable_decode_first_stage(latents), model.decode_first_stage(x))
+    assert torch.autograd.grad(model.differentiable_decode_first_stage(latents).sum(), latents)[0].abs().sum() > 0
+    loss, values = model.shared_step({"image": torch.rand(1, 32, 32, 3), "caption": ["a cat"]})
+    assert loss.ndim == 0 and list(values) == ["train/loss"] and model.clip_denoised is False
+    model.register_schedule(given_betas=[0.1, 0.2])
+    assert model.num_timesteps == 2 and torch.allclose(model.alphas_cumprod, torch.tensor([0.9, 0.72]))
+
+
+def test_a_schedule_that_a_file_lacks_is_not_missing(released):
+    model = load_model_from_config(*released)
+    state = {key: value for key, value in model.state_dict().items() if key not in SCHEDULE_BUFFERS}
+    first = next(iter(state))
+    assert model.load_state_dict(state, strict=False) == ([], [])
+    del state[first]
+    assert model.load_state_dict(state, strict=False) == ([first], [])
+
+
+def test_the_text_encoder_answers_under_transformers_names(released):
+    embedder = load_model_from_config(*released).cond_stage_model
+    ids = embedder.tokenize(["a cat"])
+    found = embedder.transformer(input_ids=ids.int(), output_hidden_states=True)
+    assert torch.equal(found.last_hidden_state, embedder("a cat")) and len(found.hidden_states) == 2
+    tower = embedder.transformer.text_model
+    assert torch.equal(tower.final_layer_norm(found.hidden_states[-1]), found.last_hidden_state)
+    assert torch.equal(tower.embeddings(input_ids=ids), found.hidden_states[0])
+    table, size = embedder.transformer.get_input_embeddings(), embedder.base_size
+    embedder.tokenizer.add_tokens(["<mine>"])
+    assert embedder.transformer.resize_token_embeddings(len(embedder.tokenizer)) is table
+    before = table.weight.data.clone()
+    table.weight.data[size] = table.weight.data[5]
+    assert table.weight.shape == (size + 1, 32) and torch.equal(table(torch.tensor([[size]]))[0, 0], before[5])
+    assert torch.equal(embedder("a cat"), found.last_hidden_state)
+
+
+def test_normalization_has_32_groups_unless_the_file_says_otherwise(released):
+    """What 32 groups do not divide is refused; only files of a small model from before the key are completed."""
+    params = OmegaConf.load(released[0]).model.params
+    unet, first_stage = (OmegaConf.to_container(node) for node in (params.unet_config, params.first_stage_config))
+    del unet["params"]["group_channels"], first_stage["params"]["ddconfig"]["group_channels"]
+    groups = [module.num_groups for module in instantiate_from_config(unet).modules()
+              if isinstance(module, torch.nn.GroupNorm)]
+    assert set(groups) == {32}
+    with pytest.raises(UserError, match="32 groups does not divide 8 channels; .* set group_channels"):
+        instantiate_from_config(first_stage)
+    explicit = [module.num_groups for module in instantiate_from_config(OmegaConf.load(released[0]).model).modules()
+                if isinstance(module, torch.nn.GroupNorm)]
+    params.unet_config, params.first_stage_config = unet, first_stage
+    node = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    earlier = [module.num_groups for module in instantiate_from_config(node).modules()
+               if isinstance(module, torch.nn.GroupNorm)]
+    assert earlier == explicit and set(earlier) == {2, 4, 8, 12, 16}
 
 
 # --- who may know whom --------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_text_is_projected_once_and_rows_part_at_the_first_cross_attention(model
                if name.endswith(("attn2.to_k", "attn2.to_v"))]
     handles += [network.time_embed.register_forward_hook(count("time")),
                 network.input_blocks[0][0].register_forward_hook(rows("first")),
-                block.attn1.register_forward_hook(rows("attn1")), network.out.register_forward_hook(rows("last"))]
+                block.attn1.to_q.register_forward_hook(rows("attn1")), network.out.register_forward_hook(rows("last"))]
     run(model, DDIMSampler, BranchLayout.SHARED, 3.0)
     for handle in handles:
         handle.remove()

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.modules import dbim
 from ldm.modules.dbim import DBIMControl
-from ldm.util import default
+from ldm.util import UserError, default
+
+GROUPS = 32     # of a normalization in Stable Diffusion, at any width
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -23,9 +25,37 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def normalization(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """Group normalization: SD's 32 groups, fewer in a small model so that at least 8 channels share one."""
-    return nn.GroupNorm(min(32, channels // 8), channels, eps=eps)
+def normalization(channels: int, group_channels: int | None = None, eps: float = 1e-5) -> nn.GroupNorm:
+    """Group normalization: SD's 32 groups; fewer where at least `group_channels` channels are to share one.
+
+    Raises:
+        UserError: the groups do not divide the channels.
+    """
+    groups = GROUPS if group_channels is None else min(GROUPS, channels // group_channels)
+    if groups < 1 or channels % groups:
+        raise UserError(f"normalization in {groups} groups does not divide {channels} channels; choose another width, "
+                        "or set group_channels, how many share a group at least, as configs/model/tiny.yaml does.")
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+WAYS_IN = ("forward", "_forward", "apply_model")     # what others replace on a class or an object of the network
+
+
+def _ways_in(kind: type[nn.Module]) -> list[object]:
+    return [getattr(kind, name, None) for name in WAYS_IN]
+
+
+def reads_prepared(kind: type[nn.Module]) -> type[nn.Module]:
+    """Marks a class that takes, as it is written here, what a run prepared: `ProjectedText` and `StepShifts`."""
+    kind.own_ways_in = _ways_in(kind)
+    return kind
+
+
+def is_own(module: nn.Module) -> bool:
+    """Says whether a module is of a marked class and runs as written; what others put in or hook on wants tensors."""
+    replaced = getattr(type(module), "own_ways_in", None) != _ways_in(type(module)) or \
+        not vars(module).keys().isdisjoint(WAYS_IN)
+    return not (replaced or module._forward_pre_hooks or module._forward_hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +118,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+@reads_prepared
 class CrossAttention(nn.Module):
     """Multi-head attention of image features to a context, or to themselves where none is given.
 
@@ -149,6 +180,7 @@ class CrossAttention(nn.Module):
             return (q.to(wide) @ k.to(wide).mT * self.scale).softmax(dim=-1)
 
 
+@reads_prepared
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each normalized before and added after."""
 
@@ -166,25 +198,27 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, context, control, use_reentrant=False)
-        return self._forward(x, context, control)
+            return checkpoint(self._forward, x, context, use_reentrant=False, **dbim.keyword(control))
+        return self._forward(x, context, **dbim.keyword(control))
 
-    def _forward(self, x: Tensor, context: Tensor | ProjectedText | None, control: DBIMControl | None) -> Tensor:
+    def _forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+                 control: DBIMControl | None = None) -> Tensor:
         x = self.attn1(self.norm1(x)) + x                                    # (B, N, C)
         x = spread(x, context)                                               # (B, N, C), B now the text's
-        x = self.attn2(self.norm2(x), context, control=control) + x          # (B, N, C)
+        x = self.attn2(self.norm2(x), context, **dbim.keyword(control)) + x  # (B, N, C)
         return self.ff(self.norm3(x)) + x                                    # (B, N, C)
 
 
+@reads_prepared
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a residual around them."""
 
     def __init__(self, in_channels: int, n_heads: int, d_head: int, depth: int = 1, dropout: float = 0.0,
-                 context_dim: int | None = None, use_checkpoint: bool = False):
+                 context_dim: int | None = None, use_checkpoint: bool = False, group_channels: int | None = None):
         super().__init__()
         inner_dim = n_heads * d_head
         self.in_channels = in_channels
-        self.norm = normalization(in_channels, eps=1e-6)
+        self.norm = normalization(in_channels, group_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, n_heads, d_head, dropout, context_dim, checkpoint=use_checkpoint)
@@ -197,7 +231,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(self.norm(x))                                       # (B, C', H, W)
         h = rearrange(h, "b c h w -> b (h w) c")                             # (B, N, C')
         for block in self.transformer_blocks:
-            h = block(h, context, control)                                   # (B, N, C')
+            h = block(h, context, **dbim.keyword(control))                   # (B, N, C')
         h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)          # (B, C', H, W)
         # The first operand decides the sum's memory format: x's stays, whatever the rearranged h has.
         return spread(x, context) + self.proj_out(h)                         # (B, C, H, W)

@@ -70,6 +70,11 @@ class DBIMControl:
             raise UserError("DCI needs the concept in every prompt; one of the prompts does not mention it.")
 
 
+def keyword(control: DBIMControl | None) -> dict[str, DBIMControl]:
+    """Returns how `control` is handed on: not at all without DBIM, for layers that others put in know no such name."""
+    return {} if control is None else {"control": control}
+
+
 def branch_map(probs: Tensor, tokens: Tensor, prompt: Tensor, gain: float) -> Tensor:
     """Sums the attention of a token set (Eq 3), after the release's second softmax over the prompt's tokens.
 

@@ -8,22 +8,25 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.checkpoint import load_file
+from ldm.checkpoint import SCHEDULE_BUFFERS, load_file
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.schedule import schedule_buffers
-from ldm.modules.attention import ProjectedText
-from ldm.modules.dbim import DBIMControl
-from ldm.modules.diffusionmodules.openaimodel import StepShifts
-from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.modules.attention import GROUPS, ProjectedText, is_own, reads_prepared
+from ldm.modules.dbim import DBIMControl, keyword
+from ldm.modules.diffusionmodules.openaimodel import StepShifts, UNetModel
+from ldm.modules.diffusionmodules.util import extract_into_tensor, noise_like
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.progress import progress
 from ldm.recognize import load_checkpoint
 from ldm.util import UserError, instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
 
+@reads_prepared
 class DiffusionWrapper(pl.LightningModule):
     """Hands the conditioning to the network in the way `conditioning_key` says."""
 
@@ -43,7 +46,12 @@ class DiffusionWrapper(pl.LightningModule):
         context = None
         if self.conditioning_key in ("crossattn", "hybrid"):
             context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
-        return self.diffusion_model(x, t, context=context, control=control)
+        return self.diffusion_model(x, t, context=context, **keyword(control))
+
+
+def forgive_schedule(module: nn.Module, keys: Any) -> None:
+    """Takes the schedule off a load's missing keys: it comes from the configuration, and not every file has it."""
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in SCHEDULE_BUFFERS]
 
 
 class DDPM(pl.LightningModule):
@@ -66,18 +74,24 @@ class DDPM(pl.LightningModule):
         self.parameterization, self.loss_type, self.monitor = parameterization, loss_type, monitor
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.v_posterior, self.scheduler_config = log_every_t, v_posterior, scheduler_config
-        self.linear_start, self.linear_end = linear_start, linear_end
-        self.num_timesteps = int(timesteps)
         self.learning_rate = 1e-4
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
-        buffers = schedule_buffers(timesteps, linear_start, linear_end, beta_schedule, v_posterior)
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
+        self.register_schedule(None, beta_schedule, timesteps, linear_start, linear_end)
+        self.register_load_state_dict_post_hook(forgive_schedule)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def register_schedule(self, given_betas: Sequence[float] | None = None, beta_schedule: str = "linear",
+                          timesteps: int = 1000, linear_start: float = 1e-4, linear_end: float = 2e-2) -> None:
+        """Computes the schedule's buffers, each (T,), from the betas that are given or a named schedule's."""
+        self.linear_start, self.linear_end = linear_start, linear_end
+        buffers = schedule_buffers(timesteps, linear_start, linear_end, beta_schedule, self.v_posterior, given_betas)
+        self.num_timesteps = len(buffers["betas"])
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Loads a checkpoint, complete but for keys that begin with one of `ignore_keys`."""
@@ -107,6 +121,13 @@ class DDPM(pl.LightningModule):
         return (extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
                 - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise)
 
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns mean, variance and log-variance of x_{t-1} given x_0 and x_t (Ho et al. 2020, Eq 7)."""
+        mean = (extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
+                + extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t)
+        return (mean, extract_into_tensor(self.posterior_variance, t, x_t.shape),
+                extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape))
+
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Returns the elementwise or mean error of the configured type."""
         error = (F.mse_loss if self.loss_type == "l2" else F.l1_loss)(pred, target, reduction="none")
@@ -117,6 +138,21 @@ class DDPM(pl.LightningModule):
             self.model_ema(self.model)
 
 
+def earlier_groups(unet: Mapping[str, Any], first_stage: Mapping[str, Any]) -> tuple[Mapping, Mapping]:
+    """Completes the nodes of a small model from before `group_channels` was a key; others come back as they are.
+
+    Such a file is told by an autoencoder whose width 32 groups do not divide: no other code could build it.
+    """
+    params = first_stage.get("params") or {}
+    ddconfig = params.get("ddconfig") or {}
+    if "group_channels" in ddconfig or ddconfig.get("ch", GROUPS) % GROUPS == 0:
+        return unet, first_stage
+    ddconfig = {"group_channels": 4, **ddconfig}
+    return ({**unet, "params": {"group_channels": 8, **unet["params"]}},
+            {**first_stage, "params": {**params, "ddconfig": ddconfig}})
+
+
+@reads_prepared
 class LatentDiffusion(DDPM):
     """Diffusion in an autoencoder's latents, conditioned on text (Rombach et al. 2022).
 
@@ -137,13 +173,23 @@ class LatentDiffusion(DDPM):
         if num_timesteps_cond != 1 or scale_by_std:
             raise UserError("num_timesteps_cond must be 1 and scale_by_std false, as in Stable Diffusion v1.")
         ckpt_path, ignore_keys = ddpm.pop("ckpt_path", None), ddpm.pop("ignore_keys", ())
+        ddpm["unet_config"], first_stage_config = earlier_groups(ddpm["unet_config"], first_stage_config)
         super().__init__(conditioning_key=conditioning_key, **ddpm)
         self.scale_factor, self.cond_stage_key = scale_factor, cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
-        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
-        self.cond_stage_model = instantiate_from_config(cond_stage_config).requires_grad_(cond_stage_trainable)
+        self.clip_denoised = False
+        self.instantiate_first_stage(first_stage_config)
+        self.instantiate_cond_stage(cond_stage_config)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
+        """Builds the autoencoder, frozen."""
+        self.first_stage_model = instantiate_from_config(config).eval().requires_grad_(False)
+
+    def instantiate_cond_stage(self, config: Mapping[str, Any]) -> None:
+        """Builds the text encoder."""
+        self.cond_stage_model = instantiate_from_config(config).requires_grad_(self.cond_stage_trainable)
 
     def get_learned_conditioning(self, c: str | Sequence[str]) -> Tensor:
         """Encodes prompts into text features (B, T, D)."""
@@ -164,7 +210,11 @@ class LatentDiffusion(DDPM):
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Turns the diffusion model's latents (B, C, h, w) into pictures (B, 3, H, W), about [-1, 1]."""
         with torch.no_grad():
-            return self.first_stage_model.decode(z / self.scale_factor)
+            return self.differentiable_decode_first_stage(z)
+
+    def differentiable_decode_first_stage(self, z: Tensor) -> Tensor:
+        """Decodes as `decode_first_stage` does, with gradients."""
+        return self.first_stage_model.decode(z / self.scale_factor)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor | StepShifts, cond: Conditioning) -> Tensor:
         """Predicts noise (B, C, h, w); `cond` is text features, a list of them, or DiffusionWrapper's keywords."""
@@ -186,9 +236,9 @@ class LatentDiffusion(DDPM):
             aside: opens a context in which the network has other weights, for the auxiliary branch's keys and values.
 
         Returns:
-            Keywords of `DiffusionWrapper`, or None where the conditioning is not text alone.
+            Keywords of `DiffusionWrapper`, or None where the conditioning is not text alone or a part is not our own.
         """
-        if self.model.conditioning_key != "crossattn":
+        if self.model.conditioning_key != "crossattn" or not self._takes_prepared():
             return None
         keywords = self._keywords(cond)
         text = torch.cat(list(keywords["c_crossattn"]), dim=1)
@@ -198,9 +248,16 @@ class LatentDiffusion(DDPM):
                 projected = projected.with_auxiliary(self.model.diffusion_model.project_text(text, latents))
         return {**keywords, "c_crossattn": [projected]}
 
-    def prepare_steps(self, timesteps: Sequence[int]) -> list[StepShifts]:
-        """Embeds the time steps of a run at once; `apply_model` takes the entries as `t` for all rows."""
+    def prepare_steps(self, timesteps: Sequence[float]) -> list[StepShifts] | None:
+        """Embeds a run's time steps at once, for `apply_model` to take as `t`; None where a part is not our own."""
+        if not self._takes_prepared():
+            return None
         return self.model.diffusion_model.time_table(torch.tensor(timesteps, device=self.device))
+
+    def _takes_prepared(self) -> bool:
+        """Says whether nothing between a sampler and the layers was replaced or is watched by others."""
+        network = self.model.diffusion_model
+        return is_own(self) and is_own(self.model) and isinstance(network, UNetModel) and network.takes_prepared()
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) and text features of a batch with pictures (B, H, W, 3) under `k`."""
@@ -213,11 +270,64 @@ class LatentDiffusion(DDPM):
         noise = torch.randn_like(x_start) if noise is None else noise
         return self.get_loss(self.apply_model(self.q_sample(x_start, t, noise), t, cond), noise, mean=False)
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+    def p_mean_variance(self, x: Tensor, c: Conditioning, t: Tensor,
+                        clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns mean, variance and log-variance of x_{t-1} that the network predicts from `x` at `t` (B,)."""
+        x_start = self.predict_start_from_noise(x, t, self.apply_model(x, t, c))             # (B, C, h, w)
+        return self.q_posterior(x_start.clamp(-1.0, 1.0) if clip_denoised else x_start, x, t)
+
+    @torch.no_grad()
+    def p_sample(self, x: Tensor, c: Conditioning, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
+                 temperature: float = 1.0) -> Tensor:
+        """Draws x_{t-1} (B, C, h, w) from the network's prediction at `t` (B,); at t = 0 it is the mean."""
+        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised)
+        noise = temperature * noise_like(x.shape, x.device, repeat_noise)
+        return mean + (t > 0).reshape(-1, 1, 1, 1) * (0.5 * log_variance).exp() * noise
+
+    @torch.no_grad()
+    def p_sample_loop(self, cond: Conditioning, shape: Sequence[int], return_intermediates: bool = False,
+                      x_T: Tensor | None = None, verbose: bool = True,
+                      callback: Callable[[int], Any] | None = None, timesteps: int | None = None) -> Any:
+        """Samples latents of `shape` (B, C, h, w) by DDPM's every step, from time step `timesteps` - 1 on.
+
+        Returns:
+            The latents, and with `return_intermediates` a list of those at every `log_every_t`-th time step.
+        """
+        x = torch.randn(*shape, device=self.device) if x_T is None else x_T
+        states = [x]
+        last = (timesteps or self.num_timesteps) - 1
+        for step in progress(range(last, -1, -1), desc="DDPM", unit="step", quiet=not verbose):
+            x = self.p_sample(x, cond, torch.full((len(x),), step, device=self.device), self.clip_denoised)
+            if step % self.log_every_t == 0:
+                states.append(x)
+            if callback:
+                callback(step)
+        return (x, states) if return_intermediates else x
+
+    def sample(self, cond: Conditioning, batch_size: int = 16, return_intermediates: bool = False,
+               x_T: Tensor | None = None, verbose: bool = True, timesteps: int | None = None,
+               shape: Sequence[int] | None = None) -> Any:
+        """Samples as `p_sample_loop` does, latents of the model's own size unless `shape` (B, C, h, w) is given."""
+        shape = (batch_size, self.channels, self.image_size, self.image_size) if shape is None else shape
+        return self.p_sample_loop(cond, shape, return_intermediates, x_T, verbose, timesteps=timesteps)
+
+    def sample_log(self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **options: Any) -> Any:
+        """Samples latents (B, C, h, w) with DDIM or DDPM and returns them and what lay between."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, **options)
+        shape = (self.channels, self.image_size, self.image_size)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
+
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns a batch's loss at random time steps, and what to log of it."""
         latents, cond = self.get_input(batch, self.first_stage_key)
         t = torch.randint(0, self.num_timesteps, (len(latents),), device=self.device)
         loss = self.p_losses(latents, cond, t).mean()
-        self.log("train/loss", loss, prog_bar=True)
+        return loss, {"train/loss": loss}
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss, values = self.shared_step(batch)
+        self.log_dict(values, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -228,4 +338,3 @@ class LatentDiffusion(DDPM):
         factor = instantiate_from_config(self.scheduler_config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor.schedule)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]
-

@@ -40,7 +40,7 @@ def draw_noise(like: Tensor, generators: Generators | None) -> Tensor:
     return torch.stack(rows).to(like)                                            # (B, C, H, W)
 
 
-def has_two_branches(t: int, num_timesteps: int, agg_time: float) -> bool:
+def has_two_branches(t: float, num_timesteps: int, agg_time: float) -> bool:
     """Says whether time step `t` lies in the early share of the schedule that has two branches."""
     return t > num_timesteps * (1.0 - agg_time) + 1e-6
 
@@ -69,13 +69,16 @@ class Rows:
         arguments = (cond, latents) if aside is None else (cond, latents, aside)
         prepared = prepare(*arguments) if prepare and cond is not None else None
         self.prepared, self.cond = prepared is not None, cond if prepared is None else prepared
+        if aside is not None and not self.prepared:
+            raise UserError("the auxiliary branch can have weights of its own only in a network whose layers nobody "
+                            "replaced or hooked; take the patch off, or choose another dci.ablation.")
 
     def predict(self, x: Tensor, t: int | float, steps: Mapping[int, Any]) -> Tensor:
         """Predicts noise (rows, C, H, W) for latents `x` at `t`; `steps` holds time steps embedded before."""
         if not self.prepared and len(self.latents) > 1:
             blocks = x.chunk(max(self.latents) + 1)
             x = torch.cat([blocks[index] for index in self.latents])
-        time = steps[t] if t in steps else torch.full((len(x),), t, device=x.device)
+        time = steps[t] if t in steps else torch.full((1 if self.prepared else len(x),), t, device=x.device)
         return self.model.apply_model(x, time, self.cond)
 
 
@@ -103,12 +106,13 @@ class Guidance:
         """Returns the first state for initial latents `x` (B, C, H, W)."""
         return x
 
-    def plan(self, timesteps: Sequence[int]) -> None:
+    def plan(self, timesteps: Sequence[float]) -> None:
         """Learns which time steps a run will ask for, so that the model can embed them at once."""
         prepare = getattr(self.model, "prepare_steps", None)
         if prepare is not None:
-            timesteps = sorted({int(t) for t in timesteps})
-            self._steps = dict(zip(timesteps, prepare(timesteps), strict=True))
+            timesteps = sorted(set(timesteps))
+            prepared = prepare(timesteps)
+            self._steps = {} if prepared is None else dict(zip(timesteps, prepared, strict=True))
 
     def narrow(self, t: int, *states: Tensor) -> tuple[Tensor, ...]:
         """Returns `states`, without the rows that take no part at time step `t`."""

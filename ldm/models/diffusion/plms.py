@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler, ddim_step
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.sampler import Record
+from ldm.models.diffusion.sampler import Record, StepOptions
 from ldm.progress import progress
 from ldm.util import UserError
 
@@ -38,18 +38,16 @@ class PLMSSampler(DDIMSampler):
             raise UserError(f"PLMS adds no noise, but eta is {ddim_eta}; set eta to 0 or sample with DDIM.")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: Record | None, mask: Tensor | None,
-              x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
-        if mask is not None or x0 is not None:
-            raise UserError("PLMS cannot keep part of a picture by mask and x0; sample with DDIM, which can.")
+    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
         guidance.plan([0, *self.ddim_timesteps[:steps]])
         earlier: list[Tensor] = []                                                # newest first, at most 3
-        for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not verbose):
+        for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not options.verbose):
             t = int(self.ddim_timesteps[index])
             t_next = int(self.ddim_timesteps[index - 1]) if index else 0          # as `ddim_alphas_prev` has it
             alphas = float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index])
             # Once a step: its second prediction, if any, is of the rows that its first one was of.
             x, *earlier = guidance.narrow(t, x, *earlier)
+            x = self._keep(x, t, guidance, options)
             history = [guidance.eps(x, t), *earlier]                              # (rows, C, h, w) each
             if earlier:
                 eps = multistep_eps(history)
@@ -58,6 +56,5 @@ class PLMSSampler(DDIMSampler):
                 eps = (history[0] + guidance.eps(ahead, t_next)) / 2
             x, pred_x0 = ddim_step(x, eps, *alphas, sigma=0.0, noise=None)
             earlier = history[:3]
-            if record is not None:
-                record.step(steps - index - 1, x, pred_x0)
+            record.step(steps - index - 1, x, pred_x0)
         return x

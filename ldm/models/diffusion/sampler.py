@@ -1,13 +1,45 @@
 """What every sampler shares: CompVis's `sample` interface, the start, and the record of intermediates."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import DualBranch, Generators, Guidance, draw_noise, make_guidance
+from ldm.util import UserError
+
+
+def refuse_set(**options: Any) -> None:
+    """Refuses what CompVis's samplers do and these do not, where it is asked for."""
+    asked = [name for name, value in options.items() if value is not None and value is not False]
+    if asked:
+        raise UserError(f"the sampler does not know how to use {', '.join(asked)}; leave it out (docs/compvis.md).")
+
+
+def warn_ignored(options: Mapping[str, Any]) -> None:
+    """Warns of keywords that CompVis's samplers take and never read; nor do these."""
+    if options:
+        warnings.warn(f"the sampler ignores {', '.join(options)}, as CompVis's do.", stacklevel=4)
+
+
+@dataclass(frozen=True, eq=False)
+class StepOptions:
+    """How steps are taken; see `Sampler.sample`."""
+
+    eta: float = 0.0
+    mask: Tensor | None = None
+    x0: Tensor | None = None
+    temperature: float = 1.0
+    noise_dropout: float = 0.0
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.x0 is None:
+            raise UserError("a mask needs x0, the latents to keep where it is 1.")
 
 
 class Record:
@@ -38,31 +70,36 @@ class Sampler:
     Args:
         model: a `LatentDiffusion` (anything with `apply_model`, `alphas_cumprod`, `num_timesteps` and a device).
         schedule: CompVis's name of the schedule; the model's own is always used.
+        ignored: further keywords, which CompVis's samplers take.
     """
 
-    def __init__(self, model: Any, schedule: str = "linear"):
+    def __init__(self, model: Any, schedule: str = "linear", **ignored: Any):
+        warn_ignored(ignored)
         self.model, self.schedule = model, schedule
         self.ddpm_num_timesteps = model.num_timesteps
 
     @torch.no_grad()
     def sample(self, S: int, batch_size: int, shape: Sequence[int], conditioning: Any = None,
-               callback: Callable[[int], Any] | None = None,
-               img_callback: Callable[[Tensor, int], Any] | None = None, eta: float = 0.0,
+               callback: Callable[[int], Any] | None = None, normals_sequence: None = None,
+               img_callback: Callable[[Tensor, int], Any] | None = None, quantize_x0: bool = False, eta: float = 0.0,
                mask: Tensor | None = None, x0: Tensor | None = None, temperature: float = 1.0,
+               noise_dropout: float = 0.0, score_corrector: None = None, corrector_kwargs: None = None,
                verbose: bool = True, x_T: Tensor | None = None, log_every_t: int = 100,
                unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
-               generators: Generators | None = None, dual: DualBranch | None = None,
-               ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Samples latents.
+               dynamic_threshold: None = None, ucg_schedule: None = None, *, generators: Generators | None = None,
+               dual: DualBranch | None = None, **ignored: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Samples latents; the arguments and their order are CompVis's but for the last two.
 
         Args:
             S: number of steps, exactly.
             shape: (C, h, w) of one sample.
             conditioning, unconditional_conditioning: for `batch_size` rows each.
             callback: called with the number of each step; `img_callback` with the predicted x_0 as well.
+            normals_sequence, quantize_x0, score_corrector, corrector_kwargs, dynamic_threshold, ucg_schedule: refused.
             eta: 0 is deterministic, 1 adds DDPM's noise (DDIM only).
-            mask: (B, 1 or C, h, w); where 1, `x0` is kept instead of sampled (DDIM only).
+            mask: (B, 1 or C, h, w); where 1, `x0` is kept instead of sampled (DDIM and PLMS).
             temperature: scales the added noise.
+            noise_dropout: share of the added noise that is set to 0, the rest enlarged accordingly.
             x_T: (B, C, h, w) initial latents; None draws them.
             log_every_t: how many steps lie between recorded intermediates.
             generators: one CPU generator per row, so that row k is the same in any batch.
@@ -70,23 +107,28 @@ class Sampler:
 
         Returns:
             Latents (B, C, h, w), and `x_inter` and `pred_x0` lists.
+
+        Raises:
+            UserError: an option is set that this sampler does not have.
         """
+        refuse_set(normals_sequence=normals_sequence, quantize_x0=quantize_x0, score_corrector=score_corrector,
+                   corrector_kwargs=corrector_kwargs, dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule)
+        warn_ignored(ignored)
+        options = StepOptions(eta, mask, x0, temperature, noise_dropout, verbose)
         device = self.model.device
         empty = torch.empty((batch_size, *shape), device=device)
         x = draw_noise(empty, generators) if x_T is None else x_T.to(device)
         guidance = make_guidance(self.model, conditioning, unconditional_conditioning,
                                  unconditional_guidance_scale, generators, dual)
         record = Record(x, batch_size, S, log_every_t, callback, img_callback)
-        x = self.run(guidance.start(x), guidance, S, record, eta=eta, mask=mask, x0=x0, temperature=temperature,
-                     verbose=verbose)
+        x = self.run(guidance.start(x), guidance, S, record, options)
         return x[:batch_size], record.intermediates
 
     @staticmethod
-    def times(steps: int, num_timesteps: int) -> Sequence[int]:
+    def times(steps: int, num_timesteps: int) -> Sequence[float]:
         """Returns the time steps that the steps of a run start from."""
         raise NotImplementedError
 
-    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, *, eta: float, mask: Tensor | None,
-            x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
+    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
         """Takes state `x` through all steps."""
         raise NotImplementedError

@@ -1,6 +1,8 @@
 """Noise schedules and time-step lists: pure functions."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,12 +12,15 @@ from ldm.util import UserError
 
 
 def schedule_buffers(timesteps: int = 1000, linear_start: float = 0.00085, linear_end: float = 0.0120,
-                     beta_schedule: str = "linear", v_posterior: float = 0.0) -> dict[str, Tensor]:
+                     beta_schedule: str = "linear", v_posterior: float = 0.0,
+                     given_betas: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Computes the twelve schedule buffers of a Stable Diffusion checkpoint, each (T,) float32.
 
-    `v_posterior` mixes the posterior's lower variance bound (0) with its upper bound beta (1).
+    `v_posterior` mixes the posterior's lower variance bound (0) with its upper bound beta (1). `given_betas` take the
+    place of the schedule described by the arguments before.
     """
-    betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end)     # (T,) float64
+    betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end) if given_betas is None else \
+        np.asarray(given_betas, dtype=np.float64)                                      # (T,)
     alphas = 1.0 - betas
     cumprod = np.cumprod(alphas)                                                       # alpha-bar
     previous = np.append(1.0, cumprod[:-1])

@@ -7,13 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.modules.attention import normalization
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """The autoencoder's normalization: SD's 32 groups, fewer in a small model.
-
-    At least 4 channels share a group: normalized alone, a channel would lose its mean, and with it the colours.
-    """
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+EPS = 1e-6      # of the autoencoder's normalizations
 
 
 class Upsample(nn.Module):
@@ -43,11 +39,11 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions with a residual around them."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, group_channels: int | None = None):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = normalization(in_channels, group_channels, EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = normalization(out_channels, group_channels, EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -63,9 +59,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Single-head self-attention over all pixels."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, group_channels: int | None = None):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = normalization(channels, group_channels, EPS)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -82,11 +78,11 @@ class AttnBlock(nn.Module):
 class Mid(nn.Module):
     """The coarsest level: block, attention, block."""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, dropout: float, group_channels: int | None = None):
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, group_channels)
+        self.attn_1 = AttnBlock(channels, group_channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout, group_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -114,12 +110,15 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Picture (B, 3, H, W) in [-1, 1] → moments of the latents (B, 2*z_channels, H/f, W/f).
 
-    Args are those of `ddconfig` in a Stable Diffusion v1 YAML file; `out_ch` belongs to the decoder.
+    Args are those of `ddconfig` in a Stable Diffusion v1 YAML file; `out_ch` belongs to the decoder. `group_channels`
+    is how many channels share a group of a normalization at least (normalized alone, a channel would lose its mean, and
+    with it the colours); None is SD's 32 groups at any width.
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
-                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True):
+                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
+                 group_channels: int | None = None):
         super().__init__()
         self.reduction = 2 ** (len(ch_mult) - 1)                                 # pictures are this much larger
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -128,16 +127,16 @@ class Encoder(nn.Module):
         for level, mult in enumerate(ch_mult):
             blocks, attn = [], []
             for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(channels, ch * mult, dropout))
+                blocks.append(ResnetBlock(channels, ch * mult, dropout, group_channels))
                 channels = ch * mult
                 if resolution in attn_resolutions:
-                    attn.append(AttnBlock(channels))
+                    attn.append(AttnBlock(channels, group_channels))
             last = level == len(ch_mult) - 1
             self.down.append(Level(blocks, attn, None if last else
                                    ("downsample", Downsample(channels, resamp_with_conv))))
             resolution = resolution if last else resolution // 2
-        self.mid = Mid(channels, dropout)
-        self.norm_out = group_norm(channels)
+        self.mid = Mid(channels, dropout, group_channels)
+        self.norm_out = normalization(channels, group_channels, EPS)
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,25 +152,26 @@ class Decoder(nn.Module):
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,
-                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True):
+                 in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
+                 group_channels: int | None = None):
         super().__init__()
         channels = ch * ch_mult[-1]
         resolution = resolution // 2 ** (len(ch_mult) - 1)
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
-        self.mid = Mid(channels, dropout)
+        self.mid = Mid(channels, dropout, group_channels)
         levels: list[Level] = []
         for level, mult in reversed(list(enumerate(ch_mult))):
             blocks, attn = [], []
             for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(channels, ch * mult, dropout))
+                blocks.append(ResnetBlock(channels, ch * mult, dropout, group_channels))
                 channels = ch * mult
                 if resolution in attn_resolutions:
-                    attn.append(AttnBlock(channels))
+                    attn.append(AttnBlock(channels, group_channels))
             levels.insert(0, Level(blocks, attn, None if level == 0 else
                                    ("upsample", Upsample(channels, resamp_with_conv))))
             resolution *= 2
         self.up = nn.ModuleList(levels)                                          # index 0 is the finest
-        self.norm_out = group_norm(channels)
+        self.norm_out = normalization(channels, group_channels, EPS)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ from ldm.modules.attention import (
     CrossAttention,
     ProjectedText,
     SpatialTransformer,
+    is_own,
     normalization,
+    reads_prepared,
     spread,
     zero_module,
 )
-from ldm.modules.dbim import DBIMControl
+from ldm.modules.dbim import DBIMControl, keyword
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import UserError
 
@@ -30,6 +32,7 @@ class StepShifts:
     blocks: tuple[Tensor, ...]
 
 
+@reads_prepared
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also see the time embedding, and whose transformers see the text."""
 
@@ -39,7 +42,7 @@ class TimestepEmbedSequential(nn.Sequential):
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, control)
+                x = layer(x, context, **keyword(control))
             else:
                 x = layer(x)
         return x
@@ -67,6 +70,7 @@ class Downsample(nn.Module):
         return self.op(x)                                                    # (B, C, H/2, W/2)
 
 
+@reads_prepared
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding added between them.
 
@@ -74,14 +78,14 @@ class ResBlock(nn.Module):
     """
 
     def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int,
-                 use_checkpoint: bool = False):
+                 use_checkpoint: bool = False, group_channels: int | None = None):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.index: int | None = None
-        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(),
+        self.in_layers = nn.Sequential(normalization(channels, group_channels), nn.SiLU(),
                                        nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
+        self.out_layers = nn.Sequential(normalization(out_channels, group_channels), nn.SiLU(), nn.Dropout(dropout),
                                         zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -97,6 +101,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)                  # (B, C', H, W)
 
 
+@reads_prepared
 class UNetModel(nn.Module):
     """Predicts the noise in latents from their noised value, the time step and the text.
 
@@ -107,6 +112,7 @@ class UNetModel(nn.Module):
         attention_resolutions: down-sampling factors at which transformers stand.
         num_heads, num_head_channels: give one of the two, the other -1.
         use_checkpoint: trades a second forward pass for memory in training.
+        group_channels: how many channels share a group of a normalization at least; None: 32 groups, as in SD v1.
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int,
@@ -114,7 +120,7 @@ class UNetModel(nn.Module):
                  channel_mult: Sequence[int] = (1, 2, 4, 8), conv_resample: bool = True,
                  use_checkpoint: bool = False, num_heads: int = -1, num_head_channels: int = -1,
                  use_spatial_transformer: bool = True, transformer_depth: int = 1,
-                 context_dim: int | None = None, legacy: bool = False):
+                 context_dim: int | None = None, legacy: bool = False, group_channels: int | None = None):
         super().__init__()
         if not use_spatial_transformer or context_dim is None:
             raise UserError("UNetModel: use_spatial_transformer must be true and context_dim given, as in SD v1.")
@@ -124,7 +130,7 @@ class UNetModel(nn.Module):
         self.model_channels, self.num_res_blocks = model_channels, num_res_blocks
         self.dropout, self.use_checkpoint = dropout, use_checkpoint
         self.context_dim, self.transformer_depth = context_dim, transformer_depth
-        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads, self.num_head_channels, self.group_channels = num_heads, num_head_channels, group_channels
         self.attention_resolutions = set(attention_resolutions)
         self.emb_channels = model_channels * 4
         self.reduction = 2 ** (len(channel_mult) - 1)      # latents' sides must be multiples of this
@@ -134,7 +140,7 @@ class UNetModel(nn.Module):
         skips = self._build_down(channel_mult, conv_resample)
         self._build_middle(skips[-1])
         self._build_up(channel_mult, conv_resample, skips)
-        self.out = nn.Sequential(normalization(model_channels), nn.SiLU(),
+        self.out = nn.Sequential(normalization(model_channels, group_channels), nn.SiLU(),
                                  zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1)))
         for kind in (self._res_blocks(), self._cross_attention()):
             for index, layer in enumerate(kind):
@@ -161,12 +167,13 @@ class UNetModel(nn.Module):
                 module.checkpoint = on
 
     def _res_block(self, channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(channels, self.emb_channels, self.dropout, out_channels, self.use_checkpoint)
+        return ResBlock(channels, self.emb_channels, self.dropout, out_channels, self.use_checkpoint,
+                        self.group_channels)
 
     def _transformer(self, channels: int) -> SpatialTransformer:
         heads = self.num_heads if self.num_heads != -1 else channels // self.num_head_channels
         return SpatialTransformer(channels, heads, channels // heads, self.transformer_depth, self.dropout,
-                                  self.context_dim, self.use_checkpoint)
+                                  self.context_dim, self.use_checkpoint, self.group_channels)
 
     def _build_down(self, channel_mult: Sequence[int], conv_resample: bool) -> list[int]:
         """Builds the contracting half and returns the channels of every skip connection."""
@@ -208,6 +215,14 @@ class UNetModel(nn.Module):
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
+    def takes_prepared(self) -> bool:
+        """Says whether all layers on the way run as written here; if not, every layer must be handed plain tensors."""
+        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+        sequences = [module for module in self.modules() if isinstance(module, TimestepEmbedSequential)]
+        blocks = [block for transformer in transformers for block in transformer.transformer_blocks]
+        parts = [self, *sequences, *self._res_blocks(), *transformers, *blocks]
+        return all(map(is_own, parts)) and all(is_own(block.attn1) and is_own(block.attn2) for block in blocks)
+
     def project_text(self, context: Tensor, latents: tuple[int, ...] = ()) -> ProjectedText:
         """Projects text features (R, T, D) for every layer; `latents` as in `ProjectedText`."""
         return ProjectedText(tuple(layer.keys_values(context) for layer in self._cross_attention()), latents)
@@ -238,11 +253,11 @@ class UNetModel(nn.Module):
         emb = timesteps if isinstance(timesteps, StepShifts) else self._embed_time(timesteps)    # (B, emb_channels)
         h, skips = x.to(self.dtype), []
         for block in self.input_blocks:
-            h = block(h, emb, context, layer_control)
+            h = block(h, emb, context, **keyword(layer_control))
             skips.append(h)
-        h = self.middle_block(h, emb, context, layer_control)
+        h = self.middle_block(h, emb, context, **keyword(layer_control))
         for index, block in enumerate(self.output_blocks):
             last = index == len(self.output_blocks) - 1      # the last cross-attention layer stands in this block
             h = torch.cat([h, spread(skips.pop(), context)], dim=1)
-            h = block(h, emb, context, control if last else layer_control)
+            h = block(h, emb, context, **keyword(control if last else layer_control))
         return self.out(h).to(x.dtype)                                           # (B, C, H, W)

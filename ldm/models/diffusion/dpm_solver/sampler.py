@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.sampler import Record, Sampler
+from ldm.models.diffusion.sampler import Record, Sampler, StepOptions
 from ldm.progress import progress
 from ldm.util import UserError
 
@@ -31,14 +31,21 @@ def noise_level(alpha_cumprod: float) -> Level:
 
 
 def dpm_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
-    """Returns the `steps` + 1 decreasing time steps T-1 ... 0 between which the steps go, evenly spaced.
+    """Returns the `steps` + 1 decreasing time steps T-1 ... 0 between which the steps go, evenly spaced: (S + 1,).
+
+    They fall between the network's, as CompVis's do: for 10 steps 999, 899.1, 799.2, ...
 
     Raises:
         UserError: `steps` is outside 1..num_timesteps - 1, which is all the steps there are between T-1 and 0.
     """
     if not 1 <= steps < num_timesteps:
         raise UserError(f"DPM-Solver++ cannot take {steps} sampling steps; give 1 to {num_timesteps - 1}.")
-    return np.linspace(0, num_timesteps - 1, steps + 1).round().astype(np.int64)[::-1]
+    return np.linspace(num_timesteps - 1, 0, steps + 1)
+
+
+def alphas_between(alphas_cumprod: np.ndarray, timesteps: np.ndarray) -> np.ndarray:
+    """Returns alpha-bar at time steps of which some lie between two; its logarithm is linear there, as in CompVis."""
+    return np.exp(np.interp(timesteps, np.arange(len(alphas_cumprod)), np.log(alphas_cumprod)))
 
 
 def extrapolate(x0: Tensor, x0_before: Tensor, h: float, h_before: float) -> Tensor:
@@ -57,19 +64,19 @@ class DPMSolverSampler(Sampler):
     """Samples with DPM-Solver++(2M); it adds no noise."""
 
     @staticmethod
-    def times(steps: int, num_timesteps: int) -> Sequence[int]:
+    def times(steps: int, num_timesteps: int) -> Sequence[float]:
         return dpm_timesteps(steps, num_timesteps)[:-1]
 
-    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, *, eta: float, mask: Tensor | None,
-            x0: Tensor | None, temperature: float, verbose: bool) -> Tensor:
-        if eta != 0.0 or mask is not None or x0 is not None:
+    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+        if options.eta != 0.0 or options.mask is not None or options.x0 is not None:
             raise UserError("DPM-Solver++ takes no eta but 0, no mask and no x0; sample with DDIM, which does.")
-        timesteps = [int(t) for t in dpm_timesteps(steps, self.ddpm_num_timesteps)]               # S + 1
+        timesteps = dpm_timesteps(steps, self.ddpm_num_timesteps)
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double().numpy()
-        levels = [noise_level(float(alphas_cumprod[t])) for t in timesteps]
+        levels = [noise_level(alpha) for alpha in alphas_between(alphas_cumprod, timesteps).tolist()]
+        timesteps = timesteps.tolist()
         guidance.plan(timesteps[:-1])
         before: list[Tensor] = []                                        # the data prediction of the step before
-        for i in progress(range(steps), desc="DPM-Solver++", unit="step", quiet=not verbose):
+        for i in progress(range(steps), desc="DPM-Solver++", unit="step", quiet=not options.verbose):
             x, *before = guidance.narrow(timesteps[i], x, *before)
             source, target = levels[i], levels[i + 1]
             pred_x0 = (x - source.sigma * guidance.eps(x, timesteps[i])) / source.alpha     # (rows, C, h, w)
