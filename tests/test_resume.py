@@ -106,7 +106,7 @@ def test_an_error_a_signal_caused_is_not_told_as_one(call_script: Call, small_wo
         except KeyboardInterrupt:
             raise UserError("checkpoint 'x' cannot be read") from None
 
-    monkeypatch.setattr("ldm.pipeline.load_state", torn)
+    monkeypatch.setattr("ldm.training.build_model", torn)
     outcome = call_script("train", "-b", *small_world.training_files, "-l", tmp_path)
     assert (outcome.status, outcome.err) == (130, "interrupted; what was saved before is intact.\n")
 
