@@ -30,6 +30,7 @@ SCHEDULE_BUFFERS = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alph
                     "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
                     "posterior_mean_coef1", "posterior_mean_coef2")
 
+AVERAGE = "model_ema."
 OPTIONAL_KEYS = (*ACCEPTED_EXTRA, *SCHEDULE_BUFFERS)
 
 HUB_NAME = r"[\w.-]+/[\w-]+(\.\d[\w-]*)*"    # "CompVis/stable-diffusion-v1-4", "owner/model-2.1"; no suffix of a file
@@ -171,6 +172,12 @@ def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return unwrapped(inner) if isinstance(inner, dict) and inner else content
 
 
+def averages_alone(names: Iterable[str]) -> bool:
+    """Says whether a file holds its U-Net as averaged weights only (`model_ema.*`, under names without dots)."""
+    return any(name.startswith(f"{AVERAGE}diffusion_model") for name in names) and \
+        not any(name.startswith("model.diffusion_model.") for name in names)
+
+
 def load_state(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[str, Tensor]:
     """Reads the state dict of a file, unwrapped; it must hold tensors and nothing else."""
     state = unwrapped(load_file(path, what))
@@ -225,7 +232,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
     accepted = set(accepted)
     expected = model.state_dict().keys()
     state = {key: value for key, value in state.items()
-             if key in expected or not (key.startswith("model_ema.") or key in accepted)}
+             if key in expected or not (key.startswith(AVERAGE) or key in accepted)}
     problem = describe_mismatch(model, state, accepted)
     if problem:
         raise UserError(f"'{source}' does not fit this architecture: {problem}; check that the model configuration "

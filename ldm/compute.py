@@ -59,10 +59,9 @@ def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
 def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
     """Puts U-Net and autoencoder into a number format (None keeps theirs) and the memory format that suits it.
 
-    Channels-last wins on GPUs, in half precision, and
-    everywhere in the autoencoder, which is all convolutions; in float32 on a CPU the U-Net, whose attention wants rows
-    of pixels, is at least as fast as it is (docs/benchmarks.md). On Apple's GPUs, where nothing was measured, all
-    stays as it is.
+    Channels-last wins on GPUs, in half precision, and everywhere in the autoencoder, which is all convolutions; in
+    float32 on a CPU the U-Net, whose attention wants rows of pixels, is at least as fast as it is (docs/benchmarks.md).
+    On Apple's GPUs, where nothing was measured, all stays as it is.
     """
     unet = model.model.diffusion_model
     weight = next(unet.parameters())

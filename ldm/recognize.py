@@ -8,14 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoint import OPTIONAL_KEYS, describe_mismatch, load_file, load_weights, named, unwrapped
+from ldm.checkpoint import (
+    AVERAGE,
+    OPTIONAL_KEYS,
+    averages_alone,
+    describe_mismatch,
+    load_file,
+    load_weights,
+    named,
+    unwrapped,
+)
 from ldm.convert.diffusers import our_vae_state
 from ldm.util import UserError
 
 # Entries below these are weights that a network computes with: one too many there means a larger network.
 NETWORKS = ("model.diffusion_model.", "first_stage_model.encoder.", "first_stage_model.decoder.",
             "cond_stage_model.transformer.text_model.")
-UNET, VAE, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema."
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
 LATER_TEXT_NAMES = r"^cond_stage_model\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)"
 
 V1 = "a Stable Diffusion v1 checkpoint"
@@ -72,12 +81,6 @@ def _text_width(state: Mapping[str, Any]) -> int | None:
     """Returns how wide the text features are that a U-Net reads."""
     return next((value.shape[1] for name, value in state.items()
                  if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")), None)
-
-
-def averages_alone(names: Iterable[str]) -> bool:
-    """Says whether a file holds its U-Net as averaged weights only (`model_ema.*`, under names without dots)."""
-    return any(name.startswith(f"{AVERAGE}diffusion_model") for name in names) and \
-        not any(name.startswith(UNET) for name in names)
 
 
 def fit_names(content: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

@@ -72,7 +72,7 @@ def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None,
 
 
 def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...],
-                class_noun: str, prompts: Sequence[str]) -> str:
+                class_noun: str | Sequence[str], prompts: Sequence[str]) -> str:
     """Returns the tokens of both branches' prompts; weights are read only where they choose the auxiliary noun."""
     if config.dci.replace_noun == AUTO:
         return load_generator(config, concept_path, words, class_noun, prompts).describe(prompts, config.dci)

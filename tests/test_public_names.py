@@ -384,13 +384,14 @@ MAY_IMPORT = {                                             # room → the rooms 
     "util": set(), "lr_scheduler": set(),
     "checkpoint": {"util"},
     "modules": {"util"},
-    "models": {"modules", "checkpoint", "util"},
+    "recognize": {"convert", "checkpoint", "util"},
+    "models": {"modules", "recognize", "checkpoint", "util"},
     "data": {"checkpoint", "util"},
     "config": {"checkpoint", "util"},
-    "customization": {"models", "modules", "data", "config", "checkpoint", "util"},
+    "customization": {"models", "modules", "data", "config", "recognize", "checkpoint", "util"},
     "convert": {"checkpoint", "util"},
     "compute": {"models", "util"},
-    "pipeline": {"compute", "customization", "models", "modules", "data", "config", "checkpoint", "util"},
+    "pipeline": {"compute", "customization", "models", "modules", "data", "config", "recognize", "checkpoint", "util"},
 }
 NOT_DEEPER = {"models", "modules"}                   # what scripts and evaluation reach through the pipeline only
 

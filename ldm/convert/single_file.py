@@ -8,8 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import ACCEPTED_EXTRA, SCHEDULE_BUFFERS, load_file, save_safetensors, unwrapped
-from ldm.recognize import AVERAGE, averages_alone
+from ldm.checkpoint import (
+    ACCEPTED_EXTRA,
+    AVERAGE,
+    SCHEDULE_BUFFERS,
+    averages_alone,
+    load_file,
+    save_safetensors,
+    unwrapped,
+)
 from ldm.util import UserError
 
 
