@@ -91,7 +91,7 @@ def test_every_way_to_step_predicts_the_same(bench: Bench, joint: bool) -> None:
 def test_a_saving_left_out_is_done_in_full(bench: Bench, monkeypatch) -> None:
     """The network sees as many rows at its first convolution, and projects text as often, as the name says."""
     unet, seen = bench.model.model.diffusion_model, []
-    handle = unet.input_blocks[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    handle = unet.input_blocks[0][0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     projections = []
     layer = unet._cross_attention()[0]
     inner = layer.to_k.register_forward_pre_hook(lambda module, args: projections.append(1))
