@@ -15,6 +15,8 @@ from ldm.util import UserError
 
 FORMATS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = (*FORMATS, "autocast")
+# What torch says on a CPU (Linux, Windows), on an Apple GPU or from a CUDA library, and the system on mapping a file.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
 DECODER_COPIES = 8       # a decoder's peak, in copies of its finest feature map: 1.07 GB for 512x512 px in float32
 
 
@@ -104,6 +106,12 @@ def available_memory(device: torch.device) -> int | None:
         return None
     fields = dict(line.split(":") for line in table.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Says whether an error means that memory ran out, on a GPU or in the machine."""
+    words = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in words for phrase in NO_MEMORY)
 
 
 def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) -> int:

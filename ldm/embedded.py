@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.customization.contexts import NEW_WORD
+from ldm.text import NEW_WORD
 
 NAME = "embedded"     # what the model is called where nobody names it
 CARD = "ldm/tiny/README.md"

@@ -20,8 +20,6 @@ from ldm.util import UserError, instantiate_from_config
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}     # what autocast computes in
 GB = 1e9
-# What torch says on a CPU (Linux, Windows), on an Apple GPU or from a CUDA library, and the system on mapping a file.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
 RUNTIME = 800_000_000        # CUDA's context, its libraries' workspaces, and what fragmentation wastes
 
 
@@ -156,9 +154,3 @@ def advice(config: DictConfig) -> str:
         ("trainer.checkpointing=true", trainer.checkpointing is not True)) if open_to]
     overrides.append("a smaller trainer.image_size")
     return f"try {', then '.join(overrides)}"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Says whether an error means that memory ran out, on a GPU or in the machine."""
-    words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in words for phrase in NO_MEMORY)

@@ -23,6 +23,7 @@ from ldm.compute import (
     compile_network,
     decode,
     format_of,
+    out_of_memory,
     set_format,
     supported_precision,
     weights_precision,
@@ -33,7 +34,6 @@ from ldm.customization.delta import AppliedConcept, Concept, base_identity
 from ldm.customization.tokens import TokenSets
 from ldm.data.images import to_images
 from ldm.embedded import NAME
-from ldm.memory import out_of_memory
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler

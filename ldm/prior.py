@@ -26,9 +26,9 @@ from ldm.data.regularization import (
     write_lists,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.encoders.modules import NEW_WORD
 from ldm.pipeline import Generator
 from ldm.progress import progress
+from ldm.text import NEW_WORD
 from ldm.util import ROOT, UserError, folder_name
 
 MODES = ("folder", "retrieve", "generate", "none")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.concept import Picture
-from ldm.modules.encoders.modules import NEW_WORD
 from ldm.progress import progress
+from ldm.text import NEW_WORD
 
 
 class Posteriors:

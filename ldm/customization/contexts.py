@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.modules.encoders.tokenizer import NEW_WORD, clean
+from ldm.modules.encoders.tokenizer import clean
+from ldm.text import NEW_WORD
 from ldm.util import UserError
 
 RANDOM = "random"

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.images import Skipped, find_listed, list_images, some_skipped, why_unusable
-from ldm.modules.encoders.tokenizer import NEW_WORD
-from ldm.text import read_json, read_lines, read_text
+from ldm.text import NEW_WORD, read_json, read_lines, read_text
 from ldm.util import UserError, shipped
 
 IMAGES, CAPTIONS = "images.txt", "caption.txt"

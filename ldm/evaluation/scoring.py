@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import weights_hash
-from ldm.customization.contexts import NEW_WORD, PLACEHOLDER
+from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.tokens import join_pieces
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights, WeightsNotGiven
 from ldm.evaluation.judge import Court, load_court
 from ldm.evaluation.metrics import KID_LEAST, diversity, image_alignment, kid, text_alignment
 from ldm.evaluation.small_clip import embedded
+from ldm.text import NEW_WORD
 from ldm.util import UserError
 
 METRICS = (*LOADERS, "judge", "kid")

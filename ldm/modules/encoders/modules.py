@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.encoders.clip_text import CLIPTextModel
-from ldm.modules.encoders.tokenizer import NEW_WORD, clean, lower, make_tokenizer
+from ldm.modules.encoders.tokenizer import clean, lower, make_tokenizer
+from ldm.text import NEW_WORD
 from ldm.util import UserError
 
 

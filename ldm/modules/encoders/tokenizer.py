@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from ldm.text import NEW_WORD
 from ldm.util import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -16,8 +17,6 @@ CLIP_MERGES = 49152 - 256 - 2  # how many merges of the published file CLIP uses
 
 # How CLIP cuts a text into pieces before any merge: contractions, runs of letters, single digits, runs of the rest.
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
 
 
 def clean(text: str) -> str:
