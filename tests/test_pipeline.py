@@ -225,17 +225,18 @@ def test_every_option_changes_the_picture(small_world: SmallWorld, small_generat
 
 
 @pytest.mark.parametrize("guidance", ["separate", "shared"])
-def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, small_run: Run, guidance: str) -> None:
+def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, small_run: Run, monkeypatch,
+                                                     guidance: str) -> None:
     """Keys and values of its rows are those of a network without the concept, all others the concept's."""
     generator, rows = Generator(*small_world.build()), [Row(PROMPT, 5, 1.0), Row("a {} on the beach", 6, 1.0)]
-    unet, seen = generator.model.model.diffusion_model, []
-    handle = unet.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs.get("context", args[-1])), with_kwargs=True)
+    unet, seen, prepare = generator.model.model.diffusion_model, [], generator.model.prepare_conditioning
+    monkeypatch.setattr(generator.model, "prepare_conditioning",
+                        lambda *args: seen.append(prepare(*args)) or seen[-1])
     generator.load(load_concept(small_run.concept))
     tuned = {name: value.clone() for name, value in unet.state_dict().items()}
     config = small_world.sample_config(f"dci.guidance={guidance}", "dci.ablation=base_weights")
     generator.latents(rows, config)
-    handle.remove()
+    (joint,) = (prepared["c_crossattn"][0] for prepared in seen if "control" in prepared)
     assert all(torch.equal(value, tuned[name]) for name, value in unet.state_dict().items())
 
     concept, auxiliary = generator.token_sets([row.prompt for row in rows], config.dci)
@@ -246,7 +247,7 @@ def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, sm
         expected = [unet.project_text(torch.cat(features[:2])).layers]
         generator.load(None)
         expected.append(unet.project_text(torch.cat(features[2:])).layers)
-    for got, mine, base in zip(seen[0].layers, *expected, strict=True):
+    for got, mine, base in zip(joint.layers, *expected, strict=True):
         for values, first, second in zip(got, mine, base, strict=True):
             torch.testing.assert_close(values, torch.cat([first, second]))
     assert not torch.equal(expected[0][0][0][:1], expected[1][0][0][:1])
