@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         words, key = named[1].strip(), named[2]
         values = {name: OmegaConf.select(config, key) for name, config in self._configurations.items()}
         usual = values.pop("", None)
-        defaults = [] if usual is None else [f"default: {usual}"]
+        defaults = [] if usual is None or usual is False else [f"default: {usual}"]
         defaults += [f"{name}: {value}" for name, value in values.items() if value not in (None, usual)]
         return f"{words or meanings(self.schema)[key]} ({'; '.join([key, *defaults])})".strip().replace("%", "%%")
 

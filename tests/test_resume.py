@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ from ldm.training import Run, fine_tune
 from ldm.util import UserError
 
 STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C be heard also where the tests run in the background, whose jobs the shell tells to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signal_at(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, number: int = signal.SIGTERM) -> None:
     """Sends this process a signal when a method is called for the `call`-th time."""
     original, calls = getattr(owner, name), []

@@ -277,7 +277,7 @@ def test_captions_have_the_papers_layout():
 
 @pytest.mark.parametrize("arguments, message", [
     ((("new1",), "cat"), "angle brackets"), ((("<new 1>",), "cat"), "angle brackets"),
-    ((("<new1>", "<new1>"), "cat"), "all different"), (((), "cat"), "at least one"),
+    ((("<new1>", "<new1>"), "cat"), "all different"), (((), ""), "at least one"),
     ((("<new1>",), "cat", 0, 0, "a photo"), "once"), ((("<new1>",), "cat", 0, 0, "{} and {}"), "once")])
 def test_impossible_schemes_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
