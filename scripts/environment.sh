@@ -16,21 +16,17 @@ if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then
     return 0
 fi
 
-set -euo pipefail
 work="$(dirname -- "${BASH_SOURCE[0]}")/environment.py"
 candidates=(python3 python python3.14 python3.13 python3.12 python3.11)
 [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
-for newest in 14 99; do     # the pins are known to install up to 3.14; a newer Python is tried where there is no other
-    for candidate in "${candidates[@]}"; do
-        if "$candidate" -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, $newest))" 2>/dev/null; then
-            exec "$candidate" "$work" "$@"
-        fi
-    done
+for candidate in "${candidates[@]}"; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        exec "$candidate" "$work" "$@"
+    fi
 done
 if [[ -z "${PYTHON:-}" ]] && command -v uv > /dev/null; then
     exec uv run --quiet --no-project --python '>=3.11,<3.15' "$work" "$@"
 fi
-seen="$("${candidates[0]}" --version 2>&1)" || seen="missing"
-echo "Python 3.11 to 3.14 is needed, but ${candidates[0]} is $seen; install one, or uv, which brings one, or make and" \
-    "activate the conda environment of environment.yaml." >&2
+echo "Python 3.11 to 3.14 is needed, but there is none among: ${candidates[*]}; install one, or uv, which brings one," \
+    "or make and activate the conda environment of environment.yaml." >&2
 exit 1
