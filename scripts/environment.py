@@ -97,20 +97,24 @@ def make(needed: Environment, uv: str | None) -> None:
     command = [base, "-I", "-m", "venv", folder]
     if uv:                          # --seed: with a pip, so that `pip install` in the folder goes into the folder
         base = base or f">=3.11,<3.{needed.newest + 1}"
-        command = [uv, "venv", "--quiet", "--seed", "--python", base, folder]
+        command = [uv, "venv", "--quiet", "--allow-existing", "--seed", "--python", base, folder]
     if base:
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / ".installed").touch()     # first of all: what is cut short from here on is made afresh
     if not base or subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, close_fds=False).returncode:
         sys.exit(f"{needed.folder} cannot be made: that takes a Python 3.11 to 3.{needed.newest} with its venv module, "
                  "or uv, which brings one, and a connection.")
 
 
 def install(needed: Environment) -> None:
-    """Fills the folder with the pins and what goes beside them, over an earlier installation if that was completed."""
+    """Fills the folder with the pins and what goes beside them, over what is there unless that was cut short."""
     uv = shutil.which("uv")
     note, log = needed.folder / ".installed", needed.folder / "install.log"
     before = note.read_text(encoding="utf-8") if note.exists() else ""
-    if not before or not works(needed.python, "-c", ""):
+    cut_short = note.exists() and not before
+    earlier = any(needed.folder.glob(".installed-*"))       # notes of the first version: clip-retrieval is in there
+    if cut_short or earlier or not works(needed.python, "-c", ""):
         make(needed, uv)
     what = ["-r", needed.pins, *needed.beside]
     attempts = [[needed.python, "-I", "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *what]]

@@ -177,8 +177,14 @@ def cut_short(checkout: Checkout) -> None:
 
 
 def hold_another_venv(checkout: Checkout) -> None:
-    """Leaves a folder that this script did not fill: a user's, or its first version's."""
+    """Leaves a folder that a user filled."""
     (checkout.venv / ".installed").unlink()
+    lose_package(checkout)
+
+
+def date_back(checkout: Checkout) -> None:
+    """Leaves what this script's first version made."""
+    (checkout.venv / ".installed").rename(checkout.venv / ".installed-0123456789ab")
     lose_package(checkout)
 
 
@@ -195,7 +201,7 @@ def lose_python(checkout: Checkout) -> None:
         path.symlink_to("/nowhere/python")
 
 
-@pytest.mark.parametrize(("damage", "afresh"), [(cut_short, True), (hold_another_venv, True),
+@pytest.mark.parametrize(("damage", "afresh"), [(cut_short, True), (hold_another_venv, False), (date_back, True),
                                                 (lose_python, True), (lose_package, False)])
 def test_an_incomplete_venv_is_mended(installed: Checkout, damage: Callable[[Checkout], None], afresh: bool) -> None:
     (site_packages(installed) / "of_the_user.py").touch()
