@@ -114,7 +114,7 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
     ("sample", "--H H of pictures in px; null is the model's own (height) --W"),
     ("sample", "(dci.agg_lambda; default: [-1.0, 0.0, 1.5]; SD v1: [0.0])"),
     ("sample", "left out: configs/model/tiny.yaml configs/sample/tiny.yaml; SD v1: configs/model/sd-v1.yaml"),
-    ("sample", "--from-file FROM_FILE, --from_file FROM_FILE a file with"), ("sample", "--skip_grid write no sheet --"),
+    ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
     ("train", "where run folders go (trainer.logdir; default: logs) -s"),
     ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: backpack)"),
