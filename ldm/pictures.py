@@ -26,7 +26,7 @@ PARAMETERS_KEY = "parameters"   # the entry other tools read
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Returns the sheets' font at a size in px, laid out alike on every machine."""
-    return ImageFont.truetype(FONT, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(FONT), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
