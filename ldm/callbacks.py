@@ -12,8 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
-from ldm.checkpoint import refuse_non_finite, write_atomically
+from ldm.checkpoint import refuse_non_finite
 from ldm.config import DCIConfig, PreviewConfig, SampleConfig
+from ldm.files import write_atomically
 from ldm.pictures import save_png
 from ldm.pipeline import Generator
 from ldm.progress import progress

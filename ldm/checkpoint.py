@@ -10,7 +10,7 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.files import write_atomically
 from ldm.util import UserError
 
 # What a released SD v1 file holds beside the 1130 weights: a buffer of positions and the EMA's bookkeeping.
@@ -281,48 +282,32 @@ def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str,
         raise UserError(f"{what} '{path}' is damaged ({error}); copy or download it again.") from error
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
-    """Lets `write` fill a temporary file beside `path`, then renames it; a failure leaves what was there.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        part.chmod(0o666 & ~_umask())          # some writers make files only their owner can read
-        os.replace(part, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not _is_write_failure(error):
-            raise
-        raise UserError(f"'{path}' could not be written ({error}); free some space or choose another folder; "
-                        "earlier files are intact.") from error
-    finally:
-        with suppress(OSError):          # nothing there, or no folder; the error above is the one to tell
-            part.unlink()
-    return path
-
-
-def _umask() -> int:
-    """Returns the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _is_write_failure(error: RuntimeError) -> bool:
-    """Says whether torch's zip writer failed for want of space (it raises RuntimeError, not OSError)."""
-    return any(word in str(error) for word in ("PytorchStreamWriter", "No space", "enforce fail", "iostream"))
-
-
 def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
                      metadata: Mapping[str, Any] | None = None) -> Path:
-    """Writes tensors and metadata (values that are not text become JSON) atomically."""
+    """Writes tensors and metadata (values that are not text become JSON) atomically; equal content as equal bytes."""
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    return write_atomically(path, lambda part: save_file(contiguous, part, metadata=text or None))
+
+    def write(part: Path) -> None:
+        save_file(contiguous, part, metadata=text or None)
+        _sort_metadata(part)
+
+    return write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order of names: its library writes them in any order, another each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"the header of '{path}' has {len(text)} bytes instead of {size}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 from ldm.util import UserError, shipped
 
 

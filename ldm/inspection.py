@@ -10,7 +10,6 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
-from ldm.checkpoint import write_atomically
 from ldm.config import require
 from ldm.data.images import (
     CROPS,
@@ -23,6 +22,7 @@ from ldm.data.images import (
     trim_bars,
 )
 from ldm.data.layouts import Captioned, captioned
+from ldm.files import write_atomically
 from ldm.pictures import fit, font, save_png, sheet
 from ldm.util import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 from ldm.util import UserError
 
 MARGIN = 8

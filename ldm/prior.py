@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from ldm.checkpoint import write_atomically
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
 from ldm.data.concept import CaptionedImages
 from ldm.data.images import Framing, load_framed
@@ -25,6 +24,7 @@ from ldm.data.regularization import (
     save_jpeg,
     write_lists,
 )
+from ldm.files import write_atomically
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Generator
 from ldm.progress import progress

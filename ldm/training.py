@@ -25,7 +25,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from ldm.callbacks import KeepConstants, Preview, Progress, SaveConcept
-from ldm.checkpoint import write_atomically
 from ldm.compute import out_of_memory
 from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
@@ -34,6 +33,7 @@ from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
+from ldm.files import write_atomically
 from ldm.memory import MIXED, advice, check_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side

@@ -382,13 +382,13 @@ def test_normalization_has_32_groups_unless_the_file_says_otherwise(released):
 TORCH = {"torch", "einops", "numpy"}                       # what rooms of pure arithmetic are made of
 MAY_IMPORT = {                                             # room → the rooms of ldm it may import, besides itself
     "util": set(), "lr_scheduler": set(), "progress": set(), "signals": set(),
-    "text": {"util"}, "embedded": {"text"},
-    "checkpoint": {"util"},
+    "text": {"util"}, "embedded": {"text"}, "files": {"util"},
+    "checkpoint": {"files", "util"},
     "modules": {"text", "util"},
     "recognize": {"convert", "checkpoint", "util"},
     "models": {"modules", "recognize", "progress", "checkpoint", "util"},
-    "data": {"text", "checkpoint", "util"},
-    "config": {"checkpoint", "util"},
+    "data": {"text", "files", "util"},
+    "config": {"files", "util"},
     "customization": {"models", "modules", "data", "config", "recognize", "progress", "text", "checkpoint", "util"},
     "convert": {"checkpoint", "util"},
     "compute": {"models", "util"},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 
 
 @dataclass(frozen=True)

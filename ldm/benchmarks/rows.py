@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ldm.benchmarks.contestants import Preparing, as_the_release, build_random, theirs
 from ldm.benchmarks.measure import Contestant, Finding, interleave
-from ldm.checkpoint import save_safetensors, write_atomically
+from ldm.checkpoint import save_safetensors
 from ldm.compute import FORMATS, compile_network, set_format
 from ldm.config import MethodConfig
 from ldm.customization.constants import CaptionFeatures, Posteriors
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
+from ldm.files import write_atomically
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import DualBranch, DualBranchGuidance, Guidance
 from ldm.modules.dbim import BranchLayout, DBIMControl

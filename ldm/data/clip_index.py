@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ldm.checkpoint import write_atomically
 from ldm.data.clip_client import MISSING, SETUP
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable, decode
 from ldm.data.layouts import captioned
 from ldm.data.picture_store import PictureStore, shrunk
 from ldm.data.regularization import save_jpeg
+from ldm.files import write_atomically
 from ldm.text import read_lines
 from ldm.util import UserError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.checkpoint import write_atomically
 from ldm.data.images import Skipped, find_listed, some_skipped, to_rgb, why_unusable
 from ldm.data.layouts import CAPTIONS, IMAGES, captioned, read_captions
+from ldm.files import write_atomically
 from ldm.text import read_lines
 from ldm.util import UserError, folder_name, shipped
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.checkpoint import write_atomically
 from ldm.data.clip_client import Query, ask_server
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable
 from ldm.data.picture_store import PictureStore
 from ldm.data.regularization import IMAGES, class_caption, write_lists
+from ldm.files import write_atomically
 from ldm.util import UserError, folder_name
 
 STATE, JOURNAL = ".retrieval.json", ".retrieval.log"

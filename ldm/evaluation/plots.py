@@ -9,8 +9,8 @@ from textwrap import fill
 
 import numpy as np
 
-from ldm.checkpoint import write_atomically
 from ldm.evaluation.statistics import Estimate
+from ldm.files import write_atomically
 from ldm.util import UserError
 
 SMALLEST, LARGEST = 4, 8                                                        # markers, in points

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.checkpoint import write_atomically
 from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
+from ldm.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]
 CLIPPED = "_clipped"        # column name's end: cosines below zero counted as zero

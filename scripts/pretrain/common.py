@@ -18,8 +18,9 @@ from muon import optimizers_for
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_file, write_atomically
+from ldm.checkpoint import load_file
 from ldm.compute import supported_precision
+from ldm.files import write_atomically
 
 
 def stage_parser(description: str, minutes: float, shared: bool = True) -> argparse.ArgumentParser:

@@ -13,7 +13,8 @@ from common import from_pictures, launch, save_sheet, stage_parser, to_pictures,
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_file, weights_hash, write_atomically
+from ldm.checkpoint import load_file, weights_hash
+from ldm.files import write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config

@@ -14,12 +14,12 @@ from common import from_pictures, launch, save_sheet, stage_parser, train
 from torch import Tensor, nn
 from world import WORLD, draw_range
 
-from ldm.checkpoint import write_atomically
 from ldm.data.small_world import NOUNS, WorldConfig
 from ldm.data.small_world_scenes import SCENES
 from ldm.data.small_world_sprites import COLOURS
 from ldm.data.small_world_styles import STYLES
 from ldm.evaluation.judge import HEADS, Court, Judge, save_court
+from ldm.files import write_atomically
 
 FIRST_SEED = 50_000_000     # far from the seeds of the pictures the generator learns from
 HELD_OUT = 2_000

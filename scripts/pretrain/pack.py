@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from world import REFERENCE_SCENES, WORLD
 
-from ldm.checkpoint import load_file, save_safetensors, write_atomically
+from ldm.checkpoint import load_file, save_safetensors
 from ldm.data.regularization import write_regularization
 from ldm.data.small_world import CONCEPTS, NOUNS, SmallWorld
 from ldm.evaluation.judge import load_court
 from ldm.evaluation.small_clip import pack_small_clip
+from ldm.files import write_atomically
 from ldm.pictures import save_png
 from ldm.util import instantiate_from_config
 

@@ -14,10 +14,10 @@ from judge import HEADS, accuracies, targets
 from omegaconf import OmegaConf
 from world import WORLD
 
-from ldm.checkpoint import write_atomically
 from ldm.config import BaseConfig
 from ldm.data.small_world import NONE, SmallWorld
 from ldm.evaluation.judge import load_court
+from ldm.files import write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import build_model

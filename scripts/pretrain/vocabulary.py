@@ -5,8 +5,8 @@ import argparse
 import itertools
 from pathlib import Path
 
-from ldm.checkpoint import write_atomically
 from ldm.data.small_world import all_caption_words
+from ldm.files import write_atomically
 from ldm.modules.encoders.tokenizer import clip_merges_path, read_merges
 
 # Words people write in prompts beside the captions' own, and the rare tokens concepts start from.

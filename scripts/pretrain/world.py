@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.checkpoint import write_atomically
 from ldm.data.small_world import CONCEPTS, SmallWorld, WorldConfig
+from ldm.files import write_atomically
 
 # Five references as an album has them: three on different backgrounds, two on the same one.
 REFERENCE_SCENES = (0, 1, 2, 0, 0)
