@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from ldm.checkpoint import refuse_non_finite
 from ldm.config import DCIConfig, PreviewConfig, SampleConfig
-from ldm.files import write_atomically
 from ldm.pictures import save_png
 from ldm.pipeline import Generator
 from ldm.progress import progress
@@ -24,6 +23,11 @@ from ldm.signals import Interrupt, Signals
 from ldm.util import UserError
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def concept_file(folder: Path, step: int) -> Path:
+    """Returns where the concept file of a step is in a folder of checkpoints."""
+    return folder / f"step-{step:06d}.safetensors"
 
 
 class SaveConcept(Callback):
@@ -41,7 +45,7 @@ class SaveConcept(Callback):
 
     def path(self, step: int) -> Path:
         """Where the concept file of a step goes."""
-        return self.folder / f"step-{step:06d}.safetensors"
+        return concept_file(self.folder, step)
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.step = self.done = trainer.global_step     # a resumed run has saved this step already
@@ -77,12 +81,9 @@ class SaveConcept(Callback):
         """
         tensors = state_tensors(module.state_dict(), trainer.optimizers[0].state_dict())
         refuse_non_finite(tensors, f"the state of {self.place(trainer)}")
-        last = self.folder / "last.ckpt"
         if trainer.is_global_zero:
             module.concept().save(self.path(trainer.global_step), self.dtype)
-            write_atomically(last, lambda part: trainer.save_checkpoint(part))
-        else:
-            trainer.save_checkpoint(last)
+        trainer.save_checkpoint(self.folder / "last.ckpt")      # as `StateFiles` writes it
         self.done = trainer.global_step
 
     def place(self, trainer: pl.Trainer) -> str:
@@ -91,6 +92,16 @@ class SaveConcept(Callback):
         earlier = self.path(self.done)
         kept = f"'{earlier}' and last.ckpt are kept" if earlier.exists() else "nothing was saved before"
         return f"step {trainer.global_step} at learning rate {' and '.join(f'{rate:g}' for rate in rates)} ({kept})"
+
+
+class Lighten(Callback):
+    """Saves memory, as `ConceptFinetune.lighten` does, once the untouched base has drawn what it is asked for."""
+
+    def __init__(self, dtype: torch.dtype | None, checkpointing: bool | None):
+        self.dtype, self.checkpointing = dtype, checkpointing
+
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        module.lighten(self.dtype, self.checkpointing)
 
 
 class KeepConstants(Callback):

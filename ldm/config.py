@@ -14,7 +14,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ldm.files import write_atomically
+from ldm.files import write_text
 from ldm.util import UserError, shipped
 
 
@@ -320,6 +320,10 @@ def _nearest(key: str, schema: DictConfig) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; the main keys are {', '.join(schema.keys())}."
 
 
-def save_config(config: DictConfig, path: Path) -> None:
-    """Writes a resolved configuration that can be run again."""
-    write_atomically(path, lambda part: part.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8"))
+def save_config(config: Any, path: Path, head: str = "", new: bool = False) -> None:
+    """Writes a resolved configuration that can be run again, below comment lines `head`.
+
+    Raises:
+        UserError, NameTaken: as `ldm.files.write_atomically` does.
+    """
+    write_text(path, head + OmegaConf.to_yaml(config, resolve=True), new)

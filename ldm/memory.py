@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from ldm.customization.constants import cast_frozen
+from ldm.customization.constants import cast_frozen, castable
 from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.selection import trained_parameters
 from ldm.modules.attention import BasicTransformerBlock
@@ -121,11 +121,19 @@ def estimate(config: DictConfig, module: ConceptFinetune, size: int) -> Estimate
     side = size // model.first_stage_model.encoder.reduction
     parts = [unet, model.cond_stage_model, *([] if config.trainer.cache else [model.first_stage_model])]
     trained = [*module.trained.values(), *module.word_blocks, *module.context_blocks]
+    dtype, checkpointing = MIXED.get(config.trainer.precision), config.trainer.checkpointing
     activations = activation_bytes(
         config.model.params.unet_config, method.train, (2 * method.batch_size, model.channels, side, side),
-        model.cond_stage_model.max_length, MIXED.get(config.trainer.precision), unet.use_checkpoint)
-    return Estimate(sum(parameter.nbytes for part in parts for parameter in part.parameters()),
+        model.cond_stage_model.max_length, dtype, unet.use_checkpoint if checkpointing is None else checkpointing)
+    return Estimate(sum(weights_bytes(part, dtype) for part in parts),
                     3 * sum(parameter.nbytes for parameter in trained), activations)
+
+
+def weights_bytes(network: nn.Module, dtype: torch.dtype | None) -> int:
+    """Counts a network's weights as training keeps them: frozen ones in what autocast computes in, if it does."""
+    saved = 0 if dtype is None else sum(parameter.nbytes - parameter.numel() * dtype.itemsize
+                                        for parameter in castable(network))
+    return sum(parameter.nbytes for parameter in network.parameters()) - saved
 
 
 def check_memory(config: DictConfig, module: ConceptFinetune, size: int) -> None:

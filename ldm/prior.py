@@ -40,18 +40,33 @@ def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
     return settings.mode or ("none" if concept.regularization is None else "folder")
 
 
-def load_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], framing: Framing,
-               device: torch.device, first_process: bool = True) -> CaptionedImages | None:
-    """Gets every concept's class pictures, saying for each how many there are and from where; None without any.
+def make_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
+               device: torch.device) -> None:
+    """Retrieves or draws (on `device`, pictures of `side` px) every concept's class pictures where that is configured.
 
     A server that fails never stops training: the concept then goes without.
 
     Raises:
-        UserError: a folder is wrong, or what the base model draws cannot be written.
+        UserError: what the base model draws cannot be written.
+    """
+    settings = config.data.reg
+    for concept in config.concepts:
+        mode = chosen_mode(settings, concept)
+        if mode == "generate":
+            generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
+        elif mode == "retrieve":
+            retrieve_prior(concept, settings)
+
+
+def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -> CaptionedImages | None:
+    """Reads every concept's class pictures, saying for each how many there are and from where; None without any.
+
+    Raises:
+        UserError: a folder is wrong.
     """
     images, captions, masks, groups = [], [], [], []
     for index, concept in enumerate(config.concepts):
-        found = prior_set(config, concept, model, identity, framing.size, device, first_process)
+        found = prior_set(config, concept, identity, framing.size)
         if found is None:
             print(f"{concept.name}: no regularisation pictures, so the class may be forgotten (see real_reg/README.md)")
             continue
@@ -81,9 +96,9 @@ def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | No
                       for pictures, own in zip(images, masks, strict=True)])
 
 
-def prior_set(config: DictConfig, concept: ConceptConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
-              device: torch.device, first_process: bool) -> RegularizationSet | None:
-    """Returns one concept's class pictures, getting them first (on `device`) where `data.reg.mode` says so."""
+def prior_set(config: DictConfig, concept: ConceptConfig, identity: dict[str, str],
+              side: int) -> RegularizationSet | None:
+    """Returns one concept's class pictures, which are there; None without any."""
     settings, mode = config.data.reg, chosen_mode(config.data.reg, concept)
     if mode == "none":
         return None
@@ -92,13 +107,8 @@ def prior_set(config: DictConfig, concept: ConceptConfig, model: LatentDiffusion
             raise UserError(f"data.reg.mode is folder but concept '{concept.name}' names none; give --reg_datapath, or "
                             "another mode.")
         return read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
-    if mode == "generate":
-        if first_process:
-            folder = generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
-        else:
-            folder = generated_folder(identity, concept.class_noun, settings, side)
-    else:
-        folder = retrieved_folder(concept, settings) if first_process else _retrieval_folder(concept, settings)
+    folder = generated_folder(identity, concept.class_noun, settings, side) if mode == "generate" else \
+        retrieval_folder(concept, settings)
     if not (folder / IMAGES).exists():
         return None
     return _first(read_regularization(folder, concept.class_noun), settings.num, mode)
@@ -111,19 +121,19 @@ def _first(found: RegularizationSet, count: int, mode: str) -> RegularizationSet
                           + found.source.partition("picture(s) ")[2])
 
 
-def _retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
+def retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
     return Path(settings.root) / f"samples_{folder_name(concept.class_noun)}"
 
 
-def retrieved_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
+def retrieve_prior(concept: ConceptConfig, settings: RegularizationConfig) -> None:
     """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is.
 
     scripts/retrieve.py does it, in a process of its own: clip-retrieval may live in another environment.
     """
     from ldm.data.retrieval import STATE
-    folder = _retrieval_folder(concept, settings)
+    folder = retrieval_folder(concept, settings)
     if (folder / IMAGES).exists() and not (folder / STATE).exists():
-        return folder                       # somebody put a set there: it is used as it is
+        return                              # somebody put a set there: it is used as it is
     wanted = {"class_noun": concept.class_noun, "num": settings.num, "out": folder, "url": settings.url,
               "index": settings.index, "clip": settings.clip, "threshold": settings.threshold}
     flags = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
@@ -135,7 +145,6 @@ def retrieved_folder(concept: ConceptConfig, settings: RegularizationConfig) -> 
         for line in child.stdout:
             if not line.startswith("next:"):        # for who runs it by hand
                 print(f"{concept.name}: {line.rstrip().removeprefix('error: ')}", flush=True)
-    return folder
 
 
 def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:

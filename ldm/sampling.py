@@ -16,11 +16,15 @@ from ldm.compute import FORMATS, supported_precision
 from ldm.config import SampleConfig, save_config
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.tokens import AUTO
+from ldm.data.images import Unusable, decode
 from ldm.embedded import warn_of_words
+from ldm.files import NameTaken
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device, empty_model
 from ldm.progress import progress
 from ldm.util import UserError
+
+HEAD_LENGTH = 200      # letters of a configuration file that are read for the numbers it claims
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,48 @@ def file_name(number: int, sample: Sample, first_seed: int) -> str:
     return f"{number:03d}-{sample.row.seed - first_seed:02d}-{words}-{way}.png"
 
 
-def free_names(outdir: Path) -> tuple[int, str]:
-    """Returns the first prompt number and the end of a sheet's name that earlier runs into a folder left free."""
-    found = (re.match(r"(\d{3,})[-.]", path.name) for path in (outdir / "samples").glob("*.png"))
-    number = max((int(match[1]) + 1 for match in found if match), default=0)
+def claim_names(outdir: Path, config: SampleConfig | DictConfig, count: int) -> tuple[int, str]:
+    """Takes the next `count` prompt numbers of a folder and the end of a sheet's name, for this run alone.
+
+    The run's config.yaml is its claim. It is written first, as a new file whose head names the numbers, so that of
+    several runs that start at once each sees those before it.
+
+    Returns:
+        The first number, and "" or "-0001" or so.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    while True:
+        tail = free_tail(outdir)
+        first = first_free_number(outdir)
+        head = f"# The pictures of this run are numbered {first:03d} to {first + count - 1:03d}.\n"
+        try:
+            save_config(config, outdir / f"config{tail}.yaml", head, new=True)
+        except NameTaken:
+            continue
+        return first, tail
+
+
+def free_tail(outdir: Path) -> str:
+    """Returns the first end of a sheet's name that no run into a folder has."""
     tails = itertools.chain([""], (f"-{run:04d}" for run in itertools.count(1)))
-    return number, next(tail for tail in tails if not ((outdir / f"grid{tail}.png").exists() or
-                                                       (outdir / f"config{tail}.yaml").exists()))
+    return next(tail for tail in tails if not ((outdir / f"grid{tail}.png").exists() or
+                                               (outdir / f"config{tail}.yaml").exists()))
+
+
+def first_free_number(outdir: Path) -> int:
+    """Returns the first prompt number that no picture in a folder has and no run into it has claimed."""
+    taken = [-1]
+    for path in (outdir / "samples").glob("*.png"):
+        if match := re.match(r"(\d{3,})[-.]", path.name):
+            taken.append(int(match[1]))
+    for path in outdir.glob("config*.yaml"):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            head = file.readline(HEAD_LENGTH)
+        if match := re.match(r"# The pictures of this run are numbered \d+ to (\d+)", head):
+            taken.append(int(match[1]))
+    return max(taken) + 1
 
 
 def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
@@ -104,13 +143,15 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     """Draws all prompts into `outdir`/samples and lays them out as sheets.
 
     Every picture is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
-    the folder is replaced: prompts are numbered on, and grid-0001.png and config-0001.yaml stand beside earlier ones.
+    the folder is replaced, whoever else draws into it: prompts are numbered on, and grid-0001.png and config-0001.yaml
+    stand beside earlier ones.
     """
     prompts = list(dict.fromkeys(prompts))
     rows = generator.plan(prompts, config)
     warn_of_words(generator.identity, generator.texts(prompts))
     watched = watched_rows(rows) if masks else []
-    first, tail = free_names(outdir)
+    references = reference_pictures(concept_path) if grid else []
+    first, tail = claim_names(outdir, config, len(prompts))
     if first:
         print(f"'{outdir}' holds pictures already; those of this run are numbered from {first:03d}", flush=True)
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
@@ -124,11 +165,9 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
             drawn[sample.row] = sample.image
             if sample.row in watched:
                 panels.append(draw_masks(generator, sample, outdir / "masks" / f"{number[sample.row.prompt]:03d}.png"))
-    if isinstance(config, DictConfig):
-        save_config(config, outdir / f"config{tail}.yaml")
     sheets = []
     if grid:
-        page = comparison_sheet(generator, config, prompts, drawn, reference_picture(concept_path))
+        page = comparison_sheet(generator, config, prompts, drawn, references)
         sheets.append(save_png(page, outdir / f"grid{tail}.png"))
     return Written(outdir, len(drawn), sheets + panels, files)
 
@@ -155,12 +194,21 @@ def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, row
         print(f"auxiliary noun: {', '.join(told)}", flush=True)
 
 
-def reference_picture(concept_path: Path | None) -> list[Image.Image]:
-    """Returns the reference pictures beside a run's concept file, as training saved them; none for other files."""
+def reference_pictures(concept_path: Path | None) -> list[Image.Image]:
+    """Returns the reference pictures beside a run's concept file, as training saved them; none for other files.
+
+    They only stand beside what is drawn, so one that cannot be read is named and left out.
+    """
     folder = concept_path.parent.parent / "images" / "references" if concept_path else None
     if folder is None or not folder.is_dir():
         return []
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    found = []
+    for path in sorted(folder.glob("*.png")):
+        try:
+            found.append(decode(path).image)
+        except Unusable as problem:
+            print(f"warning: reference picture '{path}' {problem}; the sheet goes without it", flush=True)
+    return found
 
 
 def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str],

@@ -11,7 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from ldm.callbacks import KeepConstants, Preview, Progress, SaveConcept
+from ldm.callbacks import KeepConstants, Lighten, Preview, Progress, SaveConcept, concept_file
 from ldm.compute import out_of_memory
 from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
@@ -33,16 +40,16 @@ from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
-from ldm.files import write_atomically
+from ldm.files import make_folder, write_text
 from ldm.memory import MIXED, advice, check_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
-from ldm.prior import MODES, join_masks, load_prior
-from ldm.resume import Resumed, RunIdentity, identify, name_pictures, resume_state
+from ldm.prior import MODES, join_masks, load_prior, make_prior
+from ldm.resume import Named, Resumed, RunIdentity, StateFiles, identify, name_pictures, resume_state
 from ldm.signals import Interrupt, Signals, heeded
+from ldm.slurm import COMMAND, command_text, earlier_run, job
 from ldm.util import UserError, folder_name, from_here
 
-RUN_VARIABLE = "DCI_ICO_RUN"   # tells the processes Lightning starts which folder the first one chose
 PRECISIONS = ("32-true", *MIXED)
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}     # by trainer.accelerator
 LOGGERS = {"csv": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}     # any of these packages
@@ -58,12 +65,35 @@ class Run:
 
 
 class ConceptData(pl.LightningDataModule):
-    """Hands each device its share of the training plan, from the step a resumed run stands at."""
+    """Gets the class pictures, and hands each device its share of the training plan.
 
-    def __init__(self, concept: CaptionedImages, regularization: CaptionedImages | None, config: DictConfig,
-                 identity: RunIdentity):
+    Lightning lets the first process of all `prepare_data` while the others wait, then has everyone `setup`. A plan
+    starts at the step a resumed run stands at.
+
+    Args:
+        module: what is trained; the class pictures that its base draws are drawn before anything is learned.
+        concept: the reference pictures.
+        identity: what the run is about; `setup` adds the class pictures.
+        ready: called with name and class pictures once these are known.
+    """
+
+    def __init__(self, module: ConceptFinetune, concept: CaptionedImages, config: DictConfig, identity: RunIdentity,
+                 device: torch.device, ready: Callable[[Named, CaptionedImages | None], None]):
         super().__init__()
-        self.concept, self.regularization, self.config, self.identity = concept, regularization, config, identity
+        self.module, self.concept, self.config, self.identity = module, concept, config, identity
+        self.device, self.ready = device, ready
+        self.side = concept.images.shape[1]
+        self.regularization: CaptionedImages | None = None
+        self.prepare_data_per_node = False      # the disk is shared: one process makes the pictures for all
+
+    def prepare_data(self) -> None:
+        make_prior(self.config, self.module.model, self.module.base, self.side, self.device)
+
+    def setup(self, stage: str) -> None:
+        self.regularization = load_prior(self.config, self.module.base, framing(self.config, self.side))
+        class_pictures = name_pictures(self.regularization)
+        self.identity = replace(self.identity, class_pictures=class_pictures)
+        self.ready(class_pictures, self.regularization)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what Lightning saves beside the tensors: what the run is about."""
@@ -193,7 +223,7 @@ def effective_learning_rate(config: DictConfig) -> float:
 
 
 def fine_tune(config: DictConfig, resume: Path | None = None, insist: bool = False) -> Run:
-    """Carries out a run, or goes on with the one in folder `resume`.
+    """Carries out a run, or goes on with the one in folder `resume`; in a job that Slurm started again, with its own.
 
     Args:
         insist: goes on although base, concepts or pictures are not what they were.
@@ -204,12 +234,17 @@ def fine_tune(config: DictConfig, resume: Path | None = None, insist: bool = Fal
     """
     check_config(config)
     device = choose_device(DEVICES[config.trainer.accelerator])
+    if global_rank(config.trainer.devices):
+        sys.stdout = open(os.devnull, "w")         # the first process speaks for all
+    begun = None if resume else earlier_run(Path(config.trainer.logdir))
+    resume = resume or begun
     resumed = resume_state(resume) if resume else None
     if resumed and resumed.step >= config.method.steps:
+        if begun:
+            print(f"the run in '{begun}', which this job began, is finished")
+            return Run(begun, concept_file(begun / "checkpoints", config.method.steps), None)
         raise UserError(f"the run in '{resume}' is at step {resumed.step} already; method.steps is "
                         f"{config.method.steps}.")
-    if is_helper():
-        sys.stdout = open(os.devnull, "w")         # the first process speaks for all
     try:
         with heeded() as signals:
             return _carry_out(config, device, resumed, insist, signals)
@@ -234,42 +269,52 @@ def _carry_out(config: DictConfig, device: torch.device, resumed: Resumed | None
     if resumed:
         resumed.check(identity, insist)
     templates = caption_templates(found, schemes) if config.data.captions else ()
-    regularization = load_prior(config, model, base, framing(config, size), device, not is_helper())
     learning_rate = effective_learning_rate(config)
     counts = [len(references.paths) for references in found]
     module = ConceptFinetune(model, config.method, schemes, counts, base, learning_rate, config.trainer.seed,
                              {"config": shareable(config), "versions": versions()}, templates)
-    module.lighten(MIXED.get(config.trainer.precision), config.trainer.checkpointing)
     if device.type == "cuda":
         check_memory(config, module, size)
     references = load_references(found, module.captions, framing(config, size))
-    pictures = RunIdentity(photos=name_pictures(references), class_pictures=name_pictures(regularization))
+    photos = name_pictures(references)
     if resumed:
-        resumed.check(pictures, insist)
-    folder = resumed.folder if resumed else start_folder(config)
-    report(config, module, references, regularization, learning_rate, folder)
-    if not is_helper():
-        save_references(references, counts, config, folder)
+        resumed.check(RunIdentity(photos=photos), insist)
+    first = global_rank(config.trainer.devices) == 0
+    folder = resumed.folder if resumed else claim_folder(config) if first else Path(config.trainer.logdir)
+
+    def ready(class_pictures: Named, regularization: CaptionedImages | None) -> None:
+        if resumed:
+            resumed.check(RunIdentity(class_pictures=class_pictures), insist)
+        report(config, module, references, regularization, learning_rate, folder)
+        if first:
+            describe_run(config, folder, fresh=resumed is None)
+            save_references(references, counts, config, folder)
+
     save = SaveConcept(folder / "checkpoints", config.trainer.save_every, config.trainer.save_dtype, signals)
     preview = Preview(folder / "images", config.preview,
                       "autocast" if config.trainer.precision in MIXED else "full")
     constants = [KeepConstants(decoder=bool(config.preview.prompts))] if config.trainer.cache else []
-    trainer = make_trainer(config, folder, device, [Progress(save), save, preview, *constants])
-    data = ConceptData(references, regularization, config,
-                       replace(pictures, base=identity.base, concepts=identity.concepts))
+    lighten = Lighten(MIXED.get(config.trainer.precision), config.trainer.checkpointing)
+    trainer = make_trainer(config, folder, device, [lighten, Progress(save), save, preview, *constants])
+    data = ConceptData(module, references, config, replace(identity, photos=photos), device, ready)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed.state if resumed else None, weights_only=True)
     except (SystemExit, KeyboardInterrupt) as end:     # Lightning leaves by the first after the second
-        interrupt = Interrupt(signals.number or signal.SIGINT, f"interrupted {way_on(folder, save.done)}")
-        if trainer.is_global_zero:
-            raise interrupt from end
-        sys.exit(interrupt.status)
+        number = signals.number or signal.SIGINT
+        if not trainer.is_global_zero:
+            sys.exit(Interrupt(number).status)
+        raise Interrupt(number, f"interrupted {way_on(folder, save.done)}") from end
     except UserError as error:                         # all processes end for the same reason
         if not trainer.is_global_zero:
             sys.exit(1)
         if signals.number is not None:
             raise Interrupt(signals.number, f"interrupted, and {error}") from error
         raise
+    finally:
+        if resumed is None and first:
+            for empty in (folder / "metrics", folder):      # the logger's, and the run's where nothing came of it
+                with suppress(OSError):
+                    empty.rmdir()
     return Run(folder, save.path(config.method.steps), next(reversed(preview.drawn.values()), None))
 
 
@@ -279,12 +324,21 @@ def way_on(folder: Path, step: int) -> str:
         return f"before the first step; '{folder}' holds nothing to go on from."
     run = shlex.quote(str(folder))
     return (f"and saved at step {step}; go on with: bash {from_here('train.sh')} -r {run}   "
-            f"(or: python {from_here('scripts/train.py')} -r {run})")
+            f"(or: python {from_here('scripts/train.py')} -r {run})" + (
+                f"   (or: scontrol requeue {job()})" if job() else ""))
 
 
-def is_helper() -> bool:
-    """Says whether this is a further process that Lightning started on this machine for its share of the devices."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
+def global_rank(devices: int) -> int:
+    """Returns this process's number among all of a run's, on all machines, as Lightning will count them.
+
+    Args:
+        devices: of one machine; where nobody else started its processes, Lightning does.
+    """
+    for kind in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment):
+        if kind.detect():
+            return kind().global_rank()
+    alone = LightningEnvironment()
+    return alone.node_rank() * devices + alone.local_rank()
 
 
 def shareable(config: DictConfig) -> dict[str, Any]:
@@ -299,25 +353,33 @@ def shareable(config: DictConfig) -> dict[str, Any]:
     return content
 
 
-def start_folder(config: DictConfig) -> Path:
-    """Makes logs/<time>_<name>/ with the resolved configuration and the command, once for all processes."""
-    if RUN_VARIABLE in os.environ and is_helper():
-        return Path(os.environ[RUN_VARIABLE])
+def claim_folder(config: DictConfig) -> Path:
+    """Makes logs/<time>_<name>/ for this run alone.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     name = folder_name(config.name or config.concepts[0].name, "run")
     stem = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{name}"
-    logdir, attempt = Path(config.trainer.logdir), 0
-    while (folder := logdir / (f"{stem}-{attempt}" if attempt else stem)).exists():
-        attempt += 1
+    logdir = Path(config.trainer.logdir)
     try:
-        folder.mkdir(parents=True)
+        make_folder(logdir)
+        for attempt in itertools.count():
+            folder = logdir / (f"{stem}-{attempt}" if attempt else stem)
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as error:
-        raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); "
+        raise UserError(f"the run folder '{logdir / stem}' cannot be made ({error.strerror}); "
                         "choose another --logdir.") from error
-    os.environ[RUN_VARIABLE] = str(folder)
-    save_config(config, folder / "configs" / "project.yaml")
-    command = " ".join(map(shlex.quote, sys.argv)) + "\n"
-    write_atomically(folder / "command.txt", lambda part: part.write_text(command))
-    return folder
+    raise AssertionError("there is always a free name")
+
+
+def describe_run(config: DictConfig, folder: Path, fresh: bool) -> None:
+    """Writes the resolved configuration and the command into a run's folder; what began the run stays."""
+    if fresh:
+        save_config(config, folder / "configs" / "project.yaml")
+        write_text(folder / COMMAND, command_text())
 
 
 def make_trainer(config: DictConfig, folder: Path, device: torch.device,
@@ -335,7 +397,8 @@ def make_trainer(config: DictConfig, folder: Path, device: torch.device,
         return pl.Trainer(accelerator=device.type, devices=settings.devices, num_nodes=settings.num_nodes,
                           strategy="ddp" if several else "auto", precision=settings.precision,
                           max_steps=config.method.steps, accumulate_grad_batches=config.method.accumulate,
-                          logger=logger, callbacks=list(callbacks), log_every_n_steps=min(10, config.method.steps),
+                          logger=logger, callbacks=list(callbacks), plugins=[StateFiles()],
+                          log_every_n_steps=min(10, config.method.steps),
                           enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                           use_distributed_sampler=False, default_root_dir=folder)
     except (MisconfigurationException, ValueError) as error:
@@ -370,8 +433,13 @@ def make_logger(config: DictConfig, folder: Path) -> Logger:
         return TensorBoardLogger(folder, name="", version="tensorboard")
     if config.trainer.logger == "wandb":
         return WandbLogger(name=folder.name, save_dir=folder)
-    earlier = len(list(folder.glob("metrics*"))) if not is_helper() else 0
-    return CSVLogger(folder, name="", version=f"metrics-{earlier}" if earlier else "metrics")
+    return CSVLogger(folder, name="", version=metrics_name(folder))
+
+
+def metrics_name(folder: Path) -> str:
+    """Returns the name of a run's next folder of metrics."""
+    names = itertools.chain(["metrics"], (f"metrics-{number}" for number in itertools.count(1)))
+    return next(name for name in names if not (folder / name).exists())
 
 
 def versions() -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from ldm.checkpoint import save_safetensors
 from ldm.customization.delta import Concept
 from ldm.customization.finetune import ConceptFinetune
 from ldm.signals import ENDING, Interrupt, heeded
-from ldm.training import Run, fine_tune
+from ldm.training import Run, claim_folder, fine_tune, global_rank
 from ldm.util import UserError
 
 STEPS = 5
@@ -162,6 +164,84 @@ def test_slurms_signal_saves_and_does_not_requeue(small_world: SmallWorld, tmp_p
     with pytest.raises(Interrupt, match="saved at step 1"):
         fine_tune(small_world.train_config(tmp_path, "trainer.save_every=9"))
     assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+def test_a_job_that_slurm_starts_again_goes_on_with_its_own_run(small_world: SmallWorld, whole: Run, tmp_path: Path,
+                                                                 monkeypatch, capsys) -> None:
+    config = small_world.train_config(tmp_path, f"method.steps={STEPS}", "method.accumulate=2",
+                                      "trainer.save_every=10")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with monkeypatch.context() as patch, pytest.raises(Interrupt, match=r"\(or: scontrol requeue 4711\)"):
+        signal_at(patch, ConceptFinetune, "training_step", 7, signal.SIGUSR1)
+        fine_tune(config)
+    (folder,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [*sys.argv, "another command"])
+        patch.setenv("SLURM_RESTART_COUNT", "1")
+        assert fine_tune(config).folder != folder
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    resumed = fine_tune(config)
+    assert resumed.folder == folder and same_tensors(resumed.concept, whole.concept)
+    capsys.readouterr()
+    assert fine_tune(config).concept == resumed.concept and "is finished" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")       # the same command in the same job, but never started again
+    assert fine_tune(config).folder != folder
+
+
+@pytest.mark.parametrize(("environment", "rank"), [
+    ({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "2", "LOCAL_RANK": "1"}, 5),
+    ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 3),
+    ({"TORCHELASTIC_RUN_ID": "none", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, 2)])
+def test_processes_are_counted_over_all_machines(environment: dict[str, str], rank: int, monkeypatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert global_rank(2) == rank
+
+
+def test_two_machines_share_a_folder_a_voice_and_class_pictures(small_world: SmallWorld, tmp_path: Path) -> None:
+    """As `srun` starts the script on two nodes, here on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1",
+           "SLURM_NNODES": "2", "SLURM_NODELIST": "localhost", "SLURM_LOCALID": "0", "MASTER_PORT": str(port),
+           "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    options = ["trainer.num_nodes=2", "method.steps=2", "preview.prompts=[]", "data.reg.mode=generate",
+               "data.reg.num=2", "data.reg.steps=2", f"data.reg.root={tmp_path}", "-l", tmp_path / "logs"]
+    command = [sys.executable, ROOT / "scripts" / "train.py", "-b", *small_world.training_files, *options]
+    nodes = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | job | {"SLURM_PROCID": rank, "SLURM_NODEID": rank})
+             for rank in ("0", "1")]
+    (first, first_err), (second, second_err) = (node.communicate(timeout=120) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], first_err + second_err
+    (folder,) = (tmp_path / "logs").iterdir()
+    (pictures,) = (tmp_path / "generated").iterdir()
+    assert first.count(f"concept file: {folder}/checkpoints/step-000002.safetensors") == 1 and second == ""
+    assert first_err.count("drawing 'photo of") and "drawing" not in second_err
+    assert (folder / "checkpoints" / "step-000002.safetensors").is_file()
+    assert (pictures / "images.txt").read_text().count("\n") == 2
+
+
+def test_states_are_equal_to_the_byte_and_need_no_other_folder(small_world: SmallWorld, whole: Run, tmp_path: Path,
+                                                              monkeypatch) -> None:
+    """Lightning would write them to TMPDIR first."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    again = fine_tune(small_world.train_config(tmp_path / "again", f"method.steps={STEPS}", "method.accumulate=2",
+                                               "trainer.save_every=10"))
+    states = [run.folder / "checkpoints" / "last.ckpt" for run in (whole, again)]
+    assert states[0].read_bytes() == states[1].read_bytes()
+
+
+def test_what_comes_to_nothing_leaves_no_folder(small_world: SmallWorld, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        fine_tune(small_world.train_config(tmp_path / "logs", f"concepts.0.regularization={tmp_path / 'none'}"))
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_runs_of_one_second_and_name_have_folders_of_their_own(small_world: SmallWorld, tmp_path: Path) -> None:
+    config = small_world.train_config(tmp_path)
+    folders = [claim_folder(config) for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
 def test_a_killed_process_leaves_what_the_next_goes_on_from(small_world: SmallWorld, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What stays the same in a whole fine-tuning run, computed once: VAE posteriors, features of fixed captions."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,17 @@ class CaptionFeatures:
         return self._fixed[caption]
 
 
+def castable(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the frozen weights of linear and convolutional layers, which autocast would cast in every step."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            yield from (parameter for parameter in layer.parameters(recurse=False) if not parameter.requires_grad)
+
+
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the frozen weights of linear and convolutional layers in the format autocast computes them in.
+    """Keeps frozen weights in the format autocast computes them in.
 
     What autocast casts in every step is then cast once, to the same values; trained tensors and normalization stay.
     """
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            for parameter in layer.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+    for parameter in castable(module):
+        parameter.data = parameter.data.to(dtype)
