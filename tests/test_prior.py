@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Call, SmallWorld, contents
+from conftest import ROOT, Call, SmallWorld, contents
 from PIL import Image
 from web import Web
 
@@ -81,9 +81,9 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 
-@pytest.mark.usefixtures("clip_retrieval")
-def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))          # retrieval runs in a process of its own
     options = ("data.reg.mode=retrieve", "data.reg.num=4", f"data.reg.root={tmp_path}", "method.steps=1",
                "data.reg.allow_private=true")
     fine_tune(small_world.train_config(tmp_path / "logs", *options, "data.reg.url=http://127.0.0.1:9"))
