@@ -1,7 +1,6 @@
 """Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures.
 
-clip-retrieval, which searches an index, keeps numpy, transformers and Python itself back, so it has an environment of
-its own: `setup` makes it, and `index`, `serve` and OpenAI's CLIPs (--clip) run with its Python where this has none.
+`setup` makes an environment with clip-retrieval, in which `index`, `serve` and OpenAI's CLIPs run where this has none.
 """
 from __future__ import annotations
 
