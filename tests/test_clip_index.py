@@ -106,7 +106,7 @@ def test_what_cannot_be_indexed_or_served_is_said(clip: str, photos: Path, tmp_p
     for command, message in [
             ([*index, "--clip", "open_clip:no-such-net/x.pt"], "'no-such-net' is unknown to open_clip"),
             ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/none.pt"], "none.pt' does not exist"),
-            ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/weights.safetensors"], "cannot be loaded"),
+            ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/weights.safetensors"], "cannot be read"),
             (["retrieve", "index", tmp_path / "none", "--clip", clip], "does not exist"),
             ([*index, "--clip", clip, "--clip_config", tmp_path / "none.json"], "none.json' does not exist"),
             (["retrieve", "serve", tmp_path / "index"], "holds no finished index"),

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,12 +107,12 @@ class Index:
 
     def _picture(self, name: str) -> bytes | None:
         """Returns a picture of the index as a JPEG; None where none is in the folder under that name."""
-        path = (self.folder / name).resolve()
-        if not name or not path.is_relative_to(self.folder.resolve()):
-            return None
         try:
+            path = (self.folder / name).resolve()
+            if not path.is_relative_to(self.folder.resolve()):
+                return None
             image = decode(path).image
-        except (Unusable, OSError):
+        except (Unusable, OSError, ValueError, RuntimeError):       # names with zeros, links in circles
             return None
         file = BytesIO()
         image.save(file, format="JPEG", quality=90)
@@ -230,7 +231,10 @@ class _Server(ThreadingHTTPServer):
         self.hosts = [f"{host}:{self.server_port}" for host in LOOPBACK]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A caller that went away is no error of ours."""
+        """Says in a line what went wrong; a caller that went away is no error of ours."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            print(f"a request failed ({first_line(error)})", flush=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
