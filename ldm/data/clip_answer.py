@@ -7,15 +7,17 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any
 
 CHUNK = 1 << 16
 LARGEST = 12_000_000      # bytes of one entry: its picture as text is four thirds of a JPEG file
-MOST_MARKS = 100_000      # signs of structure in one entry: each may cost Python a hundred bytes
+MOST_MARKS = 2000         # signs of structure in one entry, which take time and memory
 DEEPEST = 20              # lists and tables within each other
 MESSAGE = 10_000          # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
-_MARKS, _QUOTED = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')
+_MARKS = re.compile(rb'["{}\[\],]')
+_QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)     # up to the quote that ends a text
 
 
 class NoList(ValueError):
@@ -57,8 +59,8 @@ class Answer:
 
     def __init__(self, file: IO[bytes], most: int):
         self._file, self.found = file, []
-        for place in _places(file):
-            if len(self.found) < most and (text := self._text(place)):
+        for place in islice(_places(file), most):        # what follows them costs no time
+            if text := self._text(place):                # else the list is empty
                 self.found.append(_found(_entry(text), place))
 
     def picture(self, found: Found) -> bytes | None:
@@ -138,10 +140,8 @@ class _Scanner:
         """Yields the places of the elements that end in the next piece."""
         at = 0
         while (mark := self._next(chunk, at)) is not None:
-            at = mark.end()
-            sign, end = mark.group(), self._passed + mark.start()
-            begun = self._depth > 0
-            if self._closes(sign):
+            at, end, begun = mark + 1, self._passed + mark, self._depth > 0
+            if self._closes(chunk[mark:at]):
                 if begun:
                     yield self._start, end
                 self._start, self._marks = end + 1, 0
@@ -154,17 +154,14 @@ class _Scanner:
         if not self._ended:
             raise ValueError("it is cut short")
 
-    def _next(self, chunk: bytes, at: int) -> re.Match[bytes] | None:
-        """Returns the next sign that counts: outside quotes any, within them their end."""
-        while self._quoted:
-            at, self._escaped = at + self._escaped, False
-            mark = _QUOTED.search(chunk, at)
-            if mark is None or mark.group() == b'"':
-                return mark
-            at, self._escaped = mark.end(), True
-            if at >= len(chunk):
-                return None
-        return _MARKS.search(chunk, at)
+    def _next(self, chunk: bytes, at: int) -> int | None:
+        """Returns where the next sign is that counts: outside quotes any, within them their end."""
+        if not self._quoted:
+            mark = _MARKS.search(chunk, at)
+            return mark.start() if mark else None
+        end = _QUOTED.match(chunk, at + self._escaped).end()
+        self._escaped = chunk[end:] == b"\\"             # its second half is in the next piece
+        return end if chunk[end:end + 1] == b'"' else None
 
     def _closes(self, sign: bytes) -> bool:
         """Follows the structure by one sign; says whether an element of the list ends before it."""
