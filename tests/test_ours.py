@@ -19,6 +19,7 @@ from web import Web, picture_bytes
 from ldm import config
 from ldm.data.clip_client import Query
 from ldm.data.download import Downloader
+from ldm.data.images import Unusable
 from ldm.data.picture_store import PictureStore
 from ldm.data.retrieval import Retrieved, retrieve
 from ldm.prior import retrieved_folder
@@ -104,6 +105,19 @@ def test_a_picture_is_on_record_before_it_has_its_name(tmp_path: Path, monkeypat
     monkeypatch.setattr("ldm.data.picture_store.save_jpeg", lambda *a, **k: pytest.fail((tmp_path / "log").read_text()))
     with pytest.raises(pytest.fail.Exception, match="0\tkept\n"):
         store.keep(0, picture_bytes(0))
+
+
+def test_a_file_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "00000.jpg").write_bytes(b"mine")
+    store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    monkeypatch.setattr("os.path.lexists", lambda path: False)          # it was not there when that was asked
+    with pytest.raises(Unusable, match="of a file that is not of this set"):
+        store.keep(0, picture_bytes(0))
+    store.remove(0)                                                     # nor is it removed
+    again = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    again.remove(0)
+    assert (tmp_path / "p" / "00000.jpg").read_bytes() == b"mine" and not again.kept and not store.kept
 
 
 def test_the_journal_ends_a_removal_that_was_cut_short(tmp_path: Path) -> None:

@@ -272,12 +272,14 @@ def test_a_hostile_server_costs_little_memory(web: Web) -> None:
            "before = peak()\nfor timeout in map(float, sys.argv[2:]):\n    try:\n" \
            "        ask_server(Query('cat', url=sys.argv[1], timeout=timeout), 10000)\n" \
            "    except UserError as error:\n        print(error)\nprint(peak() - before)"
-    emoji = b'[{"caption": "' + b"\\ud83d\\ude00" * 900_000 + b'"}]'
-    kinds = iter([HOSTILE["endless_entries"], lambda handler: handler.send(emoji), HOSTILE["endless_string"],
-                  HOSTILE["endless_lists"]])
+    large = '[{"caption": "\U0001f408'.encode() + b"a" * 100_000_000 + b'"}]'       # as text four times as many bytes
+    many = b'[{"id": [' + b"[]," * 3_900_000 + b"[]]}]"                             # as lists thirty times as many
+    kinds = iter([HOSTILE["endless_entries"], HOSTILE["endless_string"], lambda handler: handler.send(large),
+                  lambda handler: handler.send(many)])
     web.indices, web.answer = None, lambda handler: next(kinds)(handler)
-    done = subprocess.run([sys.executable, "-c", code, web.url, "0.7", "9", "0.7", "0.7"], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code, web.url, "0.5", "0.5", "20", "20"], capture_output=True,
                           text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.count("did not answer within") == 2 and done.stdout.count("absurdly large") == 2
     assert done.returncode == 0 and float(done.stdout.splitlines()[-1]) < 200, done
 
 

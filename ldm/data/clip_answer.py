@@ -12,8 +12,7 @@ from typing import IO, Any
 
 CHUNK = 1 << 16
 LARGEST = 12_000_000      # bytes of one entry: its picture as text is four thirds of a JPEG file
-MOST_MARKS = 2000         # signs of structure in one entry, which take time and memory
-DEEPEST = 20              # lists and tables within each other
+MOST_MARKS = 500          # signs of structure in one entry, which take time, memory and, nested, Python's stack
 MESSAGE = 10_000          # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
 _MARKS = re.compile(rb'["{}\[\],]')
@@ -124,7 +123,7 @@ def _places(file: IO[bytes]) -> Iterator[tuple[int, int]]:
 
 def _small(content: bytes) -> str:
     """Returns a small text that is not nested deeply."""
-    if len(content) > MESSAGE or content.count(b"[") + content.count(b"{") > DEEPEST:
+    if len(content) > MESSAGE or content.count(b"[") + content.count(b"{") > MOST_MARKS:
         raise ValueError("it is larger than a message")
     return content.decode("utf-8")
 
@@ -177,6 +176,6 @@ class _Scanner:
         elif sign in b"]}":
             self._depth -= 1
             self._ended = self._depth == 0
-        if self._marks > MOST_MARKS or self._depth > DEEPEST:
+        if self._marks > MOST_MARKS:
             raise ValueError("an entry is too large")
         return self._ended or (self._depth == 1 and sign == b",")
