@@ -88,9 +88,11 @@ def test_two_runs_that_draw_one_set_take_turns(generator: Generator, tmp_path: P
     with ThreadPoolExecutor(1) as pool:
         with FileLock(folder / ".lock"):
             waiting = pool.submit(generate_prior, generator, "tabby cat", how(tmp_path), 32)
-            while "waiting for another run" not in capsys.readouterr().out:
+            said = ""
+            while "waiting for another run" not in said and not waiting.done():
                 time.sleep(0.01)
-            assert not (folder / "images.txt").exists()
+                said += capsys.readouterr().out
+            assert not waiting.done() and not (folder / "images.txt").exists()
         assert (waiting.result() / "images.txt").exists()
 
 
