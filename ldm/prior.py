@@ -15,16 +15,18 @@ from omegaconf import DictConfig
 
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
 from ldm.data.concept import CaptionedImages
-from ldm.data.images import Framing, load_framed
+from ldm.data.images import Framing, load_framed, why_unusable
 from ldm.data.regularization import (
     IMAGES,
     RegularizationSet,
     class_caption,
+    holds,
     read_regularization,
     save_jpeg,
     write_lists,
 )
-from ldm.files import write_atomically
+from ldm.data.turns import turn_in
+from ldm.files import set_aside, write_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Generator
 from ldm.progress import progress
@@ -128,11 +130,11 @@ def retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) -> 
 def retrieve_prior(concept: ConceptConfig, settings: RegularizationConfig) -> None:
     """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is.
 
-    scripts/retrieve.py does it, in a process of its own: clip-retrieval may live in another environment.
+    scripts/retrieve.py does it, in a process of its own: a CLIP that compares captions may live in another environment.
     """
-    from ldm.data.retrieval import STATE
+    from ldm.data.retrieval import is_retrieved
     folder = retrieval_folder(concept, settings)
-    if (folder / IMAGES).exists() and not (folder / STATE).exists():
+    if (folder / IMAGES).exists() and not is_retrieved(folder):
         return                              # somebody put a set there: it is used as it is
     wanted = {"class_noun": concept.class_noun, "num": settings.num, "out": folder, "url": settings.url,
               "index": settings.index, "clip": settings.clip, "threshold": settings.threshold}
@@ -165,31 +167,69 @@ def generated_folder(identity: dict[str, str], class_noun: str, settings: Regula
 def generate_prior(generator: Generator, class_noun: str, settings: RegularizationConfig, side: int) -> Path:
     """Draws `settings.num` class pictures in the real_reg format with a base model, or those that are still missing.
 
-    Picture i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up.
+    Picture i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up, and what is
+    damaged is set aside and drawn again. A second process that wants the same set waits.
 
     Raises:
         UserError: a setting is out of range, or the disk refuses.
     """
-    prompt = class_prompt(settings, class_noun)
     folder = generated_folder(generator.identity, class_noun, settings, side)
-    pictures = folder / folder_name(class_noun)
-    done = 0
-    while (pictures / f"{done:05d}.jpg").exists():
-        done += 1
-    if done < settings.num:
-        how = SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
-                           scale=settings.scale, height=side, width=side, n_samples=settings.num - done,
-                           batch_size=settings.batch_size, seed=settings.seed + done)
-        generator.plan([prompt], how)       # a setting out of range is refused before any work
-        with progress(total=settings.num, initial=done, desc=f"drawing '{prompt}'", unit="picture") as bar:
-            for number, sample in enumerate(generator.generate([prompt], how, bar.update), done):
-                save_jpeg(sample.image, pictures / f"{number:05d}.jpg")
-        done = settings.num
-    if not (folder / IMAGES).exists() or len((folder / IMAGES).read_text().split()) != done:
-        write_lists(folder, [(f"{pictures.name}/{number:05d}.jpg", prompt,
-                              f"generated:{generator.identity['hash']}:{settings.seed + number}")
-                             for number in range(done)])
-        facts = {"base": generator.identity, "prompt": prompt, "side": side,
-                 **{name: getattr(settings, name) for name in ("steps", "scale", "eta", "seed")}}
-        write_atomically(folder / "generated.json", lambda part: part.write_text(json.dumps(facts, indent=1) + "\n"))
+    with turn_in(folder):
+        pictures = folder / folder_name(class_noun)
+        good = _drawn(pictures, settings.num)
+        missing = [number for number in range(settings.num) if number not in good]
+        if missing:
+            _draw(generator, class_prompt(settings, class_noun), settings, side, pictures, missing)
+        _list_drawn(folder, pictures.name, sorted({*good, *missing}), generator, class_prompt(settings, class_noun),
+                    settings, side)
     return folder
+
+
+def _drawn(pictures: Path, wanted: int) -> list[int]:
+    """Returns the numbers of the pictures that are there; sets those aside that are damaged and still wanted."""
+    good = []
+    for path in sorted(pictures.glob("[0-9]*.jpg")):
+        if not path.stem.isdecimal():
+            continue
+        problem = why_unusable(path)
+        if problem is None:
+            good.append(int(path.stem))
+        elif int(path.stem) < wanted:
+            set_aside(path, problem)
+    return good
+
+
+def _draw(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, pictures: Path,
+          numbers: Sequence[int]) -> None:
+    """Draws the pictures of some numbers, in ascending order, a run of consecutive ones at a time."""
+    plans = [SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
+                          scale=settings.scale, height=side, width=side, n_samples=len(run),
+                          batch_size=settings.batch_size, seed=settings.seed + run[0]) for run in _runs(numbers)]
+    generator.plan([prompt], plans[0])       # a setting out of range is refused before any work
+    with progress(total=settings.num, initial=settings.num - len(numbers), desc=f"drawing '{prompt}'",
+                  unit="picture") as bar:
+        for how in plans:
+            for number, sample in enumerate(generator.generate([prompt], how, bar.update), how.seed - settings.seed):
+                save_jpeg(sample.image, pictures / f"{number:05d}.jpg")
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Divides ascending numbers into runs of consecutive ones."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if not runs or number != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(number)
+    return runs
+
+
+def _list_drawn(folder: Path, name: str, numbers: Sequence[int], generator: Generator, prompt: str,
+                settings: RegularizationConfig, side: int) -> None:
+    """Writes the lists of a drawn set, and by what it was drawn, where they are not there as they should be."""
+    write_lists(folder, [(f"{name}/{number:05d}.jpg", prompt,
+                          f"generated:{generator.identity['hash']}:{settings.seed + number}") for number in numbers])
+    facts = {"base": generator.identity, "prompt": prompt, "side": side,
+             **{name: getattr(settings, name) for name in ("steps", "scale", "eta", "seed")}}
+    text = json.dumps(facts, indent=1) + "\n"
+    if not holds(folder / "generated.json", text):
+        write_text(folder / "generated.json", text)

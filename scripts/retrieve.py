@@ -1,7 +1,6 @@
 """Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures.
 
-clip-retrieval keeps numpy, transformers and Python itself back, so it has an environment of its own: `setup` makes it,
-and the other commands run themselves with its Python wherever the one that started them has no clip-retrieval.
+`setup` makes an environment with clip-retrieval, in which `index`, `serve` and OpenAI's CLIPs run where this has none.
 """
 from __future__ import annotations
 
@@ -66,12 +65,13 @@ def main(arguments: Sequence[str]) -> None:
     options = (command_parser(command) if command else retrieval_parser()).parse_command(arguments[bool(command):])
     if command == "setup":
         sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("environment.py"), "retrieval"]))
-    from ldm.data import clip_client, clip_index, download, retrieval  # not for --help
-    clip_client.change_environment(Path(__file__), arguments)
+    from ldm.data import clip_client, clip_index, clip_model, clip_server, download, retrieval  # not for --help
+    if command or options.clip in clip_model.OPENAI:
+        clip_client.change_environment(Path(__file__), arguments)
     if options.clip_config:
-        clip_index.register_architecture(options.clip_config)
+        clip_model.register_architecture(options.clip_config)
     if command == "serve":
-        server = clip_index.IndexServer(options.folder, options.port, options.clip)
+        server = clip_server.IndexServer(options.folder, options.port, options.clip)
         print(f"index '{server.name}' is served at {server.url}; end with Ctrl-C", flush=True)
         print(f"next: python {from_here('scripts/retrieve.py')} --class_noun cat --url {server.url}", flush=True)
         return server.run()

@@ -207,32 +207,6 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return run
 
 
-CLIENT = """
-import requests
-
-
-class ClipClient:
-    def __init__(self, url, **question):
-        self.url, self.question = url, question
-
-    def query(self, text):
-        return requests.post(self.url, json={"text": text, **self.question}).json()
-"""
-
-
-@pytest.fixture
-def clip_retrieval(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Puts a stand-in for clip-retrieval's client, in protocol alone, where this Python does not have the package."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    if importlib.util.find_spec("clip_retrieval") is None:
-        folder = tmp_path_factory.mktemp("packages")
-        (folder / "clip_retrieval").mkdir()
-        (folder / "clip_retrieval" / "__init__.py").touch()
-        (folder / "clip_retrieval" / "clip_client.py").write_text(CLIENT)
-        monkeypatch.syspath_prepend(folder)
-        monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Returns every file below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -14,8 +14,10 @@ pytest.importorskip("clip_retrieval")
 
 from colour_clip import COLOURS, NAME, coloured, write_clip
 
-from ldm.data import clip_index
-from ldm.data.clip_index import IndexServer, build_index
+from ldm.data import clip_index, clip_model
+from ldm.data.clip_client import Query, ask_server
+from ldm.data.clip_index import build_index
+from ldm.data.clip_server import IndexServer
 from ldm.data.download import Downloader
 from ldm.data.regularization import read_regularization
 from ldm.util import UserError
@@ -25,7 +27,7 @@ from ldm.util import UserError
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of a small CLIP in a local file."""
     architecture, weights = write_clip(tmp_path_factory.mktemp("clip"))
-    assert clip_index.register_architecture(architecture) == NAME
+    assert clip_model.register_architecture(architecture) == NAME
     return f"open_clip:{NAME}/{weights}"
 
 
@@ -76,7 +78,7 @@ def test_captions_are_compared_by_the_local_clip(served: IndexServer, clip: str,
     captions = read_regularization(tmp_path / "set", "red").captions
     assert len(captions) == 9 and all("red" in caption.split() for caption in captions)
     assert "has a caption unlike" in outcome.out
-    same, other = clip_index.text_similarities(clip, "a photo of a red", ["one red thing", "one blue thing"])
+    same, other = clip_model.text_similarities(clip, "a photo of a red", ["one red thing", "one blue thing"])
     assert same > 0.95 and other < 0.7
 
 
@@ -90,10 +92,9 @@ def test_an_index_of_addresses(clip: str, tmp_path: Path) -> None:
         built = build_index(tmp_path / "list.txt", tmp_path / "index", clip, fetcher, say=lambda line: None)
         assert built.pictures == 4 and len(built.skipped) == 2
         with IndexServer(tmp_path / "index", port=0) as server:
-            from ldm.data.clip_client import Query, ask_server
             answer = ask_server(Query("thing", url=server.url, deduplicate=False), 10)
-    assert sorted(entry["url"] for entry in answer) == [f"{web.url}/{number}.jpg" for number in (0, 1, 2, 4)]
-    assert all(entry["caption"] == f"picture {entry['url'][-5]}" and entry["image"] for entry in answer)
+    assert sorted(found.url for found in answer.found) == [f"{web.url}/{number}.jpg" for number in (0, 1, 2, 4)]
+    assert all(found.caption == f"picture {found.url[-5]}" and answer.picture(found) for found in answer.found)
     assert max(web.served.values()) == 1
 
 
@@ -105,7 +106,7 @@ def test_what_cannot_be_indexed_or_served_is_said(clip: str, photos: Path, tmp_p
     for command, message in [
             ([*index, "--clip", "open_clip:no-such-net/x.pt"], "'no-such-net' is unknown to open_clip"),
             ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/none.pt"], "none.pt' does not exist"),
-            ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/weights.safetensors"], "cannot be loaded"),
+            ([*index, "--clip", f"open_clip:{NAME}/{tmp_path}/weights.safetensors"], "cannot be read"),
             (["retrieve", "index", tmp_path / "none", "--clip", clip], "does not exist"),
             ([*index, "--clip", clip, "--clip_config", tmp_path / "none.json"], "none.json' does not exist"),
             (["retrieve", "serve", tmp_path / "index"], "holds no finished index"),

@@ -1,10 +1,13 @@
 """Tests where class pictures come from: drawn by the base model and cached, retrieved without blocking, or nowhere."""
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Call, SmallWorld, contents
+from conftest import ROOT, Call, SmallWorld, contents
+from filelock import FileLock
 from PIL import Image
 from web import Web
 
@@ -49,6 +52,50 @@ def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tm
     assert generated_folder({"hash": "other"}, "tabby cat", how(tmp_path), 32) not in folders
 
 
+def test_damaged_drawn_pictures_are_drawn_again(generator: Generator, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generate_prior(generator, "tabby cat", how(tmp_path, num=7), 32)
+    before, pictures = contents(folder), folder / "tabby_cat"
+    for number, damage in ((1, b""), (2, bytes(500)), (4, before["tabby_cat/00004.jpg"][:400])):
+        (pictures / f"{number:05d}.jpg").write_bytes(damage)
+    (folder / "urls.txt").write_bytes(bytes(70))
+    (folder / "generated.json").write_bytes(b"")
+    drawn: list[int] = []
+    generate = generator.generate
+    monkeypatch.setattr(generator, "generate", lambda prompts, settings, *rest: drawn.extend(
+        range(settings.seed, settings.seed + settings.n_samples)) or generate(prompts, settings, *rest))
+    after = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=7), 32))
+    assert drawn == [1, 2, 4]
+    assert {name: content for name, content in after.items() if not name.endswith(".damaged")} == before
+    assert len(after) == len(before) + 3
+
+
+def test_a_list_that_is_too_short_names_all_drawn_pictures_again(generator: Generator, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = generate_prior(generator, "tabby cat", how(tmp_path, num=4), 32)
+    before = contents(folder)
+    (folder / "images.txt").write_text("tabby_cat/00000.jpg\n")
+    (folder / "tabby_cat" / "notes.jpg").write_bytes(b"not numbered")
+    monkeypatch.setattr(generator, "generate", lambda *arguments: pytest.fail("it drew again"))
+    after = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=2), 32))
+    assert after == before | {"tabby_cat/notes.jpg": b"not numbered"}
+
+
+def test_two_runs_that_draw_one_set_take_turns(generator: Generator, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    folder = generated_folder(generator.identity, "tabby cat", how(tmp_path), 32)
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder / ".lock"):
+            waiting = pool.submit(generate_prior, generator, "tabby cat", how(tmp_path), 32)
+            said = ""
+            while "waiting for another run" not in said and not waiting.done():
+                time.sleep(0.01)
+                said += capsys.readouterr().out
+            assert not waiting.done() and not (folder / "images.txt").exists()
+        assert (waiting.result() / "images.txt").exists()
+
+
 def test_captions_from_the_web_do_not_stop_a_run(small_world: SmallWorld, tmp_path: Path) -> None:
     """One is too long for the text encoder, one has a tag, which would be an unknown word, one is nothing else."""
     pictures = [(Image.new("RGB", (32, 32), "red"), caption, "") for caption in
@@ -81,9 +128,9 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 
-@pytest.mark.usefixtures("clip_retrieval")
-def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))          # retrieval runs in a process of its own
     options = ("data.reg.mode=retrieve", "data.reg.num=4", f"data.reg.root={tmp_path}", "method.steps=1",
                "data.reg.allow_private=true")
     fine_tune(small_world.train_config(tmp_path / "logs", *options, "data.reg.url=http://127.0.0.1:9"))

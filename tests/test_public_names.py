@@ -387,7 +387,7 @@ MAY_IMPORT = {                                             # room → the rooms 
     "modules": {"text", "util"},
     "recognize": {"convert", "checkpoint", "util"},
     "models": {"modules", "recognize", "progress", "checkpoint", "util"},
-    "data": {"text", "files", "util"},
+    "data": {"text", "files", "checkpoint", "util"},
     "config": {"files", "util"},
     "customization": {"models", "modules", "data", "config", "recognize", "progress", "text", "checkpoint", "util"},
     "convert": {"checkpoint", "util"},

@@ -2,21 +2,30 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
+import urllib3
+from urllib3.exceptions import HTTPError
+from urllib3.util import Timeout
+
+from ldm.data.clip_answer import CHUNK, Answer, NoList, printable
+from ldm.data.download import AGENT, Deadline, guarded_pool, why_failed
 from ldm.util import UserError
 
 MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
+LARGEST = 1_000_000_000     # bytes of one answer, which waits on the disk: some thousand pictures
+IN_MEMORY = 16_000_000      # bytes of an answer that need no disk
+CONNECT = 10.0              # seconds
+NAMES = 100_000             # bytes of a list of indices
 ALTERNATIVES = ("start one (scripts/retrieve.py index, then serve), name another with --url, draw the pictures "
                 "(data.reg.mode=generate), or put some in a folder (data.reg.mode=folder)")
 
@@ -81,8 +90,10 @@ class Query:
         return self.text or self.class_noun
 
 
-def ask_server(query: Query, count: int) -> list[dict[str, Any]]:
-    """Returns up to `count` entries {url, caption, similarity, ...} of a clip-retrieval server, best first.
+def ask_server(query: Query, count: int) -> Answer:
+    """Returns up to `count` pictures a clip-retrieval server names, best first.
+
+    Nothing it sends is inflated, followed or kept in memory beyond one entry; `query.timeout` bounds all of it.
 
     Raises:
         UserError: no server is named, it does not answer, it lacks the index, or it answers something else.
@@ -93,71 +104,97 @@ def ask_server(query: Query, count: int) -> list[dict[str, Any]]:
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url '{query.url}' is no http or https address; {ALTERNATIVES}.")
     url = url if url.count("/") > 2 else f"{url}/knn-service"
-    answer = _within(query.timeout, lambda: _answer(url, query, count), url)
-    if isinstance(answer, dict) and "message" in answer:
-        raise UserError(f"the server '{url}' answers '{str(answer['message'])[:100]}'; check --index, or "
-                        f"{ALTERNATIVES}.")
-    if not isinstance(answer, list) or not all(isinstance(entry, dict) for entry in answer):
-        raise UserError(f"the server '{url}' answers something that is no list of pictures; {ALTERNATIVES}.")
-    return answer
-
-
-def _answer(url: str, query: Query, count: int) -> Any:
-    """Returns what the server says, whatever it is."""
-    client = _library().ClipClient(url=url, indice_name=_choose_index(url, query.index), num_images=count,
-                                   aesthetic_weight=0.1, deduplicate=query.deduplicate)
-    return client.query(text=query.sought)
-
-
-@cache
-def _library() -> ModuleType:
-    """Imports clip-retrieval's client alone: the package's own import loads every model library it can use."""
-    package = importlib.util.find_spec("clip_retrieval")
-    if package is None or not package.submodule_search_locations:
-        raise UserError(f"{MISSING}; {SETUP}.")
-    path = Path(package.submodule_search_locations[0]) / "clip_client.py"
-    spec = importlib.util.spec_from_file_location("clip_retrieval_client", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _choose_index(url: str, index: str | None) -> str | None:
-    """Returns the index to ask: the named one if the server has it, else its first; None where it does not tell."""
-    import requests
-    try:
-        answer = requests.get(f"{url.rpartition('/')[0]}/indices-list", timeout=10)
-        names = answer.json() if answer.ok else []
-    except ValueError:
-        return index
-    if not isinstance(names, list) or not names:
-        return index
-    if index is not None and index not in names:
-        raise UserError(f"the server '{url}' has no index '{index}'; it has {', '.join(map(str, names[:10]))}.")
-    return index if index is not None else str(names[0])
-
-
-def _within(seconds: float, ask: Callable[[], Any], url: str) -> Any:
-    """Returns what `ask` returns, or refuses in words once `seconds` are over, however the server spends them."""
-    import requests
-    outcome: list[Any] = []
-
-    def work() -> None:
+    with Deadline(query.timeout) as deadline:
+        failure = None
         try:
-            outcome.append(ask())
-        except Exception as error:      # told by the thread that waits
-            outcome.append(error)
+            file = _Server(url, query.timeout).ask(query, count)
+        except (HTTPError, OSError, ValueError) as error:
+            failure = error
+    if deadline.expired:             # what breaks off may look whole
+        raise UserError(f"the server '{url}' did not answer within {query.timeout:g} s; {ALTERNATIVES}.") from failure
+    if failure is not None:
+        raise UserError(f"the server '{url}' does not answer ({why_failed(failure)}); {ALTERNATIVES}.") from failure
+    return _read(file, count, url)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise UserError(f"the server '{url}' did not answer within {seconds:g} s; {ALTERNATIVES}.")
-    if isinstance(outcome[0], ValueError):
-        raise UserError(f"the server '{url}' answers something that is no JSON; {ALTERNATIVES}.") from outcome[0]
-    if isinstance(outcome[0], requests.RequestException):
-        raise UserError(f"the server '{url}' does not answer ({type(outcome[0]).__name__}); {ALTERNATIVES}."
-                        ) from outcome[0]
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+
+def _read(file: IO[bytes], count: int, url: str) -> Answer:
+    """Makes an answer of what a server sent."""
+    try:
+        return Answer(file, count)
+    except NoList as other:
+        if isinstance(other.content, dict) and "message" in other.content:
+            raise UserError(f"the server '{url}' answers '{printable(str(other.content['message']), 100)}'; check "
+                            f"--index, or {ALTERNATIVES}.") from other
+        raise UserError(f"the server '{url}' answers something that is no list of pictures; {ALTERNATIVES}."
+                        ) from other
+    except ValueError as error:
+        raise UserError(f"the server '{url}' answers something that is no JSON, or absurdly large; {ALTERNATIVES}."
+                        ) from error
+
+
+class _Server:
+    """A clip-retrieval server's two services."""
+
+    def __init__(self, url: str, seconds: float):
+        self.url = url
+        self._pool = guarded_pool(False, Timeout(connect=min(seconds, CONNECT), read=seconds), allow_private=True)
+
+    def ask(self, query: Query, count: int) -> IO[bytes]:
+        """Sends a query; returns a file of what came back, at its beginning."""
+        question = {"text": query.sought, "image": None, "image_url": None, "embedding_input": None,
+                    "modality": "image", "num_images": count, "num_result_ids": count,
+                    "indice_name": self._index(query.index), "deduplicate": query.deduplicate, "use_mclip": False,
+                    "use_safety_model": True, "use_violence_detector": True, "aesthetic_score": 9,
+                    "aesthetic_weight": 0.1}
+        file = tempfile.SpooledTemporaryFile(IN_MEMORY)
+        try:
+            self._fetch("POST", self.url, LARGEST, file, json.dumps(question).encode())
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _index(self, wanted: str | None) -> str | None:
+        """Returns the index to ask: the named one if the server has it, else its first; None where it does not tell."""
+        names = [name for name in self._indices() if isinstance(name, str) and name]
+        if not names:
+            return wanted
+        if wanted is not None and wanted not in names:
+            has = printable(", ".join(names[:10]), 300)
+            raise UserError(f"the server '{self.url}' has no index '{wanted}'; it has {has}.")
+        return wanted if wanted is not None else names[0]
+
+    def _indices(self) -> list[Any]:
+        """Returns what the server lists as its indices; nothing where it lists none."""
+        with tempfile.SpooledTemporaryFile(IN_MEMORY) as file:
+            if self._fetch("GET", f"{self.url.rpartition('/')[0]}/indices-list", NAMES, file) != 200:
+                return []
+            file.seek(0)
+            try:
+                names = json.loads(file.read())
+            except (ValueError, RecursionError):
+                return []
+        return names if isinstance(names, list) else []
+
+    def _fetch(self, method: str, url: str, most: int, file: IO[bytes], body: bytes | None = None) -> int:
+        """Writes an answer of `most` bytes at most to a file, as it is sent, and returns its status."""
+        headers = {"User-Agent": AGENT, "Accept-Encoding": "identity", "Connection": "close",
+                   **({"Content-Type": "application/json"} if body else {})}
+        response = self._pool.request(method, url, body=body, headers=headers, redirect=False, preload_content=False,
+                                      decode_content=False)
+        try:
+            self._copy(response, file, most)
+        finally:
+            response.close()
+        if 300 <= response.status < 400:
+            raise UserError(f"the server '{self.url}' sends on to another, which is not followed; {ALTERNATIVES}.")
+        return response.status
+
+    def _copy(self, response: urllib3.BaseHTTPResponse, file: IO[bytes], most: int) -> None:
+        """Copies an answer's bytes as they come."""
+        left = most
+        while chunk := response.read(CHUNK, decode_content=False):
+            left -= len(chunk)
+            if left < 0:
+                raise UserError(f"the server '{self.url}' answers more than {most:,} bytes; {ALTERNATIVES}.")
+            file.write(chunk)

@@ -40,15 +40,15 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class _Deadline:
-    """Ends a request that trickles: time-outs per read alone would let it go on for ever."""
+class Deadline:
+    """Ends the requests of one thread that trickle: time-outs per read alone would let them go on for ever."""
 
     def __init__(self, seconds: float):
-        self.expired, self.sock = False, None
+        self.expired, self._held = False, []
         self._timer = threading.Timer(seconds, self._expire)
         self._timer.daemon = True
 
-    def __enter__(self) -> _Deadline:
+    def __enter__(self) -> Deadline:
         _running.deadline = self        # the connection, made deep inside urllib3 by this thread, finds it there
         self._timer.start()
         return self
@@ -56,12 +56,24 @@ class _Deadline:
     def __exit__(self, *error: object) -> None:
         self._timer.cancel()
         _running.deadline = None
+        for held in self._held:
+            held.close()
+
+    def hold(self, sock: socket.socket) -> None:
+        """Takes a connection's socket at once, in a copy that stays when encryption takes the first one over."""
+        self._held.append(sock.dup())
+        if self.expired:
+            self._expire()
+
+    def cancel(self) -> None:
+        """Takes the end back."""
+        self._timer.cancel()
 
     def _expire(self) -> None:
         self.expired = True
-        if self.sock is not None:
-            with suppress(OSError):      # the plain socket's, for TLS would first forget that it is one
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        for held in list(self._held):
+            with suppress(OSError):
+                held.shutdown(socket.SHUT_RDWR)
 
 
 _running = threading.local()
@@ -78,9 +90,13 @@ class _Guarded:
         if not self.allow_private:
             self._refuse_private(self._addresses())
         super().connect()
-        _running.deadline.sock = self.sock
         if not self.allow_private:      # a name may resolve to another address the second time
             self._refuse_private({self.sock.getpeername()[0]})
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        _running.deadline.hold(sock)
+        return sock
 
     def _addresses(self) -> set[str]:
         try:
@@ -93,6 +109,15 @@ class _Guarded:
         if private:
             self.close()
             raise _Forbidden(f"leads to the private address {private[0]}")
+
+
+def guarded_pool(retries: Retry | bool, timeout: Timeout, allow_private: bool) -> urllib3.PoolManager:
+    """Makes a pool whose connections keep to the running `Deadline`, and to public addresses unless told otherwise."""
+    pool = urllib3.PoolManager(num_pools=64, retries=retries, timeout=timeout)
+    pool.pool_classes_by_scheme = {
+        "http": _guarded(HTTPConnectionPool, HTTPConnection, allow_private),
+        "https": _guarded(HTTPSConnectionPool, HTTPSConnection, allow_private)}
+    return pool
 
 
 def _guarded(pool: type, connection: type, allow_private: bool) -> type:
@@ -120,10 +145,7 @@ class Downloader:
         retry = Retry(total=retries + 5, connect=retries, read=retries, status=retries, other=0, redirect=5,
                       status_forcelist=(429, 500, 502, 503, 504), backoff_factor=0.2, raise_on_status=False,
                       respect_retry_after_header=False)     # a server must not make us wait for hours
-        self._pool = urllib3.PoolManager(num_pools=64, retries=retry, timeout=Timeout(connect=timeout, read=timeout))
-        self._pool.pool_classes_by_scheme = {
-            "http": _guarded(HTTPConnectionPool, HTTPConnection, allow_private),
-            "https": _guarded(HTTPSConnectionPool, HTTPSConnection, allow_private)}
+        self._pool = guarded_pool(retry, Timeout(connect=timeout, read=timeout), allow_private)
         # Nothing is inflated on arrival, and hosts are many, so connections are not kept.
         self._headers = {"User-Agent": AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
 
@@ -139,14 +161,14 @@ class Downloader:
             raise Refused("is no web address") from error
         if scheme not in ("http", "https") or not host:
             raise Refused("is no http or https address")
-        with _Deadline(self.limit) as deadline:
+        with Deadline(self.limit) as deadline:
             try:
                 content = self._read(url)
             except _Forbidden as error:
                 raise Refused(str(error)) from error
             except (HTTPError, OSError, ValueError) as error:
                 if not deadline.expired:
-                    raise Refused(f"failed ({_cause(error)})") from error
+                    raise Refused(f"failed ({why_failed(error)})") from error
                 content = b""
         if deadline.expired:             # a file that breaks off may look whole
             raise Refused(f"took longer than {self.limit:g} s")
@@ -170,7 +192,7 @@ class Downloader:
             response.close()
 
 
-def _cause(error: BaseException) -> str:
+def why_failed(error: BaseException) -> str:
     """Says in a few words why a request failed, without the object addresses that urllib3's messages hold."""
     reason = error.reason if isinstance(error, MaxRetryError) and error.reason is not None else error
     for kind, words in ((exceptions.LocationValueError, "it leads to an address that is not http or https"),

@@ -1,6 +1,7 @@
 """A folder of numbered pictures that fills from the web: parallel, each kept or refused once, whatever kills it."""
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,14 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.data.download import Downloader, Refused
-from ldm.data.images import Unusable, decode
+from ldm.data.images import Unusable, decode, why_unusable
 from ldm.data.regularization import save_jpeg
+from ldm.files import NameTaken, append_durably, set_aside
 from ldm.util import UserError
 
 LARGEST = 1024        # shorter side in px of what is kept: twice what SD v1 sees
+KEPT, REMOVING, GONE = "kept", "removing", "gone"       # in the journal, where else a reason stands
+TAKEN = "would take the name of a file that is not of this set"
 
 
 def shrunk(image: Image.Image, largest: int = LARGEST) -> Image.Image:
@@ -26,14 +30,21 @@ def shrunk(image: Image.Image, largest: int = LARGEST) -> Image.Image:
 
 
 class PictureStore:
-    """Pictures 00000.jpg, 00001.jpg, ... and a journal of the numbers there will be none of.
+    """Pictures 00000.jpg, 00001.jpg, ... and a journal of which of them are its own and which there will be none of.
+
+    Only what the journal says is its own is taken for one of its pictures, replaced or removed. The journal is on the
+    disk before a picture gets its name.
 
     Args:
         folder: where the pictures go.
-        journal: one line "number<tab>reason" per refused picture; what a killed run was writing beside it or in
-            `folder` is cleared away.
+        journal: lines "number<tab>kept", "number<tab>removing<tab>reason", "number<tab>gone" or "number<tab>reason",
+            of which the last of a number counts.
         workers: downloads at a time.
         say: is told about progress, in lines.
+
+    Attributes:
+        kept: numbers whose files are its own.
+        reasons: of the numbers there will be no picture of.
     """
 
     def __init__(self, folder: Path, journal: Path, downloader: Downloader, workers: int = 8,
@@ -41,34 +52,93 @@ class PictureStore:
         self.folder, self.journal, self.downloader = folder, journal, downloader
         self.workers, self.say = workers, say
         self.reasons: dict[int, str] = {}
+        self.kept: set[int] = set()
+        self._sound: set[int] = set()                      # those known to decode
         self._lock, self._decoding = threading.Lock(), threading.Semaphore(2)
-        for part in (*folder.glob(".*.part"), *journal.parent.glob(".*.part")):
-            part.unlink(missing_ok=True)
         self._read_journal()
 
     def _read_journal(self) -> None:
         with suppress(FileNotFoundError):
             text = self.journal.read_text(encoding="utf-8", errors="replace")
             if not text.endswith("\n"):                    # the last line was cut short
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write("\n")
-            for number, tab, reason in (line.partition("\t") for line in text.split("\n")):
+                self._append("\n")
+            half_done = {}
+            for number, tab, record in (line.partition("\t") for line in text.split("\n")):
                 if tab and number.isdecimal():
-                    self.reasons[int(number)] = reason
+                    half_done.pop(int(number), None)
+                    if record.startswith(f"{REMOVING}\t"):
+                        half_done[int(number)] = record.partition("\t")[2]
+                    self._follow(int(number), record)
+            for number, reason in half_done.items():
+                self.remove(number, reason)
+
+    def _follow(self, number: int, record: str) -> None:
+        """Takes what the journal says of a number, or is told now."""
+        if record == KEPT or record.startswith(f"{REMOVING}\t"):
+            self.kept.add(number)
+            self.reasons.pop(number, None)
+            return
+        self.kept.discard(number)
+        self.reasons.pop(number, None)
+        if record != GONE:
+            self.reasons[number] = record
+
+    def _note(self, numbers: Sequence[int], record: str) -> None:
+        """Notes the same of several numbers, for this run and the next."""
+        with self._lock:
+            self._append("".join(f"{number}\t{record}\n" for number in numbers))
+            for number in numbers:
+                self._follow(number, record)
+
+    def _append(self, text: str) -> None:
+        try:
+            append_durably(self.journal, text)
+        except OSError as error:
+            raise UserError(f"'{self.journal}' could not be written ({error}); free some space and start again: "
+                            "what was fetched is kept.") from error
 
     def path(self, number: int) -> Path:
         """Where a picture is, or goes."""
         return self.folder / f"{number:05d}.jpg"
 
-    def keep(self, number: int, content: bytes) -> None:
-        """Stores the bytes of a picture as an upright RGB JPEG.
+    def has(self, number: int) -> bool:
+        """Says whether a picture is there; one that no longer decodes is set aside."""
+        if number not in self.kept or not self.path(number).is_file():
+            return False
+        if number not in self._sound:
+            problem = why_unusable(self.path(number))
+            if problem:
+                set_aside(self.path(number), problem)
+                return False
+            self._sound.add(number)
+        return True
+
+    def adopt(self, numbers: Sequence[int]) -> None:
+        """Takes the files of these numbers for its own: an earlier version kept them, which noted only refusals.
 
         Raises:
-            Unusable: they give no picture.
+            UserError: the disk refuses.
+        """
+        self._note([number for number in numbers if self.path(number).is_file()], KEPT)
+
+    def keep(self, number: int, source: Path | bytes) -> None:
+        """Stores a picture, a file or the bytes of one, as an upright RGB JPEG.
+
+        Raises:
+            Unusable: it gives no picture, or another file has the name.
             UserError: the disk refuses.
         """
         with self._decoding:                               # big pictures take memory: a few at a time
-            save_jpeg(shrunk(decode(content).image), self.path(number))
+            image = shrunk(decode(source).image)
+        if os.path.lexists(self.path(number)):
+            raise Unusable(TAKEN)
+        self._note([number], KEPT)
+        try:
+            save_jpeg(image, self.path(number), new=True)
+        except NameTaken as error:
+            self._note([number], GONE)
+            raise Unusable(TAKEN) from error
+        self._sound.add(number)
 
     def refuse(self, number: int, reason: str) -> None:
         """Notes at once, for this run and the next, why there is no picture of a number.
@@ -76,15 +146,23 @@ class PictureStore:
         Raises:
             UserError: the disk refuses.
         """
-        with self._lock:
-            self.reasons[number] = " ".join(reason.split())
-            try:
-                self.journal.parent.mkdir(parents=True, exist_ok=True)
-                with self.journal.open("a", encoding="utf-8") as file:
-                    file.write(f"{number}\t{self.reasons[number]}\n")
-            except OSError as error:
-                raise UserError(f"'{self.journal}' could not be written ({error}); free some space and start again: "
-                                "what was fetched is kept.") from error
+        self._note([number], " ".join(reason.split()))
+
+    def remove(self, number: int, reason: str = GONE) -> None:
+        """Removes a picture of its own, and notes why there will be none; without a reason there may be one again.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        if number not in self.kept:
+            return
+        reason = " ".join(reason.split())
+        self._note([number], f"{REMOVING}\t{reason}")
+        try:
+            self.path(number).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"'{self.path(number)}' could not be removed ({error}); check its folder.") from error
+        self._note([number], reason)
 
     def fetch(self, addresses: Mapping[int, str] | Sequence[tuple[int, str]]) -> None:
         """Fetches the pictures of (number, url) pairs of which nothing is known yet.
@@ -93,7 +171,7 @@ class PictureStore:
             UserError: the disk refuses.
         """
         unknown = [(number, url) for number, url in dict(addresses).items()
-                   if number not in self.reasons and not self.path(number).exists()]
+                   if number not in self.reasons and not self.has(number)]
         if not unknown:
             return
         pool = ThreadPoolExecutor(self.workers)

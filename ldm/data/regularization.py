@@ -130,17 +130,29 @@ def write_regularization(folder: Path, class_noun: str,
 def write_lists(folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
     """Writes images.txt, caption.txt and urls.txt of (path below `folder`, caption, url) rows, all three or none.
 
+    Those that hold the same already stay untouched.
+
     Raises:
         UserError: the disk refuses.
     """
     columns = zip(*rows, strict=True) if rows else ((), (), ())
     texts = ["".join(f"{' '.join(line.split())}\n" for line in column) for column in columns]
-    _write_together([(folder / name, text) for name, text in zip((IMAGES, CAPTIONS, URLS), texts, strict=True)])
+    files = [(folder / name, text) for name, text in zip((IMAGES, CAPTIONS, URLS), texts, strict=True)]
+    if not all(holds(path, text) for path, text in files):
+        _write_together(files)
 
 
-def save_jpeg(image: Image.Image, path: Path) -> Path:
-    """Writes an RGB picture as a JPEG of high quality, atomically."""
-    return write_atomically(path, partial(image.save, format="JPEG", quality=95, subsampling=0))
+def holds(path: Path, text: str) -> bool:
+    """Says whether a file is there and holds exactly a text."""
+    try:
+        return path.read_bytes() == text.encode("utf-8")
+    except OSError:
+        return False
+
+
+def save_jpeg(image: Image.Image, path: Path, new: bool = False) -> Path:
+    """Writes an RGB picture as a JPEG of high quality, as `ldm.files.write_atomically` does."""
+    return write_atomically(path, partial(image.save, format="JPEG", quality=95, subsampling=0), new)
 
 
 def _write_together(texts: list[tuple[Path, str]]) -> None:

@@ -1,9 +1,8 @@
 """Fills a real_reg folder from a clip-retrieval server: ask, keep what fits, fetch in parallel, resume after a kill."""
 from __future__ import annotations
 
-import base64
-import binascii
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,12 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.data.clip_answer import Answer, Found
 from ldm.data.clip_client import Query, ask_server
+from ldm.data.clip_model import check_clip, text_similarities
 from ldm.data.download import Downloader
-from ldm.data.images import Unusable
+from ldm.data.images import Unusable, decode
 from ldm.data.picture_store import PictureStore
-from ldm.data.regularization import IMAGES, class_caption, write_lists
-from ldm.files import write_atomically
+from ldm.data.regularization import CAPTIONS, IMAGES, URLS, class_caption, write_lists
+from ldm.data.turns import turn_in
+from ldm.files import set_aside, write_text
+from ldm.text import read_lines
 from ldm.util import UserError, folder_name
 
 STATE, JOURNAL = ".retrieval.json", ".retrieval.log"
@@ -37,6 +40,24 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a set's folder says of its retrieval.
+
+    Attributes:
+        sought: what decided which pictures were found.
+        asked: pictures the last query asked for.
+        reasons: by number, why a candidate is left out.
+        journaled: the journal says which pictures are the set's own; earlier versions noted only refusals there.
+    """
+
+    sought: dict[str, Any]
+    asked: int
+    candidates: list[Candidate]
+    reasons: dict[int, str]
+    journaled: bool
+
+
+@dataclass(frozen=True)
 class Retrieved:
     """What a retrieval ended with: the set's folder, how many pictures, how many were left out for which reason."""
 
@@ -47,6 +68,8 @@ class Retrieved:
 
 class Retrieval:
     """One retrieval into one folder, which holds all there is to know: the candidates and what became of each.
+
+    The folder is this process's own meanwhile (`turn_in`).
 
     Args:
         folder: where the set goes, real_reg/samples_<class>.
@@ -81,6 +104,8 @@ class Retrieval:
                 if not self._more_candidates(accepted):
                     break
                 continue
+            self._ask_again([number for number in round_ if not self.candidates[number].url
+                             and number not in self.store.reasons and not self.store.has(number)])
             self.store.fetch([(number, self.candidates[number].url) for number in round_])
             for number in round_:                          # in order, whatever came first, so that a rerun agrees
                 if number not in self.store.reasons and self._is_new(number, accepted, shown):
@@ -106,27 +131,52 @@ class Retrieval:
 
     def _resume(self) -> None:
         """Takes up what an earlier run in the same folder left."""
-        state = self.folder / STATE
-        if not state.exists():
-            if (self.folder / IMAGES).exists():
-                raise UserError(f"'{self.folder}' holds a set that was not retrieved; choose another --out, or use it "
-                                "as it is.")
-        else:
-            try:
-                content = json.loads(state.read_text(encoding="utf-8"))
-                self.candidates = [Candidate(**entry) for entry in content["candidates"]]
-                self.store.reasons |= {int(number): reason for number, reason in content["reasons"].items()}
-                earlier, self.asked = dict(content["sought"]), int(content["asked"])
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"'{state}' is damaged; delete '{self.folder}' to start over.") from error
-            if earlier != self._key():
-                changed = ", ".join(f"{key} was {earlier.get(key)!r}, is {value!r}"
-                                    for key, value in self._key().items() if earlier.get(key) != value)
+        state = self._read_state()
+        if state is not None:
+            if state.sought != self._key():
+                changed = ", ".join(f"{key} was {state.sought.get(key)!r}, is {value!r}"
+                                    for key, value in self._key().items() if state.sought.get(key) != value)
                 raise UserError(f"'{self.folder}' was retrieved with other settings ({changed}); choose another --out, "
                                 "or delete it.")
-        for path in self.store.folder.glob("*.jpg"):       # of an answer that was not noted any more
-            if path.stem.isdecimal() and int(path.stem) >= len(self.candidates):
-                path.unlink()
+            self.candidates, self.asked = state.candidates, state.asked
+            if not state.journaled:
+                self.store.adopt([number for number in range(len(self.candidates)) if number not in state.reasons])
+                self._write_state()
+            self.store.reasons = {number: reason for number, reason in state.reasons.items()
+                                  if number not in self.store.kept} | self.store.reasons
+        for number in [number for number in self.store.kept if number >= len(self.candidates)]:
+            self.store.remove(number)                      # of an answer that was not noted any more
+        self.store.reasons = {number: reason for number, reason in self.store.reasons.items()
+                              if number < len(self.candidates)}
+
+    def _read_state(self) -> State | None:
+        """Reads what was noted; what is damaged is set aside, and what the lists tell of it is taken from them."""
+        path = self.folder / STATE
+        if not path.exists():
+            return None
+        try:
+            return read_state(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be read ({error.strerror}); check it.") from error
+        except ValueError as error:
+            set_aside(path, f"is damaged ({error})")
+        state = State(self._key(), 0, self._listed_candidates(), {}, journaled=True)
+        self.candidates = state.candidates
+        self._write_state()
+        return state
+
+    def _listed_candidates(self) -> list[Candidate]:
+        """Makes the candidates anew from the set's lists; those between them are not known any more."""
+        try:
+            columns = [read_lines(self.folder / name, "list") for name in (IMAGES, CAPTIONS, URLS)]
+        except UserError:
+            return []
+        listed = {int(Path(name).stem): Candidate(url or f"listed {name}", url, caption)
+                  for name, caption, url in zip(*columns, strict=False) if Path(name).stem.isdecimal()}
+        count = max((number for number in listed if number in self.store.kept), default=-1) + 1
+        self.store.reasons = {number: "is not known any more" for number in range(count) if number not in listed} \
+            | self.store.reasons
+        return [listed.get(number, Candidate(f"lost {number}", "", "")) for number in range(count)]
 
     def _key(self) -> dict[str, Any]:
         """What decides which pictures are found; the server's address may change between two starts of it."""
@@ -139,55 +189,69 @@ class Retrieval:
         ask = min(MOST_ASKED, max(round(self.query.num * self.query.oversample), 2 * self.asked))
         if ask <= self.asked:
             return False
-        answer = ask_server(self.query, ask)
         known, start = {candidate.identity for candidate in self.candidates}, len(self.candidates)
-        for entry in answer:
-            url, image = _text(entry.get("url")), _text(entry.get("image"))
-            identity = url or f"id {entry.get('id')}"
-            if identity not in known and (url or image):
-                known.add(identity)
-                self.candidates.append(Candidate(identity, url, " ".join(_text(entry.get("caption")).split())))
-                self._keep_given(len(self.candidates) - 1, image)
+        with ask_server(self.query, ask) as answer:
+            named = len(answer.found)
+            for found in answer.found:
+                if found.identity not in known and (found.url or found.place):
+                    known.add(found.identity)
+                    self.candidates.append(Candidate(found.identity, found.url, found.caption))
+                    self._keep_given(len(self.candidates) - 1, answer, found)
         self._drop_unlike(range(start, len(self.candidates)))
         self.asked = ask
-        content = {"sought": self._key(), "asked": ask, "reasons": self.store.reasons,
-                   "candidates": [asdict(candidate) for candidate in self.candidates]}
-        write_atomically(self.folder / STATE, lambda part: part.write_text(json.dumps(content), encoding="utf-8"))
+        self._write_state()
         new = len(self.candidates) - start
-        self.say(f"'{self.query.sought}': the server names {len(answer)} pictures, {new} of them new")
+        self.say(f"'{self.query.sought}': the server names {named} pictures, {new} of them new")
         return new > 0
 
-    def _keep_given(self, number: int, image: str) -> None:
-        """Stores a picture that came with the answer, if one did."""
-        if not image:
+    def _write_state(self) -> None:
+        content = {"sought": self._key(), "asked": self.asked, "reasons": self.store.reasons, "journaled": True,
+                   "candidates": [asdict(candidate) for candidate in self.candidates]}
+        write_text(self.folder / STATE, json.dumps(content))
+
+    def _ask_again(self, numbers: Sequence[int]) -> None:
+        """Asks once more for pictures that only the server has, and that were lost here."""
+        lost = {self.candidates[number].identity: number for number in numbers}
+        if not lost:
             return
         try:
-            self.store.keep(number, base64.b64decode(image, validate=True))
-        except (binascii.Error, Unusable):
-            if not self.candidates[number].url:
-                self.store.reasons[number] = "came without a readable picture"
+            with ask_server(self.query, self.asked or MOST_ASKED) as answer:
+                for found in answer.found:
+                    if found.identity in lost:
+                        self._keep_given(lost.pop(found.identity), answer, found)
+        except UserError as error:
+            self.say(str(error))
+        self.store.reasons |= dict.fromkeys(lost.values(), "was lost, and its server does not give it again")
+
+    def _keep_given(self, number: int, answer: Answer, found: Found) -> None:
+        """Stores a picture that came with the answer, if one did."""
+        content = answer.picture(found)
+        if content is None:
+            return
+        try:
+            self.store.keep(number, content)
+        except Unusable as problem:
+            if not found.url:
+                self.store.reasons[number] = str(problem) if os.path.lexists(self.store.path(number)) \
+                    else "came without a readable picture"
 
     def _drop_unlike(self, numbers: Sequence[int]) -> None:
         """Leaves out candidates whose captions are not about the class, where a text encoder is at hand."""
         if self.query.clip is None or not numbers:
             return
-        from ldm.data.clip_index import text_similarities
         target = self.query.text or class_caption(self.query.class_noun)
         cosines = text_similarities(self.query.clip, target, [self.candidates[number].caption for number in numbers])
         for number, cosine in zip(numbers, cosines, strict=True):
             if cosine < self.query.threshold:
+                self.store.remove(number)
                 self.store.reasons[number] = f"has a caption unlike '{target}'"
-                self.store.path(number).unlink(missing_ok=True)
 
     def _is_new(self, number: int, accepted: Sequence[int], shown: list[np.ndarray]) -> bool:
         """Says whether a fetched picture shows something else than those accepted so far."""
-        path = self.store.path(number)
-        with Image.open(path) as image:
-            own = small_version(image)
+        own = small_version(decode(self.store.path(number)).image)
         distances = np.abs(np.stack(shown) - own).mean(axis=(1, 2, 3)) if shown else np.array([np.inf])
         if distances.min() < NEAR:
-            self.store.refuse(number, f"shows the same as {self.store.path(accepted[int(distances.argmin())]).name}")
-            path.unlink()
+            self.store.remove(number, f"shows the same as {self.store.path(accepted[int(distances.argmin())]).name}")
             return False
         shown.append(own)
         return True
@@ -210,7 +274,55 @@ def retrieve(folder: Path, query: Query, downloader: Downloader, workers: int = 
     Raises:
         UserError: as `Retrieval` does.
     """
-    return Retrieval(Path(folder), query, downloader, workers, say).run()
+    folder = Path(folder)
+    if query.clip is not None:
+        check_clip(query.clip)
+    refuse_foreign(folder, query.class_noun)
+    with turn_in(folder, say):
+        return Retrieval(folder, query, downloader, workers, say).run()
+
+
+def is_retrieved(folder: Path) -> bool:
+    """Says whether a set's folder is of a retrieval, finished or not."""
+    return (folder / STATE).exists() or (folder / JOURNAL).exists()
+
+
+def refuse_foreign(folder: Path, class_noun: str) -> None:
+    """Refuses a folder with pictures or lists that no retrieval put there.
+
+    Raises:
+        UserError: it is one.
+    """
+    pictures = folder / folder_name(class_noun)
+    try:
+        if is_retrieved(folder):
+            return
+        there = [folder / name for name in (IMAGES, CAPTIONS, URLS) if os.path.lexists(folder / name)]
+        there += [path for path in pictures.iterdir() if not path.name.startswith(".")] if pictures.exists() else []
+    except OSError as error:
+        raise UserError(f"'{pictures}' cannot be used as a folder ({error.strerror}); choose another --out.") from error
+    if there:
+        raise UserError(f"'{folder}' holds a set that was not retrieved, '{there[0].name}' for one; choose another "
+                        "--out, or use it as it is (data.reg.mode=folder).")
+
+
+def read_state(text: str) -> State:
+    """Reads a retrieval's state.
+
+    Raises:
+        ValueError: it is damaged; the message says how, worded to stand in brackets.
+    """
+    try:
+        content = json.loads(text)
+        candidates = [Candidate(*(_text(entry[name]) for name in ("identity", "url", "caption")))
+                      for entry in content["candidates"]]
+        reasons = {int(number): _text(reason) for number, reason in content["reasons"].items()}
+        sought, asked = dict(content["sought"]), content["asked"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}") from error
+    if not isinstance(asked, int) or not 0 <= asked <= MOST_ASKED:
+        raise ValueError("it asked for an impossible number of pictures")
+    return State(sought, asked, candidates, reasons, content.get("journaled") is True)
 
 
 def small_version(image: Image.Image) -> np.ndarray:
@@ -225,4 +337,6 @@ def tally(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        raise TypeError
+    return value

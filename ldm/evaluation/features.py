@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import importlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import existing_file, load_file, load_state, load_weights, weights_hash
+from ldm.checkpoint import load_state, load_weights, weights_hash
+from ldm.data.clip_model import read_open_clip
 from ldm.data.images import square, to_tensor
 from ldm.evaluation.small_clip import SIDE, embedded, load_small_clip, text_vectors
 from ldm.util import UserError
@@ -20,7 +20,6 @@ from ldm.util import UserError
 BATCH = 4           # pictures: more fall out of a CPU's cache, and a GPU waits for their preparation anyway
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPENAI_EXTRA = ("input_resolution", "context_length", "vocab_size")    # what OpenAI's files hold beside the weights
 
 
 class MissingWeights(UserError):
@@ -117,13 +116,8 @@ def load_open_clip(name: str, architecture: str, title: str) -> Callable[[Path |
     """Makes the loader of one of OpenAI's CLIPs; the file is open_clip's state dict, .safetensors or .bin or .pt."""
     def load(path: Path | None, device: torch.device) -> Extractor:
         import open_clip
-        path = existing_file(_given(path, name, title), f"{title} weights")
-        if zipfile.is_zipfile(path) and any("/code/" in entry for entry in zipfile.ZipFile(path).namelist()):
-            raise UserError(f"'{path}' is a TorchScript program, which is not run here; get {title} as .safetensors.")
-        model = open_clip.create_model(architecture, pretrained=None)
-        state = load_file(path, f"{title} weights")
-        load_weights(model, state.get("state_dict", state), path, OPENAI_EXTRA)
-        model = model.to(device).eval().requires_grad_(False)
+        path = _given(path, name, title)
+        model = read_open_clip(path, architecture, title).to(device).eval().requires_grad_(False)
         return Extractor(name, title, _transform(224, 224, CLIP_MEAN, CLIP_STD),
                          lambda x: model.encode_image(x.to(device)),
                          lambda texts: model.encode_text(open_clip.tokenize(texts).to(device)),
