@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from ldm.data.images import texts_of
 from ldm.files import write_atomically
 from ldm.util import UserError
 
@@ -170,5 +171,4 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads back what `save_png` stored; empty where a picture has none."""
-    with Image.open(path) as picture:
-        return json.loads(getattr(picture, "text", {}).get(SETTINGS_KEY, "{}"))
+    return json.loads(texts_of(path).get(SETTINGS_KEY, "{}"))

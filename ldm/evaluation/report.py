@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.images import open_image
 from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 from ldm.files import write_atomically
@@ -114,5 +115,4 @@ def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[s
 
 def open_cell(path: Path) -> Image.Image:
     """Opens a picture for a sheet."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    return open_image(path)
