@@ -11,7 +11,7 @@ from conftest import LABELS, ROOT, Call, SmallWorld, contents
 from PIL import Image, PngImagePlugin
 
 from ldm.checkpoint import load_state, save_safetensors
-from ldm.evaluation import features, scoring
+from ldm.evaluation import features, layouts, scoring
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
@@ -114,6 +114,23 @@ def test_results_replace_no_file_of_another(call_script: Call, metric_options: l
     monkeypatch.setattr(Scorer, "rows", lambda *_: pytest.fail("it measured"))
     assert "holds 'rows.jsonl', which was not made here" in call_script(*command).error
     assert contents(out) == before
+
+
+def test_a_picture_that_goes_between_being_found_and_read(call_script: Call, metric_options: list[str], tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / name)
+    list_images = layouts.list_images
+
+    def find(folder: Path) -> object:
+        found = list_images(folder)
+        (tmp_path / "p" / "b.png").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(layouts, "list_images", find)
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert f"picture '{tmp_path / 'p' / 'b.png'}' does not exist; replace it or take it out" in outcome.error
 
 
 def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_options: list[str],

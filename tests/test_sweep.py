@@ -582,6 +582,12 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     assert "sweep: 100%" in outcome.err and f"report: {folder / 'report.md'}" in outcome.out
     again = call_script(*command)
     assert again.status == 0 and "fine-tuning" not in again.err
+    (folder / RECORD).unlink()
+    assert call_script(*command).status == 0                        # so an earlier version leaves it
+    (folder / "summary.json").write_text("{}")
+    (folder / RECORD).unlink()
+    monkeypatch.setattr(Sweep, "run", lambda *_: pytest.fail("it works before it refuses"))
+    assert "holds 'rows.jsonl', which was not made here" in call_script(*command).error
 
 
 def test_help_keeps_its_lines_and_names_every_claim(call_script: Call) -> None:

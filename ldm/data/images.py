@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
+from os.path import isfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,10 +81,7 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
     """
     folder, check = Path(folder), check or why_unusable
     if folder.is_dir():
-        try:
-            candidates = sorted(folder.iterdir(), key=_natural)
-        except OSError as error:
-            raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
+        candidates = sorted(entries_of(folder), key=_natural)
     elif folder.is_file():
         problem = check(folder)
         if problem is None:
@@ -106,10 +104,22 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
     return paths, skipped
 
 
+def entries_of(folder: Path) -> list[Path]:
+    """Lists what a folder holds, in order of names.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
+
+
 def find_listed(line: str, listing: Path) -> Path:
     """Returns the path a list's line means; where nothing is there, as seen from the list's folder."""
     for base in (listing.parent, listing.absolute().parent.parent, Path()):
-        if (base / line).is_file():
+        if isfile(base / line):     # a line may be anything, also what no file can be called
             return base / line
     return listing.parent / line
 
