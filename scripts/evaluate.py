@@ -62,7 +62,8 @@ def check(options) -> None:
         raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
     from ldm.data.layouts import captioned
     for folder in filter(None, (options.references, options.kid_references)):
-        captioned(folder, captions=False)
+        for item in captioned(folder, captions=False).skipped:
+            print(f"skipped {item}")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
     source = prompts or next(iter(beside), None)
     if source is None and (found := _by_folder(inner)):
         return found
-    paths, _ = list_images(inner)
+    paths = _usable(inner, source)
     if source is None:
         return drawn_pictures(paths)
     texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
@@ -73,7 +73,16 @@ def _by_folder(folder: Path) -> list[Found]:
     entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
     if not entries or not all(path.is_dir() for path in entries):
         return []
-    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in list_images(entry)[0]]
+    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in _usable(entry)]
+
+
+def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
+    """Returns a folder's usable pictures, naming what is passed over beside their prompts."""
+    paths, skipped = list_images(folder)
+    for item in skipped:
+        if item.path != prompts and not item.path.name.startswith("."):
+            print(f"skipped {item}", flush=True)
+    return paths
 
 
 def _table(source: Path, paths: Sequence[Path]) -> list[str]:
