@@ -138,4 +138,5 @@ def brief(trace: str) -> str:
     """Returns a trace's last places in this repository, and its error."""
     lines = trace.strip().splitlines()
     places = [re.sub(r'File ".*?/((?:ldm|scripts)/)', r'File "\1', line.strip()) for line in lines if "/ldm/" in line]
-    return " | ".join([*places[-3:], lines[-1][:300]])
+    error = next(line for line in reversed(lines) if not line.startswith(" "))      # some end with further lines
+    return " | ".join([*places[-3:], error[:300]])

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -22,13 +23,13 @@ IMPORTED_TOO = 12               # every so many-th case is a process that has to
 
 def run(campaign: Campaign) -> None:
     world = made_elsewhere(campaign.folder)
-    usual = {name: measured(world, campaign.folder / name, name) for name in ("train", "sample", "evaluate")}
+    usual = cache(partial(measured, world, campaign.folder))
     for index, rng, folder in campaign.cases():
-        name, number = rng.choice(list(usual)), rng.choice(list(STATUS))
+        name, number = rng.choice(("train", "sample", "evaluate")), rng.choice(list(STATUS))
         if index % IMPORTED_TOO == IMPORTED_TOO - 1:
             problem = while_importing(world, folder, name, number, rng, campaign.slack)
         else:
-            problem = while_working(world, folder, name, number, rng.uniform(0.01, usual[name]), campaign.slack)
+            problem = while_working(world, folder, name, number, rng.uniform(0.01, usual(name)), campaign.slack)
         if problem == "finished":
             campaign.count_as("finished before")
         elif problem:
@@ -49,7 +50,7 @@ def command(world: World, folder: Path, name: str) -> list[object]:
 
 def measured(world: World, folder: Path, name: str) -> float:
     """Returns the seconds a script takes when nobody interrupts it."""
-    begun = time.monotonic()
+    begun, folder = time.monotonic(), folder / name
     child = start(folder, name, *command(world, folder, name))
     child.wait()
     if child.status != 0:
