@@ -33,7 +33,7 @@ from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
-from ldm.files import write_atomically
+from ldm.files import make_folder, write_atomically
 from ldm.memory import MIXED, advice, check_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
@@ -309,7 +309,7 @@ def start_folder(config: DictConfig) -> Path:
     while (folder := logdir / (f"{stem}-{attempt}" if attempt else stem)).exists():
         attempt += 1
     try:
-        folder.mkdir(parents=True)
+        make_folder(folder)
     except OSError as error:
         raise UserError(f"the run folder '{folder}' cannot be made ({error.strerror}); "
                         "choose another --logdir.") from error
