@@ -24,6 +24,11 @@ WORDS = ["", " ", "-", "--", "=", "a=b=c", "nan", "-inf", "1e400", "-1", "0", "9
          "--help", "key=", "=value", "concepts.0.name=", "concepts=5", "concepts.9.name=x", "method=1",
          "dci.agg_lambda=[a]", "trainer.seed=1e3", "model.params=[]", "seed=null", "data.crop=x", "method.words=[]",
          "method.prefix=' '", "preview.prompts=5"]
+VALUES = ["0", "1", "-1", "0.5", "1.5", "31", "32", "33", "102400", "1e30", "1e-30", ".nan", ".inf", "4294967295",
+          "9223372036854775807", "1000000000", "' '", "'{}'", "'a {} {}'", "'a {} cat'", "'<new1>'", "[]", "['']",
+          "[' ']", "[.nan]", "['{}']", "[<new1>]", "[<a>, <a>]", "[<a>, <b>, <c>]", "[1.0]", "[0, 0]", "fp16", "bf16",
+          "','", "full", "auto", "false", "pad", "grey", "'#12345'", "generate", "retrieve", "none", "shared", "common",
+          "no_full_prompt", "last_layer", "base_weights", "uniform", "random", "attn2", "all", "a photo of a", "photo"]
 BYTES = [b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\n\n\n", b"[" * 3000, b"{" * 3000, b"${x}",
          "\u2028\x85💥".encode(), b"\x1b[2J", b": ", b"- ", b"\t", b"&a *a", b"!!", b"'", b'"', b"%", b"NaN", b"1e999"]
 YAML = "name: x\nmethod: {steps: 2, words: [<new1>, <new2>], prefix: a, learning_rate: 1.0e-3}\ntrainer: {seed: 1}\n" \
@@ -38,7 +43,7 @@ def run(campaign: Campaign) -> None:
     world = World(campaign.folder)
     doors: list[Callable[[World, Path, Random], Ended]] = [
         train_line, sample_line, sample_line, evaluate_line, other_line, yaml, prompts, captions, subjects, picture,
-        settings, names, names]
+        settings, names, names, train_whole, sample_whole]
     prepared = world.concept, world.metrics
     assert all(prepared)
     home = Path.cwd()
@@ -100,6 +105,35 @@ def train_line(world: World, folder: Path, rng: Random) -> Ended:
             "trainer.save_every=1", "--caption", "a <new1> <new2> cat", "--gpus", "0,"]
     stop = [["--print_config"], ["--inspect", "seen"], ["-r", "none"]]
     return call("train", *mutated(rng, rng.sample(line[4:], 6) + line[:4]), *rng.choice(stop), limit=LIMIT)
+
+
+TRAINED = ("method.prefix", "method.suffix", "method.words", "method.initial_words", "method.learning_rate",
+           "method.prior_weight", "method.weight_decay", "method.train", "method.prefix_length", "data.background",
+           "data.crop", "data.alpha_mask", "data.reg.mode", "data.captions", "trainer.save_dtype", "trainer.seed",
+           "trainer.precision", "trainer.cache", "trainer.image_size", "preview.prompts", "preview.agg_time", "name",
+           "preview.agg_lambda", "concepts.0.class_noun", "concepts.0.name", "concepts.0.words",
+           "concepts.0.regularization", "concepts.0.regularization_caption", "base.name", "base.ckpt", "base.vae")
+DRAWN = ("--prompt", "--replace_noun", "--agg_lambda", "--agg_time", "--scale", "--ddim_eta", "--seed", "--precision",
+         "--class_noun", "--modifier_token", "--n_samples", "--use_dci", "--share_guidance", "--H", "--W", "sampler=",
+         "dci.token_gain=", "dci.spatial_gain=", "dci.mask_sum=", "dci.noise=", "dci.ablation=", "dci.match_cost=",
+         "base.any_base=", "batch_size=")
+
+
+def train_whole(world: World, folder: Path, rng: Random) -> Ended:
+    """A step of training with a setting or two of another value."""
+    settings = [f"{key}={rng.choice(VALUES + WORDS[::3])}" for key in rng.sample(TRAINED, rng.randint(1, 2))]
+    return call("train", "-b", *world.small.training_files, "method.steps=1", "preview.prompts=[]", "-l", "logs",
+                *settings, limit=LIMIT)
+
+
+def sample_whole(world: World, folder: Path, rng: Random) -> Ended:
+    """Two steps of drawing with an option or two of another value."""
+    options = []
+    for name in rng.sample(DRAWN, rng.randint(1, 2)):
+        word = rng.choice(VALUES + WORDS[::3])
+        options += [f"{name}{word}"] if name.endswith("=") else [f"{name}={word}"]
+    return call("sample", "-b", *world.small.sampling_files, "--delta_ckpt", world.concept, "--prompt", "a {}",
+                "--outdir", "out", *options, "--ddim_steps", 2, limit=LIMIT)
 
 
 def sample_line(world: World, folder: Path, rng: Random) -> Ended:
