@@ -208,9 +208,10 @@ def _sentence(error: Exception) -> str | None:
 
 def _refusal(error: OSError) -> str:
     """Words what the operating system refused: of which file, why, what to do."""
-    name = "" if error.filename is None else f"'{os.fsdecode(error.filename)}': "
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    place = "" if name is None else f"'{name}': "
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{name}{reason}; {_ADVICE.get(error.errno, 'check it, and give the command again')}."
+    return f"{place}{reason}; {_ADVICE.get(error.errno, 'check it, and give the command again')}."
 
 
 def _was_reading(error: RecursionError) -> bool:
