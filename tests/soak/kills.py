@@ -30,7 +30,8 @@ def run(campaign: Campaign) -> None:
     if whole is None:
         return campaign.fail("the run that nobody kills fails")
     for index, rng, folder in campaign.cases():
-        child = killed_in_a_save(world, folder, rng) if index % 2 else killed(world, folder, rng, seconds)
+        kill = (killed, killed_at_a_call, killed_while_writing)[index % 3]
+        child = kill(world, folder, rng, seconds)
         state = "finished before" if child.status == 0 else "killed while starting" if not started(folder) else "killed"
         problem = after(world, folder, whole)
         campaign.fail(f"{state}: {problem}") if problem else campaign.count_as(state)
@@ -51,7 +52,24 @@ def killed(world: World, folder: Path, rng: Random, seconds: float) -> Child:
     return child
 
 
-def killed_in_a_save(world: World, folder: Path, rng: Random) -> Child:
+def killed_while_writing(world: World, folder: Path, rng: Random, seconds: float) -> Child:
+    """Kills a run in the milliseconds of a save, wherever it is, also outside of Python."""
+    left, delay = [rng.randint(1, STEPS)], rng.uniform(1e-4, 0.03)
+
+    def write(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)       # which ends the process on the spot
+            signal.setitimer(signal.ITIMER_REAL, delay)
+        save(*arguments)
+
+    save = SaveConcept.write
+    child = begin(world, folder, prepare=partial(setattr, SaveConcept, "write", write))
+    child.wait()
+    return child
+
+
+def killed_at_a_call(world: World, folder: Path, rng: Random, seconds: float) -> Child:
     """Kills a run just before or just after one of the calls that saves are made of."""
     name, before = rng.choice(list(CALLS)), rng.random() < 0.5
     left = [rng.randint(1, CALLS[name])]
