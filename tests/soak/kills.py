@@ -46,7 +46,7 @@ def begin(world: World, folder: Path, **how: Any) -> Child:
 def killed(world: World, folder: Path, rng: Random, seconds: float) -> Child:
     """Kills a run at any time."""
     child = begin(world, folder)
-    if not child.ended(rng.uniform(0.2, 1) * seconds):
+    if not child.ended(rng.uniform(0.4, 1) * seconds):
         child.send(signal.SIGKILL)
         child.wait()
     return child
