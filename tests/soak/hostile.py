@@ -138,7 +138,7 @@ def read(path: Path) -> dict[str, Any]:
 def metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+            return dict(sorted((file.metadata() or {}).items()))        # read in another order each time
     except SafetensorError:
         return {}
 

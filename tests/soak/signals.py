@@ -22,6 +22,7 @@ IMPORTED_TOO = 12               # every so many-th case is a process that has to
 
 
 def run(campaign: Campaign) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # shells let what runs in the background ignore it
     world = made_elsewhere(campaign.folder)
     usual = cache(partial(measured, world, campaign.folder))
     for index, rng, folder in campaign.cases():
