@@ -2,11 +2,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -16,6 +20,13 @@ from ldm.signals import heeded
 from ldm.util import UserError
 
 INTERRUPTED = "interrupted; what was saved before is intact."
+_READERS = {"json", "yaml", "omegaconf"}
+_RIGHTS = "choose another place, or have the rights to this one changed"
+_ADVICE = {errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS, errno.ENAMETOOLONG: "give a shorter name",
+           errno.ENOSPC: "free some space, or choose another disk", errno.ELOOP: "mend the links on its path",
+           errno.EISDIR: "give a file", errno.ENOTDIR: "give a folder", errno.ENOENT: "check its path",
+           errno.EMFILE: "allow the process more open files (ulimit -n)"}
+_TILDE = re.compile(r"([^=]*=)?~[\w-]*/")     # what a shell would have replaced
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -93,6 +104,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_command(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parses a command line; `overrides` also holds --a.b=c forms, and those behind an option of several values."""
+        for item in arguments:
+            if _TILDE.match(item):
+                self.error(f"'{item}' has a ~ that no shell has replaced; write the whole path")
         if not self.configured:
             return self.parse_args([_underscored(item) for item in arguments])
         rest, overrides, swallowed = [], [], False
@@ -147,21 +161,76 @@ def set_options(**values: object) -> DictConfig:
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a script's main function on the command line; user errors become one line and exit status 1.
 
-    A signal ends it with one line too, and status 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
+    So do a refusal of the operating system, memory that ran out, and data nested too deeply to be read; any other
+    exception is a fault of the program and shows where it came from. A signal ends it with one line too, and status
+    130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
     """
-    warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, category, *rest, **named: f"warning: {printable(str(message))}\n"
     warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch")
     warnings.filterwarnings("ignore", module="PIL")     # of damaged files, which the loader names itself
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):           # file names are bytes, which need not be text
+            stream.reconfigure(errors="backslashreplace")
     try:
         with heeded():
             main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(end="", flush=True)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or INTERRUPTED, file=sys.stderr)
+        print(printable(str(interrupt) or INTERRUPTED), file=sys.stderr)
         sys.exit(getattr(interrupt, "status", 130))
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        _let_go_of_output()
+        if sentence:
+            print(f"error: {printable(sentence)}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Words an error that is not the program's fault; empty where nobody is left to read it, None for all others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):      # whoever read the output has closed it
+        return ""
+    if isinstance(error, OSError):
+        return _refusal(error)
+    if isinstance(error, MemoryError):
+        return "memory ran out; close other programs, or ask for less at a time."
+    if isinstance(error, RecursionError) and _was_reading(error):
+        return "a file that was read nests its entries too deeply; correct it."
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):      # Python's words, of paths
+        return "a path holds a NUL character, which no file's name does; correct it."
+    return None
+
+
+def _refusal(error: OSError) -> str:
+    """Words what the operating system refused: of which file, why, what to do."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    place = "" if name is None else f"'{name}': "
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place}{reason}; {_ADVICE.get(error.errno, 'check it, and give the command again')}."
+
+
+def _was_reading(error: RecursionError) -> bool:
+    """Says whether an error came up in a reader of data, whose depth is the data's."""
+    rooms = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not rooms.isdisjoint(_READERS)
+
+
+def _let_go_of_output() -> None:
+    """Lets nothing be written at the end to an output that takes no more."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Shows what a terminal would obey, or a file could not hold, as its escape."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

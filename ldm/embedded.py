@@ -8,8 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image
-
+from ldm.data.images import size_of
 from ldm.text import NEW_WORD
 
 NAME = "embedded"     # what the model is called where nobody names it
@@ -46,11 +45,6 @@ def warn_of_words(identity: Mapping[str, str], texts: Iterable[str]) -> None:
 
 def warn_of_photos(identity: Mapping[str, str], pictures: Iterable[Path], side: int) -> None:
     """Prints a line where the embedded model, whose pictures are `side` px, is to learn from what must be photos."""
-    if identity["name"] == NAME and any(_least_side(path) > 2 * side for path in pictures):
+    if identity["name"] == NAME and any(min(size_of(path)) > 2 * side for path in pictures):
         print("warning: the embedded model knows its small drawn world only and will not learn these photos; give a "
               "Stable Diffusion v1 checkpoint with CKPT=FILE or --ckpt FILE.", flush=True)
-
-
-def _least_side(path: Path) -> int:
-    with Image.open(path) as picture:
-        return min(picture.size)

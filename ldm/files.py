@@ -90,6 +90,22 @@ def make_folder(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
+def take_folder(folder: Path) -> Path:
+    """Makes a folder of a name that nobody has.
+
+    Raises:
+        NameTaken: the name is not free.
+        OSError: the disk refuses.
+    """
+    make_folder(folder.parent)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise NameTaken(str(folder)) from error
+    _sync_folder(folder.parent)
+    return folder
+
+
 def append_durably(path: Path, text: str) -> None:
     """Appends text to a file and waits until it is on the disk.
 
@@ -169,8 +185,11 @@ def set_aside(path: Path, why: str) -> Path:
     return place
 
 
-def claim_results(folder: Path, names: Sequence[str]) -> None:
+def claim_results(folder: Path, names: Sequence[str], known: bool = False) -> None:
     """Notes that files of these names are written to a folder of results, where they replace earlier ones of ours.
+
+    Args:
+        known: what is there is known to be ours, though no note of it was made, as by earlier versions.
 
     Raises:
         UserError: one of them is there and was not made here, or the folder cannot be written.
@@ -178,7 +197,7 @@ def claim_results(folder: Path, names: Sequence[str]) -> None:
     record = folder / RECORD
     try:
         ours = set(record.read_text(encoding="utf-8", errors="replace").split("\n")) if record.is_file() else set()
-        foreign = [name for name in names if name not in ours and (folder / name).exists()]
+        foreign = [name for name in names if name not in ours and not known and (folder / name).exists()]
     except OSError as error:
         raise UserError(f"folder '{folder}' cannot be used ({error.strerror}); choose another.") from error
     if foreign:

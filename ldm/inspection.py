@@ -22,7 +22,7 @@ from ldm.data.images import (
     trim_bars,
 )
 from ldm.data.layouts import Captioned, captioned
-from ldm.files import write_atomically
+from ldm.files import claim_results, write_text
 from ldm.pictures import fit, font, save_png, sheet
 from ldm.util import UserError
 
@@ -30,6 +30,7 @@ COLUMNS, PER_PAGE = 6, 48
 CELL, LABEL = 176, 24     # px of a picture's longer side, and of its name below it
 SIDE = 512     # of SD v1, where the model's configuration does not tell
 ALARMS = ("enlarged", *(bars_advice(trim) for trim in (False, True)))     # how notes end that a reader must not miss
+TABLE = "files.tsv"
 HEADINGS = ("set", "number", "file", "fate", "original size", "what was done", "caption")
 
 
@@ -97,10 +98,12 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         flip: whether training mirrors them at random; the sheets then show them mirrored too.
 
     Raises:
-        UserError: a set is missing or has no usable picture, or the disk refuses.
+        UserError: a set is missing or has no usable picture, `folder` holds files of these names that were not made
+            here, or the disk refuses.
     """
     rows: list[tuple[str, ...]] = []
     lines, sheets, used, skipped = [], [], 0, 0
+    _claim(folder)
     for name, source, captions in sets:
         reader = _Reader(framing)
         found = captioned(source, reader, captions)
@@ -112,8 +115,17 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         rows += _table_rows(name, found, reader)
         sheets += _draw(name, found, reader, folder, flip, len(sheets))
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in [HEADINGS, *rows])
-    table = write_atomically(folder / "files.tsv", lambda part: part.write_text(text, encoding="utf-8"))
-    return Report(used, skipped, lines, table, sheets)
+    return Report(used, skipped, lines, write_text(folder / TABLE, text), sheets)
+
+
+def _claim(folder: Path) -> None:
+    """Notes that the table and every sheet that is there are ours to replace.
+
+    Earlier versions made no note; theirs is a folder whose table has our headings.
+    """
+    table = folder / TABLE
+    known = table.is_file() and table.read_bytes().startswith("\t".join(HEADINGS).encode())
+    claim_results(folder, [TABLE, *(path.name for path in sorted(folder.glob("sheet-*.png")))], known)
 
 
 def _table_rows(name: str, found: Captioned, reader: _Reader) -> list[tuple[str, ...]]:
@@ -149,7 +161,9 @@ def _draw(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool
         title = f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, pictures {first} to " \
                 f"{min(first + PER_PAGE, len(found.paths)) - 1} of {len(found.paths)}"
         page = sheet([""] * min(COLUMNS, len(found.paths)), rows, CELL + LABEL, title)
-        pages.append(save_png(page, folder / f"sheet-{drawn + len(pages):02d}.png"))
+        sheet_name = f"sheet-{drawn + len(pages):02d}.png"
+        claim_results(folder, [sheet_name])
+        pages.append(save_png(page, folder / sheet_name))
     return pages
 
 

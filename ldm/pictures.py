@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from ldm.data.images import texts_of
 from ldm.files import write_atomically
 from ldm.util import UserError
 
@@ -21,6 +23,11 @@ WIDEST, TALLEST = 4000, 12000   # px of a page, where its cells are not at their
 FONT = Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"
 SETTINGS_KEY = "dci-ico"        # PNG text entry with all settings as JSON
 PARAMETERS_KEY = "parameters"   # the entry other tools read
+LONGEST = 2000                  # letters of a text that is drawn or believed; prompts end at 77 tokens
+_KINDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,), "text": (str,), "auxiliary_text": (str,), "sampler": (str,), "seed": (int,), "steps": (int,),
+    "scale": (int, float), "strength": (int, float, type(None)), "concept": (dict,)}     # of the settings we read back
+_UNSPEAKABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @cache
@@ -43,8 +50,9 @@ def readable(text: str) -> str:
 
 
 def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
-    """Breaks a text into lines of at most `width` px, a longer word wherever it must be."""
+    """Breaks a text into lines of at most `width` px, a longer word wherever it must be; absurd lengths are cut."""
     lines: list[str] = []
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
     for word in readable(text).split():
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
@@ -169,6 +177,38 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads back what `save_png` stored; empty where a picture has none."""
-    with Image.open(path) as picture:
-        return json.loads(getattr(picture, "text", {}).get(SETTINGS_KEY, "{}"))
+    """Reads back what `save_png` stored; empty where a picture has none, or, with a warning, none that make sense.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    text = texts_of(path).get(SETTINGS_KEY)
+    if text is None:
+        return {}
+    try:
+        settings = json.loads(text)
+        _check_settings(settings)
+    except (ValueError, RecursionError) as error:
+        print(f"warning: the settings inside '{path.name}' are left out, as they are not what is written here "
+              f"({error}).", flush=True)
+        return {}
+    return settings
+
+
+def _check_settings(settings: Any) -> None:
+    """Refuses settings whose known entries are not of their kind; others may come from other versions."""
+    if not isinstance(settings, dict):
+        raise ValueError("no JSON object")
+    for name, kinds in _KINDS.items():
+        if name in settings:
+            _check_entry(name, settings[name], kinds)
+    _check_entry("class_noun", settings.get("concept", {}).get("class_noun", ""), (str,))
+
+
+def _check_entry(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"'{name}' is of another kind")
+    if isinstance(value, str) and (len(value) > LONGEST or _UNSPEAKABLE.search(value)):
+        raise ValueError(f"'{name}' is too long or holds control characters")
+    if isinstance(value, int | float) and not abs(value) < 2 ** 64:      # NaN is not smaller either
+        raise ValueError(f"'{name}' is out of range")

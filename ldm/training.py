@@ -40,7 +40,7 @@ from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
-from ldm.files import make_folder, write_text
+from ldm.files import NameTaken, take_folder, write_text
 from ldm.memory import MIXED, advice, check_memory
 from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
@@ -363,12 +363,9 @@ def claim_folder(config: DictConfig) -> Path:
     stem = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{name}"
     logdir = Path(config.trainer.logdir)
     try:
-        make_folder(logdir)
         for attempt in itertools.count():
-            folder = logdir / (f"{stem}-{attempt}" if attempt else stem)
-            with suppress(FileExistsError):
-                folder.mkdir()
-                return folder
+            with suppress(NameTaken):
+                return take_folder(logdir / (f"{stem}-{attempt}" if attempt else stem))
     except OSError as error:
         raise UserError(f"the run folder '{logdir / stem}' cannot be made ({error.strerror}); "
                         "choose another --logdir.") from error

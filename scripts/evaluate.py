@@ -36,11 +36,13 @@ def parser() -> cli.Parser:
 
 def draw(options, config: SampleConfig) -> list:
     """Draws with the concept file into the output folder and returns the pictures."""
+    from ldm.evaluation.evaluate import claim
     from ldm.evaluation.layouts import drawn_pictures
     from ldm.evaluation.plan import read_prompts
     from ldm.sampling import draw_run, load_generator
     prompts = read_prompts(options.from_file or Path(PROMPTS))
     generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun, prompts=prompts)
+    claim(options.outdir)       # measuring comes last, and drawing takes hours
     return drawn_pictures(draw_run(generator, config, prompts, options.outdir, grid=False).files)
 
 
@@ -60,7 +62,8 @@ def check(options) -> None:
         raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
     from ldm.data.layouts import captioned
     for folder in filter(None, (options.references, options.kid_references)):
-        captioned(folder, captions=False)
+        for item in captioned(folder, captions=False).skipped:
+            print(f"skipped {item}")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
     check_plots()       # the last thing that is made; hours may lie before it
-    from ldm.evaluation.experiment import jobs_of, overview, run_claim
+    from ldm.evaluation.experiment import claim_names, jobs_of, overview, run_claim
     from ldm.evaluation.sweep import Sweep, share_out
     from ldm.pipeline import choose_device
     device = choose_device(Job("", BASE, 0).sampling(config).device)
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     sweep = Sweep(config, options.outdir, load_scorer(*metrics))
     for reason in sweep.scorer.skipped:
         print(f"skipped {reason}")
+    claim_names(claims, sweep)
     if options.workers > 1:
         jobs = list(dict.fromkeys(job for claim in claims for job in jobs_of(claim, sweep)))
         sweep.check(jobs)

@@ -128,7 +128,12 @@ def write_photos(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
-    world = SmallWorld(tmp_path_factory.mktemp("small_world"))
+    return make_small_world(tmp_path_factory.mktemp("small_world"))
+
+
+def make_small_world(folder: Path) -> SmallWorld:
+    """Fills a folder with a model, pictures and configurations."""
+    world = SmallWorld(folder)
     config = small_model_config()
     torch.manual_seed(11)
     model = instantiate_from_config(config.model)
@@ -154,8 +159,11 @@ def small_run(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def metric_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A judge and a small CLIP with random weights, the CLIP's text tower being the embedded model's."""
-    folder = tmp_path_factory.mktemp("metrics")
+    return make_metric_files(tmp_path_factory.mktemp("metrics"))
+
+
+def make_metric_files(folder: Path) -> dict[str, Path]:
+    """Writes a judge and a small CLIP with random weights, the CLIP's text tower being the embedded model's."""
     torch.manual_seed(3)
     judge = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.5}, 4), folder / "judge.safetensors")
     clip = SmallCLIP(FrozenCLIPEmbedder("tiny", width=256, layers=1, heads=4), 256, dim=8)

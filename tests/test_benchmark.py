@@ -10,8 +10,9 @@ import torch
 from conftest import small_model_config
 
 from ldm.benchmarks import rows
-from ldm.benchmarks.measure import Contestant, Finding, Peak, interleave, table
+from ldm.benchmarks.measure import Contestant, Finding, Peak, claim, interleave, table
 from ldm.benchmarks.rows import ROWS, Bench, make_bench, needed_memory
+from ldm.files import RECORD
 from ldm.util import UserError
 
 CPU = torch.device("cpu")
@@ -124,6 +125,11 @@ def test_the_script_writes_a_table_and_json(tmp_path: Path, call_script) -> None
     content = json.loads((tmp_path / "found.json").read_text())
     assert content["machine"]["model"] == "configs/model/tiny.yaml" and content["machine"]["date"]
     assert {finding["row"] for finding in content["findings"]} == {"VAE decode", "VAE encode", "concept file"}
+    (tmp_path / "notes.json").write_text("{}")
+    refused = call_script("benchmark", "--small", "--out", tmp_path / "notes.json").error
+    assert "holds 'notes.json', which was not made here" in refused
+    (tmp_path / RECORD).unlink()
+    claim(tmp_path / "found.json")                                  # as an earlier version left it
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

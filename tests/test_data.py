@@ -1,6 +1,7 @@
 """Tests that pictures arrive upright, flat, centred and named, and that regularisation sets read as written."""
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from importlib.util import find_spec
@@ -9,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from ldm.data import images
-from ldm.data.images import list_images, open_image, square, to_images, to_rgb, to_tensor
+from ldm.data.images import list_images, open_image, size_of, square, texts_of, to_images, to_rgb, to_tensor
 from ldm.data.regularization import class_caption, read_regularization, write_regularization
 from ldm.util import UserError
 
@@ -492,3 +493,40 @@ def test_any_folder_of_pictures_gets_the_class_caption(folder: Path) -> None:
     ("teddy bear", "a photo of a teddy bear")])
 def test_class_captions_take_the_right_article(noun: str, caption: str) -> None:
     assert class_caption(noun) == caption
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("read", [size_of, texts_of, open_image])
+def test_no_reader_of_pictures_starts_another_program(tmp_path, monkeypatch, read):
+    """An EPS of any name would start Ghostscript, which is what `gs` in the path is."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "a.png").write_bytes(EPS)
+    with pytest.raises(UserError, match="picture '.*a.png' is not a readable picture"):
+        read(tmp_path / "a.png")
+    assert not (tmp_path / "started").exists()
+
+
+def test_size_and_texts_of_a_file(tmp_path):
+    """Texts may stand before the pixels or behind them; one of absurd length leaves none, and a picture."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("before", "a", zip=True)
+    info.add(b"tEXt", b"after\0b", after_idat=True)
+    Image.new("RGB", (5, 3)).save(tmp_path / "a.png", pnginfo=info)
+    info.add_text("long", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (5, 3)).save(tmp_path / "b.png", pnginfo=info)
+    Image.new("RGB", (7, 2)).save(tmp_path / "c.gif", comment="no text")
+    assert [size_of(tmp_path / name) for name in ("a.png", "b.png", "c.gif")] == [(5, 3), (5, 3), (7, 2)]
+    found = [texts_of(tmp_path / name) for name in ("a.png", "b.png", "c.gif")]
+    assert found == [{"before": "a", "after": "b"}, {}, {}]
+
+
+@pytest.mark.parametrize("read", [size_of, texts_of, open_image])
+@pytest.mark.parametrize("name", ["none.png", "x" * 300, "a\0b"])
+def test_a_picture_that_is_not_there_is_a_sentence(tmp_path, read, name):
+    with pytest.raises(UserError, match="^picture '.*' (does not exist|is truncated or cannot be read)"):
+        read(tmp_path / name)

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LABELS, ROOT, Call, SmallWorld, contents
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm.checkpoint import load_state, save_safetensors
-from ldm.evaluation import features, scoring
+from ldm.evaluation import features, layouts, scoring
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
-from ldm.pictures import save_png
+from ldm.files import RECORD
+from ldm.pictures import SETTINGS_KEY, save_png
 from ldm.training import Run
 from ldm.util import UserError
+
+RESULTS = {"rows.jsonl", "rows.csv", "summary.json", "table.md", "sheet.png"}
 
 # Commands.
 
@@ -56,7 +59,7 @@ def test_a_concept_file_is_drawn_and_measured(call_script: Call, small_world: Sm
     assert again.status == 0, again.err
     close = [json.loads(line) for line in (tmp_path / "again" / "rows.jsonl").read_text().splitlines()]
     assert sorted(row["small_clip_t"] for row in close) == pytest.approx(sorted(row["small_clip_t"] for row in rows))
-    assert set(contents(tmp_path / "again")) == {"rows.jsonl", "rows.csv", "summary.json", "table.md", "sheet.png"}
+    assert set(contents(tmp_path / "again")) == {*RESULTS, RECORD}
 
 
 def test_pictures_without_prompts_or_references(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
@@ -67,6 +70,67 @@ def test_pictures_without_prompts_or_references(call_script: Call, metric_option
     assert "skipped image alignment" in outcome.out and "skipped text alignment" in outcome.out
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert (row["small_clip_t"], row["small_clip_i"], row["judge_edit"]) == (None, None, None)
+
+
+def with_settings(path: Path, text: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(SETTINGS_KEY, text)
+    Image.new("RGB", (8, 8), "red").save(path, pnginfo=info)
+
+
+@pytest.mark.parametrize("text", [
+    "hello", "[" * 100_000, "[1]", '"text"', "null", '{"prompt": 5}', '{"prompt": ["a"]}', '{"prompt": null}',
+    '{"concept": "cat"}', '{"concept": {"class_noun": ["cat"]}}', '{"concept": {"class_noun": "cat\\u001b[31m"}}',
+    '{"strength": "much"}', '{"strength": NaN}', '{"strength": 1e999}', '{"strength": 1' + "0" * 400 + "}",
+    '{"seed": [1]}', '{"seed": true}', '{"seed": 1.5}', '{"text": "\\ud800"}', '{"sampler": {}}',
+    '{"prompt": "' + "a" * 3000 + '"}'], ids=lambda text: text[:30])
+def test_settings_inside_a_strangers_picture_are_left_out(call_script: Call, metric_options: list[str], tmp_path: Path,
+                                                         text: str) -> None:
+    """The picture is measured without them, and named."""
+    (tmp_path / "p").mkdir()
+    with_settings(tmp_path / "p" / "a.png", text)
+    with_settings(tmp_path / "p" / "b.png", '{"prompt": "a cat", "strength": 1, "what others add": [1, {}]}')
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert [line for line in outcome.out.splitlines() if "inside" in line][0].startswith(
+        "warning: the settings inside 'a.png' are left out, as they are not what is written here (")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [(row["picture"], row["prompt"]) for row in rows] == [("a.png", None), ("b.png", "a cat")]
+
+
+def test_results_replace_no_file_of_another(call_script: Call, metric_options: list[str], tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the work; our own results are replaced, those too of versions that kept no note of theirs."""
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / "a.png")
+    out = tmp_path / "out"
+    command = ["evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", out]
+    assert call_script(*command).status == 0 and call_script(*command).status == 0
+    (out / RECORD).unlink()
+    assert call_script(*command).status == 0
+    (out / "summary.json").write_text('{"mine": 1}')
+    (out / RECORD).unlink()
+    before = contents(out)
+    monkeypatch.setattr(Scorer, "rows", lambda *_: pytest.fail("it measured"))
+    assert "holds 'rows.jsonl', which was not made here" in call_script(*command).error
+    assert contents(out) == before
+
+
+def test_a_picture_that_goes_between_being_found_and_read(call_script: Call, metric_options: list[str], tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / name)
+    list_images = layouts.list_images
+
+    def find(folder: Path) -> object:
+        found = list_images(folder)
+        (tmp_path / "p" / "b.png").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(layouts, "list_images", find)
+    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert f"picture '{tmp_path / 'p' / 'b.png'}' does not exist; replace it or take it out" in outcome.error
 
 
 def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_options: list[str],

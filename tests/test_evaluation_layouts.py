@@ -101,6 +101,9 @@ def test_dreambooth(tmp_path: Path) -> None:
     bear, dog = read_dataset(tmp_path)
     assert (bear.name, bear.class_noun, bear.images) == ("bear_plushie", "stuffed animal", tmp_path / "bear_plushie")
     assert bear.prompts == ("a {} in the jungle", "a {} on a rug") and dog.prompts == ("a {} wearing a red hat",)
+    hostile = "{0} {0.__class__} {5} {x}"                           # a text, whatever it looks like
+    (tmp_path / "prompts_and_classes.txt").write_text("a,b\nbear,toy\n" + f"prompt_list = ['{hostile}']\n" * 2)
+    assert read_dataset(tmp_path)[0].prompts == (hostile.replace("{0}", "{}"),)
     (tmp_path / "prompts_and_classes.txt").write_text("nothing")
     with pytest.raises(UserError, match="two prompt lists"):
         read_dataset(tmp_path)

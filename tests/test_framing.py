@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Call, SmallWorld
+from conftest import Call, SmallWorld, contents
 from PIL import Image
 
 from ldm.customization.finetune import masked_mean
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import Framing, Picture, decode, load_framed, open_image, square, trim_bars
+from ldm.files import RECORD
 from ldm.inspection import CELL, LABEL, inspect_sets
 from ldm.util import UserError
 
@@ -307,3 +308,20 @@ def test_many_mixed_files_are_inspected_quickly_and_every_broken_one_is_named(tm
     assert named.keys() == {path.name for path in folder.glob("broken*")}
     assert all(len(line.partition("' ")[2]) > 7 for line in named.values())
     assert time.process_time() - start < 12                                # a fifth of 1,000 files, which have 60 s
+
+
+def test_an_inspection_replaces_no_file_of_another(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for folder in (photos, out):
+        folder.mkdir()
+    Image.new("RGB", (8, 8), "white").save(photos / "a.png")
+    (out / "sheet-00.png").write_text("a user's")
+    with pytest.raises(UserError, match="holds 'sheet-00.png', which was not made here"):
+        inspect_sets([("x", photos, False)], Framing(8), out)
+    assert contents(out) == {"sheet-00.png": b"a user's"}
+    (out / "sheet-00.png").unlink()
+    for made in ("first", "again", "as by an earlier version"):
+        if made != "again":
+            (out / RECORD).unlink(missing_ok=True)
+        inspect_sets([("x", photos, False)], Framing(8), out)
+    assert set(contents(out)) == {RECORD, "files.tsv", "sheet-00.png"}

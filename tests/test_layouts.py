@@ -15,6 +15,7 @@ from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.delta import load_concept
 from ldm.data.layouts import captioned, read_subjects
 from ldm.data.regularization import read_regularization
+from ldm.evaluation.layouts import read_pictures
 from ldm.inspection import inspect_run
 from ldm.training import check_config, concept_words, fine_tune, read_references
 from ldm.util import UserError
@@ -330,3 +331,27 @@ def test_what_is_not_set_is_named_with_every_way_to_set_it(small_world: SmallWor
         if key == "images":
             with pytest.raises(UserError, match=rf"^concepts\.{index}\.{key} is not set; .*{told}\.$"):
                 inspect_run(partly, tmp_path / "out")
+
+
+def test_names_that_no_file_can_have_are_no_files(tmp_path: Path) -> None:
+    """A photo's name may leave no room for its caption's; a list's line may be of any length."""
+    long = tmp_path / ("x" * 250 + ".png")
+    Image.new("RGB", (8, 8)).save(long)
+    found = captioned(tmp_path)
+    assert found.paths == [long] and found.captions == [None]
+    (tmp_path / "list").write_text(f"{long.name}\n{'y' * 300}.png\n")
+    assert [item.reason for item in captioned(tmp_path / "list").skipped] == [
+        "is truncated or cannot be read (File name too long)"]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a\\u0000b", "text": "c"}\n')
+    with pytest.raises(UserError, match="which is not there; correct it"):
+        captioned(tmp_path)
+
+
+def test_a_folder_that_may_not_be_opened_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for read in (read_subjects, captioned, read_pictures):
+        with pytest.raises(UserError, match=r"cannot be opened \(Permission denied\); check it"):
+            read(tmp_path)

@@ -382,7 +382,7 @@ def test_normalization_has_32_groups_unless_the_file_says_otherwise(released):
 TORCH = {"torch", "einops", "numpy"}                       # what rooms of pure arithmetic are made of
 MAY_IMPORT = {                                             # room → the rooms of ldm it may import, besides itself
     "util": set(), "lr_scheduler": set(), "progress": set(), "signals": set(),
-    "text": {"util"}, "embedded": {"text"}, "files": {"util"},
+    "text": {"util"}, "embedded": {"data", "text"}, "files": {"util"},
     "checkpoint": {"files", "util"},
     "modules": {"text", "util"},
     "recognize": {"convert", "checkpoint", "util"},
@@ -429,6 +429,19 @@ def test_scripts_and_evaluation_reach_networks_through_the_pipeline():
     for path in ROOT.glob("ldm/**/*.py"):
         roots = {name.split(".")[0] for name in imported(path)}
         assert not roots & {"scripts", "tests"}, path.relative_to(ROOT)
+
+
+def calls_of(path: Path, name: str) -> list[int]:
+    """Lists the lines in which a file calls `name`, such as "Image.open"."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    return [call.lineno for call in calls if ast.unparse(call.func) == name]
+
+
+def test_pictures_are_opened_by_the_loader_alone():
+    """Pillow starts Ghostscript for a file that begins as PostScript does, whatever it is called."""
+    opened = {path.relative_to(ROOT).as_posix(): lines for folder in ("ldm", "scripts")
+              for path in ROOT.glob(f"{folder}/**/*.py") if (lines := calls_of(path, "Image.open"))}
+    assert list(opened) == ["ldm/data/images.py"] and len(opened["ldm/data/images.py"]) == 1
 
 
 def test_networks_are_made_of_torch():

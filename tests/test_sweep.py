@@ -33,6 +33,7 @@ from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.evaluation.sweep import Pace, Sweep, points
+from ldm.files import RECORD
 from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings
 from ldm.util import UserError
@@ -570,7 +571,7 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     assert outcome.status == 0, outcome.err
     folder = tmp_path / "out" / "masks"
     assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "sheet.png", "report.md",
-                                     "masks/thing.png"}
+                                     "masks/thing.png", RECORD, f"masks/{RECORD}"}
     ((picture, _, title),) = panels
     assert title == "a [thing] in the snow (seed 1000, lambda 1)"
     with Image.open(next((tmp_path / "out" / "pictures").rglob("000-00.png"))) as drawn:    # it is that very picture
@@ -581,6 +582,12 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     assert "sweep: 100%" in outcome.err and f"report: {folder / 'report.md'}" in outcome.out
     again = call_script(*command)
     assert again.status == 0 and "fine-tuning" not in again.err
+    (folder / RECORD).unlink()
+    assert call_script(*command).status == 0                        # so an earlier version leaves it
+    (folder / "summary.json").write_text("{}")
+    (folder / RECORD).unlink()
+    monkeypatch.setattr(Sweep, "run", lambda *_: pytest.fail("it works before it refuses"))
+    assert "holds 'rows.jsonl', which was not made here" in call_script(*command).error
 
 
 def test_help_keeps_its_lines_and_names_every_claim(call_script: Call) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ldm.files import write_atomically
+from ldm.files import claim_results, write_text
+
+CONTENT = ("machine", "findings")     # of the file that is written
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,20 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+def claim(path: Path) -> None:
+    """Notes that findings are written to `path`; findings of earlier versions, which made no note, are ours too.
+
+    Raises:
+        UserError: there is another file.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    claim_results(path.parent, [path.name], known=isinstance(content, dict) and content.keys() == {*CONTENT})
+
+
 def save(findings: Sequence[Finding], machine: Mapping[str, object], path: Path) -> Path:
     """Writes findings and the machine they hold for as JSON."""
-    content = {"machine": dict(machine), "findings": [asdict(finding) for finding in findings]}
-    return write_atomically(path, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+    content = dict(zip(CONTENT, (dict(machine), [asdict(finding) for finding in findings]), strict=True))
+    return write_text(path, json.dumps(content, indent=1) + "\n")

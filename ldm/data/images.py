@@ -7,16 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
+from os.path import isfile
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.text import read_lines
 from ldm.util import UserError
 
+T = TypeVar("T")
 # Pillow knows far more; some of those start other programs (EPS) or accept nearly any bytes (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -78,10 +81,7 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
     """
     folder, check = Path(folder), check or why_unusable
     if folder.is_dir():
-        try:
-            candidates = sorted(folder.iterdir(), key=_natural)
-        except OSError as error:
-            raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
+        candidates = sorted(entries_of(folder), key=_natural)
     elif folder.is_file():
         problem = check(folder)
         if problem is None:
@@ -104,10 +104,22 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
     return paths, skipped
 
 
+def entries_of(folder: Path) -> list[Path]:
+    """Lists what a folder holds, in order of names.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
+
+
 def find_listed(line: str, listing: Path) -> Path:
     """Returns the path a list's line means; where nothing is there, as seen from the list's folder."""
     for base in (listing.parent, listing.absolute().parent.parent, Path()):
-        if (base / line).is_file():
+        if isfile(base / line):     # a line may be anything, also what no file can be called
             return base / line
     return listing.parent / line
 
@@ -147,8 +159,35 @@ def open_picture(path: Path, background: str = "white") -> Picture:
     Raises:
         UserError: as `open_image` does.
     """
+    return read_picture(path, partial(_picture, background=background))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Reads a picture's width and height in px, as they are stored, off its header.
+
+    Raises:
+        UserError: the file is missing, empty or no picture.
+    """
+    return read_picture(path, lambda image: image.size)
+
+
+def texts_of(path: Path) -> dict[str, str]:
+    """Reads a PNG's texts by their keys; of other files, and where one text is absurdly long, there are none.
+
+    Raises:
+        UserError: as `open_image` does.
+    """
+    return read_picture(path, _texts)
+
+
+def read_picture(path: Path, read: Callable[[Image.Image], T]) -> T:
+    """Opens a picture file and returns what `read` makes of it.
+
+    Raises:
+        UserError: as `open_image` does.
+    """
     try:
-        return decode(Path(path), background)
+        return _guarded(Path(path), read)
     except Unusable as problem:
         raise UserError(f"picture '{path}' {problem}; replace it or take it out.") from problem
 
@@ -159,38 +198,53 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
     Raises:
         Unusable: it gives no picture.
     """
-    if isinstance(source, Path):
-        if not source.is_file():  # asked first: opening a pipe would wait for ever
-            raise Unusable("is a folder" if source.is_dir() else
-                           "is not a file" if source.exists() else "does not exist")
-        size = source.stat().st_size
-    else:
-        size = len(source)
-    if size == 0:
-        raise Unusable("is empty")
+    return _guarded(source, partial(_picture, background=background))
+
+
+def _guarded(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
+    """Returns what `read` makes of a file or its bytes; whatever goes wrong becomes one reason."""
     try:
-        return _read(source, background)
+        return _read(source, read)
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
         raise Unusable(f"claims more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise Unusable(_why_unknown(source)) from error
     except Exception as error:  # Pillow's decoders raise many kinds for a bad file; each becomes one reason
         cause = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         raise Unusable(f"is truncated or cannot be read ({cause[:100]})") from error
 
 
-def _read(source: Path | bytes, background: str) -> Picture:
-    """Opens and decodes a file; the texts of a PNG decide about nothing, as nothing reads them."""
+def _read(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
+    """Opens a file; the texts of a PNG decide about nothing, and are left out where they are too long for Pillow."""
+    if _size(source) == 0:
+        raise Unusable("is empty")
     try:
         with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=_formats()) as image:
-            return _picture(image, background)
+            return read(image)
+    except UnidentifiedImageError as error:
+        raise Unusable(_why_unknown(source)) from error
     except ValueError:      # so Pillow calls a text that is too long, among other things
         bare = _without_texts(source if isinstance(source, bytes) else source.read_bytes())
         if bare is None or bare == source:
             raise
-    return _read(bare, background)
+    return _read(bare, read)
+
+
+def _size(source: Path | bytes) -> int:
+    """Returns how many bytes there are; asked before a file is opened, as opening a pipe would wait for ever."""
+    if isinstance(source, bytes):
+        return len(source)
+    if not source.is_file():
+        raise Unusable("is a folder" if source.is_dir() else "is not a file" if source.exists() else "does not exist")
+    return source.stat().st_size
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    """Returns a PNG's texts; those behind its pixels are known once they are decoded."""
+    if not isinstance(image, PngImagePlugin.PngImageFile):
+        return {}
+    _shrink(image)
+    return image.text
 
 
 def _without_texts(data: bytes) -> bytes | None:

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import Skipped, find_listed, list_images, some_skipped, why_unusable
+from ldm.data.images import Skipped, entries_of, find_listed, list_images, some_skipped, why_unusable
 from ldm.text import NEW_WORD, read_json, read_lines, read_text
 from ldm.util import UserError, shipped
 
@@ -96,7 +97,7 @@ def _sidecars(picture: Path) -> list[Path]:
 def _beside(picture: Path) -> str | None:
     """Returns the text beside a picture; None where there is none."""
     for place in _sidecars(picture):
-        if place.is_file():
+        if isfile(place):     # a name may be too long for this disk
             return " ".join(" ".join(read_lines(place, "caption")).split()) or None
     return None
 
@@ -110,7 +111,7 @@ def _read_metadata(path: Path) -> dict[Path, str]:
             raise UserError(f"line {number} of '{path}' does not say which picture it is about; name it as file_name, "
                             "and what it shows as text.")
         picture = find_listed(name, path)
-        if not picture.is_file():
+        if not isfile(picture):
             raise UserError(f"line {number} of '{path}' names '{name}', which is not there; correct it.")
         if isinstance(text, str) and text.strip():
             said[picture.resolve()] = " ".join(text.split())
@@ -207,7 +208,7 @@ def _tree(path: Path) -> list[Subject]:
     if (path / CLASSES).is_file():
         pairs = [line.split(",") for line in read_lines(path / CLASSES, "list of classes")]
         nouns = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    folders = [folder for folder in entries_of(path) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
         raise UserError(f"'{path}' holds no folders of pictures, one per subject; give one folder with --datapath.")
     return [Subject(folder.name, str(folder), nouns.get(folder.name) or _noun_of(folder.name)) for folder in folders]
@@ -261,7 +262,7 @@ def _class_noun(class_prompt: str, instance_prompt: str) -> str | None:
 
 def _with_classes(subject: Subject, path: Path) -> Subject:
     """Drops a folder of class pictures that is not there, saying so."""
-    if not subject.regularization or Path(subject.regularization).exists():
+    if not subject.regularization or exists(subject.regularization):
         return subject
     warnings.warn(f"the class_data_dir '{subject.regularization}' of '{subject.name}' in '{path}' does not exist, "
                   "so no class pictures come from there; data.reg.mode=generate would draw some", stacklevel=3)
@@ -271,4 +272,4 @@ def _with_classes(subject: Subject, path: Path) -> Subject:
 def _place(text: str, path: Path) -> Path:
     """Returns the folder a JSON file means, seen from the current directory, the file's, or that one's parent."""
     places = [base / text for base in (Path(), path.parent, path.absolute().parent.parent)]
-    return next((place for place in places if place.exists()), places[0])
+    return next((place for place in places if exists(place)), places[0])

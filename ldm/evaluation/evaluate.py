@@ -13,22 +13,24 @@ from ldm.data.layouts import captioned
 from ldm.evaluation.layouts import Found
 from ldm.evaluation.metrics import SCALES
 from ldm.evaluation.report import (
+    SUMMARY,
     as_numbers,
+    claim_folder,
     meaning,
-    open_cell,
     place,
     summarise,
     table,
     way,
     write_json,
     write_rows,
-    write_text,
 )
 from ldm.evaluation.scoring import Scorer
+from ldm.files import write_text
 from ldm.pictures import save_png, sheet
 from ldm.util import UserError
 
 SHEET_ROWS = 16
+TABLE, SHEET = "table.md", "sheet.png"
 PASSED_ON = ("seed", "strength", "steps", "sampler", "scale", "text", "auxiliary_text")    # of a picture's settings
 
 
@@ -70,6 +72,15 @@ def names_of(found: Sequence[Found]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{item.path.parent.name}/{item.path.name}" for item in found]
 
 
+def claim(outdir: Path) -> None:
+    """Notes what an evaluation writes into `outdir`.
+
+    Raises:
+        UserError: a file of such a name is there and was not made here.
+    """
+    claim_folder(outdir, TABLE, SHEET)
+
+
 def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: Path | None = None,
              class_noun: str = "", real: Path | None = None, concept: str | None = None) -> Evaluation:
     """Measures pictures and writes rows.jsonl, rows.csv, summary.json, table.md and sheet.png into `outdir`.
@@ -80,12 +91,14 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
         concept: its name, for the rows.
 
     Raises:
-        UserError: pictures cannot be read, or two of them contradict each other about the class noun.
+        UserError: pictures cannot be read, two of them contradict each other about the class noun, or `outdir` holds
+            files of these names that were not made here.
     """
     noun = class_noun_of(found, class_noun)
     pictures = [open_image(item.path) for item in found]
     known = open_references(references) if references else []
     compared = open_references(real) if real else known
+    claim(outdir)
     features, references_seen = scorer.features(pictures), scorer.features(known) if known else None
     measured = scorer.rows(pictures, [item.prompt for item in found], noun, references_seen, features)
     compared_seen = scorer.features(compared) if real else references_seen
@@ -104,11 +117,12 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
         sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
         no_kid.setdefault(scorer.why_no_kid(len(drawn), len(compared)), []).append(name)
     notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items() if reason]
-    return _write(Evaluation(rows, "", notes, outdir), groups, sets, found, scorer, known)
+    shown = dict(zip(names_of(found), pictures, strict=True))
+    return _write(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
 
 
 def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
-           found: Sequence[Found], scorer: Scorer, known: Sequence[Image.Image]) -> Evaluation:
+           page: Image.Image, scorer: Scorer) -> Evaluation:
     """Puts an evaluation on disk."""
     estimates = {name: summarise(rows, list(scorer.titles)) for name, rows in groups.items()}
     heading = f"mean [95 % interval], {len(result.rows)} pictures"
@@ -116,23 +130,23 @@ def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Ma
     of_sets = [f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
                for name, values in sets.items() if any(value is not None for value in values.values())]
     write_rows(result.rows, result.folder)
-    write_json(result.folder / "summary.json", {"metrics": as_numbers(estimates), "sets": sets,
-                                                "measured_by": scorer.record, "notes": result.notes})
+    write_json(result.folder / SUMMARY, {"metrics": as_numbers(estimates), "sets": sets,
+                                        "measured_by": scorer.record, "notes": result.notes})
     explained = [meaning(scorer.titles), *of_sets]
-    write_text(result.folder / "table.md", "\n\n".join([full, *explained, *result.notes]) + "\n")
-    paths = {name: item.path for name, item in zip(names_of(found), found, strict=True)}
-    save_png(_sheet(groups, paths, known), result.folder / "sheet.png")
+    write_text(result.folder / TABLE, "\n\n".join([full, *explained, *result.notes]) + "\n")
+    save_png(page, result.folder / SHEET)
     return Evaluation(result.rows, "\n\n".join([short, *explained]), result.notes, result.folder)
 
 
-def _sheet(groups: Mapping[str, list], paths: Mapping[str, Path], known: Sequence[Image.Image]) -> Image.Image:
+def _sheet(groups: Mapping[str, list], pictures: Mapping[str, Image.Image],
+           known: Sequence[Image.Image]) -> Image.Image:
     """Lays the pictures out: a row per prompt and seed, a column per way, a reference in front."""
     places: dict[tuple[object, object], dict[str, Image.Image]] = {}
     for name, rows in groups.items():
         for index, row in enumerate(rows):
             place = (row["prompt"] or row["picture"], row.get("seed", index))
             if place in places or len(places) < SHEET_ROWS:
-                places.setdefault(place, {})[name] = open_cell(paths[row["picture"]])
+                places.setdefault(place, {})[name] = pictures[row["picture"]]
     lines = []
     for index, ((prompt, seed), cells) in enumerate(places.items()):
         reference = [known[index % len(known)]] if known else []

@@ -11,19 +11,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.data.images import open_image
 from ldm.evaluation.claims import Claim, Line
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.plan import BASE, Job, Subject, spread
 from ldm.evaluation.plots import Curve, tradeoff_plot
-from ldm.evaluation.report import as_numbers, meaning, open_cell, summarise, table, write_json, write_rows, write_text
+from ldm.evaluation.report import (
+    SUMMARY,
+    as_numbers,
+    claim_folder,
+    is_earlier,
+    meaning,
+    summarise,
+    table,
+    write_json,
+    write_rows,
+)
 from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
 from ldm.evaluation.sweep import Sweep, points
+from ldm.files import claim_results, write_text
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Row
 from ldm.util import UserError, folder_name
 
 Rows = Sequence[Mapping[str, Any]]
 SHEET_ROWS, SHEET_COLUMNS = 12, 9
+REPORT, PLOT, SHEET, MASKS = "report.md", "plot.png", "sheet.png", "masks"
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,27 @@ def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
             for run in range(1 if point.method == BASE else sweep.config.runs)]
 
 
+def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
+    """Notes what experiments write into the sweep's folder.
+
+    Raises:
+        UserError: a file of such a name is there and was not made here.
+    """
+    earlier = any(is_earlier(path.parent) for path in sweep.outdir.glob(f"*/{SUMMARY}"))
+    for claim in claims:
+        folder = sweep.outdir / claim.name
+        if claim.masks:
+            claim_results(folder / MASKS, [mask_file(name) for name in sweep.subjects], known=is_earlier(folder))
+        claim_folder(folder, REPORT, PLOT, SHEET)
+    if len(claims) > 1:
+        claim_results(sweep.outdir, [REPORT], known=earlier)
+
+
+def mask_file(subject: str) -> str:
+    """Names the picture of a concept's masks."""
+    return f"{folder_name(subject)}.png"
+
+
 def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     """Carries an experiment out and writes rows.jsonl, rows.csv, summary.json, plot.png, sheet.png and report.md.
 
@@ -95,15 +129,15 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         comparison_table(comparisons, titles, axes), area_table(areas), verdict(comparisons, areas, drawn)]))
     if claim.masks:
         text += "\n\n" + draw_masks(sweep, lines[0].points[0], jobs, folder)
-    write_json(folder / "summary.json", {
+    write_json(folder / SUMMARY, {
         "points": as_numbers(estimates), "comparisons": [_as_json(item) for item in comparisons],
         "areas": _areas_as_json(areas), "minutes": minutes, "measured_by": sweep.scorer.record, "command": command})
-    write_text(folder / "report.md", text + "\n")
+    write_text(folder / REPORT, text + "\n")
     curves = [Curve(line.label, [(*(estimates[_name(line, index)][axis] for axis in axes), mark)
                                  for index, mark in enumerate(line.marks)]) for line in lines]
     if several:
-        tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], plot_title(claim, drawn), folder / "plot.png")
-    save_png(experiment_sheet(sweep, lines, rows), folder / "sheet.png")
+        tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], plot_title(claim, drawn), folder / PLOT)
+    save_png(experiment_sheet(sweep, lines, rows), folder / SHEET)
     return Report(folder, text, comparisons, areas)
 
 
@@ -186,7 +220,7 @@ def overview(reports: Sequence[Report], sweep: Sweep, command: str = "") -> Path
               for report in reports for item in report.comparisons]
     parts = [f"# {len(reports)} experiments", f"Command: `{command}`" if command else "", "\n".join(lines),
              *(re.sub(r"\]\((?=[\w/.]+\))", f"]({report.folder.name}/", report.text) for report in reports)]
-    return write_text(sweep.outdir / "report.md", "\n\n".join(filter(None, parts)) + "\n")
+    return write_text(sweep.outdir / REPORT, "\n\n".join(filter(None, parts)) + "\n")
 
 
 def area_table(areas: Areas | None) -> str:
@@ -242,7 +276,7 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Row
     shown = []
     for concept, prompt in sheet_rows(list(sweep.subjects.values())):
         rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]
-        cells = [open_cell(sweep.outdir / row["picture"]) for row in rows_shown]
+        cells = [open_image(sweep.outdir / row["picture"]) for row in rows_shown]
         shown.append((f"{prompt.replace('{}', '[' + concept + ']')}", [references[concept], *cells]))
     return sheet(["reference", *(_name(line, index) for line, index in places)], shown, 128)
 
@@ -279,7 +313,7 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         row = Row(prompt, sweep.config.first_seed, point.strength)
         picture, record = generator.masks(row, settings)
         title = f"{prompt.replace('{}', '[' + name + ']')} (seed {row.seed}, lambda {row.strength:g})"
-        save_png(mask_panel(picture, record, title), folder / "masks" / f"{folder_name(name)}.png")
+        save_png(mask_panel(picture, record, title), folder / MASKS / mask_file(name))
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]

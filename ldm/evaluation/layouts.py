@@ -4,14 +4,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import list_images
+from ldm.data.images import entries_of, list_images
 from ldm.pictures import read_settings
 from ldm.text import read_json, read_lines, read_text
 from ldm.util import UserError
 
+KEYS = ("instance_data_dir", "prompt_filename", "class_prompt")     # of an entry of CustomConcept101's list
 LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their own for them
 
 
@@ -53,7 +55,7 @@ def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
     source = prompts or next(iter(beside), None)
     if source is None and (found := _by_folder(inner)):
         return found
-    paths, _ = list_images(inner)
+    paths = _usable(inner, source)
     if source is None:
         return drawn_pictures(paths)
     texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
@@ -68,10 +70,19 @@ def drawn_pictures(paths: Sequence[Path]) -> list[Found]:
 
 def _by_folder(folder: Path) -> list[Found]:
     """Reads sub-folders named by prompts, underscores for spaces; none where the folder holds pictures itself."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
     if not entries or not all(path.is_dir() for path in entries):
         return []
-    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in list_images(entry)[0]]
+    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in _usable(entry)]
+
+
+def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
+    """Returns a folder's usable pictures, naming what is passed over beside their prompts."""
+    paths, skipped = list_images(folder)
+    for item in skipped:
+        if item.path != prompts and not item.path.name.startswith("."):
+            print(f"skipped {item}", flush=True)
+    return paths
 
 
 def _table(source: Path, paths: Sequence[Path]) -> list[str]:
@@ -121,14 +132,14 @@ def read_dataset(path: Path) -> list[DatasetConcept]:
 def _custom_concept_101(path: Path) -> list[DatasetConcept]:
     concepts = []
     for index, entry in enumerate(_read_json(path, list)):
-        try:
-            images, prompts = path.parent / entry["instance_data_dir"], path.parent / entry["prompt_filename"]
-            real = path.parent / entry["class_data_dir"] if "class_data_dir" in entry else None
-            noun = entry["class_prompt"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"'{path}': entry {index} lacks {error}; is it CustomConcept101's dataset.json?") from error
-        texts = tuple(line for line in read_lines(prompts, "prompt file") if line)
-        concepts.append(DatasetConcept(images.name, images, noun, texts, real if real and real.exists() else None))
+        lacking = [key for key in KEYS if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
+        if lacking:
+            raise UserError(f"'{path}': entry {index} lacks '{lacking[0]}'; is it CustomConcept101's dataset.json?")
+        folder, prompts, noun = (entry[key] for key in KEYS)
+        texts = tuple(line for line in read_lines(path.parent / prompts, "prompt file") if line)
+        real = path.parent / str(entry["class_data_dir"]) if "class_data_dir" in entry else None
+        images = path.parent / folder
+        concepts.append(DatasetConcept(images.name, images, noun, texts, real if real and exists(real) else None))
     return concepts
 
 
@@ -136,10 +147,15 @@ def _dreambooth(folder: Path) -> list[DatasetConcept]:
     source = folder / "prompts_and_classes.txt"
     text = read_text(source, "list of classes")
     classes = re.findall(r"^([\w-]+),([\w -]+)$", text, flags=re.MULTILINE)[1:]         # the first line is a heading
-    lists = [tuple(" ".join(prompt.format("{}", "").split()) for prompt in re.findall(r"'([^']*\{0\}[^']*)'", part))
+    lists = [tuple(_dreambooth_prompt(prompt) for prompt in re.findall(r"'([^']*\{0\}[^']*)'", part))
              for part in text.split("prompt_list")[1:]]
     if not classes or len(lists) != 2 or not all(lists):
         raise UserError(f"'{source}' is not as DreamBooth's data set has it: a table of classes and two prompt lists.")
     objects, live = lists
     return [DatasetConcept(name, folder / name, noun.strip(), live if noun.strip() in LIVE_CLASSES else objects)
             for name, noun in classes]
+
+
+def _dreambooth_prompt(text: str) -> str:
+    """Writes {} for the concept's word, and leaves out its class."""
+    return " ".join(text.replace("{0}", "{}").replace("{1}", "").split())

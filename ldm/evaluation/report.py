@@ -10,11 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.data.images import open_image
 from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
-from ldm.files import write_atomically
+from ldm.files import claim_results, write_text
 
 Rows = Sequence[Mapping[str, Any]]
+ROWS, SUMMARY = ("rows.jsonl", "rows.csv"), "summary.json"      # what every folder of results holds
 CLIPPED = "_clipped"        # column name's end: cosines below zero counted as zero
 
 
@@ -85,7 +87,27 @@ def _scaled(value: Estimate, scale: str) -> Estimate:
     return Estimate(change(value.mean), *bounds, value.units)
 
 
-def write_rows(rows: Rows, folder: Path) -> tuple[Path, Path]:
+def claim_folder(folder: Path, *names: str) -> None:
+    """Notes that rows, a summary and files of these names are written to a folder, and replace only what is ours.
+
+    Earlier versions kept no note of it; theirs is a folder whose summary says what measured.
+
+    Raises:
+        UserError: one of the files is there and was not made here, or the folder cannot be written.
+    """
+    claim_results(folder, [*ROWS, SUMMARY, *names], known=is_earlier(folder))
+
+
+def is_earlier(folder: Path) -> bool:
+    """Says whether an evaluation or an experiment wrote into a folder, by its summary."""
+    try:
+        content = json.loads((folder / SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "measured_by" in content
+
+
+def write_rows(rows: Rows, folder: Path) -> None:
     """Writes rows.jsonl, a JSON object per picture, and the same as rows.csv."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -93,17 +115,13 @@ def write_rows(rows: Rows, folder: Path) -> tuple[Path, Path]:
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return write_text(folder / "rows.jsonl", text), write_text(folder / "rows.csv", buffer.getvalue())
+    for name, content in zip(ROWS, (text, buffer.getvalue()), strict=True):
+        write_text(folder / name, content)
 
 
 def write_json(path: Path, content: Any) -> Path:
     """Writes JSON a reader can read."""
     return write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a text file atomically."""
-    return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
@@ -114,5 +132,4 @@ def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[s
 
 def open_cell(path: Path) -> Image.Image:
     """Opens a picture for a sheet."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    return open_image(path)

@@ -1,0 +1,85 @@
+"""Hostile clip-retrieval servers: a sentence or no pictures, soon, in little memory, and training goes on without them.
+
+What they do is listed in tests/web.py.
+"""
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import web
+
+from ldm.data.clip_client import Query
+from ldm.data.download import Downloader
+from ldm.data.retrieval import retrieve
+from ldm.util import UserError
+from soak.campaign import Campaign, brief
+from soak.child import made_elsewhere, start
+from soak.world import World
+
+COUNT = 51
+SECONDS = 3.0           # that a server may take to answer
+MEMORY = 200_000        # kB that its answer may cost
+TRAINED = 6             # every so many-th server is also asked by a training run
+FINE, BAD = 0, 1
+
+
+def run(campaign: Campaign) -> None:
+    hostile = getattr(web, "HOSTILE", {})
+    world = made_elsewhere(campaign.folder)
+    for index, rng, folder in campaign.cases() if hostile else ():
+        name, door = list(hostile)[index % len(hostile)], rng.choice(["answer", "answer", "indices"])
+        with web.Web() as server:
+            server.offer(3)
+            setattr(server, door, hostile[name])
+            begun = time.monotonic()
+            problem = asked(server.url, folder, campaign.slack)
+            if not problem and index % TRAINED == 0 and time.monotonic() - begun < 1:
+                problem = training_goes_on(world, server.url, folder)
+        campaign.fail(f"{name} as {door}: {problem}") if problem else campaign.count_as("borne")
+
+
+def asked(url: str, folder: Path, slack: float) -> str | None:
+    """Asks a server in a child; says what went wrong."""
+    begun = time.monotonic()
+    if not (process := os.fork()):
+        child(url, folder)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    seconds = time.monotonic() - begun
+    if status:
+        return (folder / "problem").read_text() if (folder / "problem").exists() else f"the process died ({status})"
+    limit = 2 * SECONDS + slack         # it may be asked twice: for its indices, and for pictures
+    return f"it held the retrieval up for {seconds:.0f} s" if seconds > limit else None
+
+
+def child(url: str, folder: Path) -> None:
+    before, problem = memory(), ""
+    try:
+        retrieve(folder / "set", Query("cat", 3, url, timeout=SECONDS), Downloader(allow_private=True), say=str)
+    except UserError as error:
+        problem = "" if str(error).isprintable() and len(str(error)) < 2000 else f"no sentence: {str(error)[:200]!r}"
+    except BaseException:
+        problem = brief(traceback.format_exc())
+    if memory() - before > MEMORY:
+        problem = f"it took {(memory() - before) / 1000:.0f} MB; {problem}"
+    if problem:
+        (folder / "problem").write_text(problem)
+    sys.stdout.flush()
+    os._exit(BAD if problem else FINE)
+
+
+def memory() -> int:
+    """Returns the most memory this process has had, in kB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def training_goes_on(world: World, url: str, folder: Path) -> str | None:
+    run = start(folder / "train", "train", "-b", *world.small.training_files, "-l", folder / "logs",
+                "concepts.0.regularization=null", "data.reg.mode=retrieve", f"data.reg.url={url}", "data.reg.num=3",
+                f"data.reg.root={folder / 'real'}", "preview.prompts=[]", "method.steps=1")
+    run.wait()
+    return None if run.status == 0 and "concept file:" in run.out else f"training ends: {run.status}, {run.err[-300:]}"
