@@ -190,7 +190,8 @@ def test_a_job_that_slurm_starts_again_goes_on_with_its_own_run(small_world: Sma
 
 @pytest.mark.parametrize(("environment", "rank"), [
     ({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "2", "LOCAL_RANK": "1"}, 5),
-    ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, 3),
+    ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3",
+      "SLURM_LOCALID": "1"}, 3),
     ({"TORCHELASTIC_RUN_ID": "none", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, 2)])
 def test_processes_are_counted_over_all_machines(environment: dict[str, str], rank: int, monkeypatch) -> None:
     for name, value in environment.items():
