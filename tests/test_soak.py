@@ -35,8 +35,8 @@ def test_some_bad_luck(kind: str, count: int) -> None:
     if kind == "servers" and not hasattr(web, "HOSTILE"):
         pytest.skip("no hostile server is listed")
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", str(count), "--slack", "60"],
-                          cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", str(count), "--slack", "60"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith(f"{kind}: {count} cases (seed 0): "), done.stdout + done.stderr
 
 
