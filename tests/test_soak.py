@@ -36,8 +36,10 @@ def test_some_bad_luck(kind: str, count: int) -> None:
         pytest.skip("no hostile server is listed")
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     command = [sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", str(count), "--slack", "60"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.startswith(f"{kind}: {count} cases (seed 0): "), done.stdout + done.stderr
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+                          check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and said.startswith(f"{kind}: {count} cases (seed 0): "), said
 
 
 def test_a_campaign_tells_what_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
