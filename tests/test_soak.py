@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ from soak.campaign import Campaign, Ended, call, why_bad
 SEED = 1
 
 
-@pytest.mark.parametrize(("kind", "count"), [(files, 24), (inputs, 52)])
+@pytest.mark.parametrize(("kind", "count"), [(files, 16), (inputs, 30)])
 def test_some_of_what_is_hostile_or_mutated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind, count: int) -> None:
     monkeypatch.chdir(tmp_path)
     campaign = Campaign(kind.__name__.rpartition(".")[2], tmp_path, seed=SEED, count=count)
@@ -28,15 +29,17 @@ def test_some_of_what_is_hostile_or_mutated(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-@pytest.mark.parametrize("kind", ["kills", "power", "servers", "signals"])
-def test_some_bad_luck(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "count"), [("kills", 2), ("power", 2), ("servers", 2), ("signals", 1)])
+def test_some_bad_luck(kind: str, count: int) -> None:
     """In a process of its own: one that has computed has threads, and forks no more."""
     if kind == "servers" and not hasattr(web, "HOSTILE"):
         pytest.skip("no hostile server is listed")
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", "2", "--slack", "60"],
-                          cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.startswith(f"{kind}: 2 cases (seed 0): "), done.stdout + done.stderr
+    command = [sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", str(count), "--slack", "60"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+                          check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and said.startswith(f"{kind}: {count} cases (seed 0): "), said
 
 
 def test_a_campaign_tells_what_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,15 +68,13 @@ def test_a_script_that_hangs_or_fails_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 def test_hostile_programs_do_run_where_they_are_let(tmp_path: Path) -> None:
     """Else a campaign in which nothing runs would say nothing."""
-    canary, ran = tmp_path / "canary", set()
-    pickles = {name: pickle.dumps(runs) for name, runs in hostile.payloads(canary).items()}
-    for name, data in {**pickles, **hostile.opcodes(canary)}.items():
-        subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.load(sys.stdin.buffer)"], input=data,
-                       capture_output=True, check=False)
-        if canary.exists():
-            canary.unlink()
-            ran.add(name)
-    assert ran >= {"os.system", "exec", "Path.touch", "subprocess", "eval", "open", "INST", "OBJ", "GLOBAL", "posix"}
+    canary = tmp_path / "canary"
+    pickles = {name: pickle.dumps(runs) for name, runs in hostile.payloads(canary).items()} | hostile.opcodes(canary)
+    for name in ("os.system", "exec", "Path.touch", "subprocess", "eval", "open", "INST", "OBJ", "GLOBAL", "posix"):
+        with suppress(Exception):
+            pickle.loads(pickles[name])
+        assert canary.exists(), name
+        canary.unlink()
 
 
 def test_a_case_is_the_same_again(tmp_path: Path) -> None:

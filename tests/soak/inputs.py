@@ -123,7 +123,7 @@ def train_whole(world: World, folder: Path, rng: Random) -> Ended:
     """A step of training with a setting or two of another value."""
     settings = [f"{key}={rng.choice(VALUES + WORDS[::3])}" for key in rng.sample(TRAINED, rng.randint(1, 2))]
     return call("train", "-b", *world.small.training_files, "method.steps=1", "preview.prompts=[]", "-l", "logs",
-                *settings, limit=LIMIT)
+                "data.reg.num=2", "data.reg.steps=2", *settings, limit=LIMIT)
 
 
 def sample_whole(world: World, folder: Path, rng: Random) -> Ended:
