@@ -113,7 +113,30 @@ def load_file(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[st
         raise UserError(f"{what} '{path}' {_why_refused(path, error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} '{path}' holds a {type(content).__name__} where a table of tensors was expected.")
+    for tensor in _tensors(content):
+        if not _is_whole(tensor):
+            raise UserError(f"{what} '{path}' is refused: it claims tensors whose values it does not hold (of shape "
+                            f"{tuple(tensor.shape)}); get it again, from a source you trust.")
     return content
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a pickle's content, however they are nested."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))          # a pickle may hold itself
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Says whether every value of a tensor lies in memory of its own, as those of weights do."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def is_mapped(path: Path) -> bool:

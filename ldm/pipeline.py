@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -44,11 +45,17 @@ from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.recognize import fit_names, load_checkpoint, read_vae, say_left_out
 from ldm.util import UserError, instantiate_from_config
 
+COUNTS = {"num_res_blocks", "transformer_depth", "layers", "channel_mult", "ch_mult"}     # of a model's modules
+MAX_COUNT = 64
+# What building from a wrong configuration ends in: a key that is missing or unknown, a size that cannot be.
+WRONG_CONFIGURATION = (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError)
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 ABLATIONS = ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights")
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
 MAX_SEED = 2 ** 63 - 1
+MAX_PICTURES = 100_000   # of one run, which are listed before the first is drawn
+MAX_SIDE = 8192          # px of a picture
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,16 +75,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_counts(node: Any) -> None:
+    """Refuses a model's configuration that asks for more layers than any network has, before one is built."""
+    waiting = [OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, dict):
+            continue
+        waiting += value.values()
+        for name in COUNTS & value.keys():
+            count = len(value[name]) if isinstance(value[name], list) else value[name]
+            if isinstance(count, (int, float)) and count > MAX_COUNT:
+                raise UserError(f"the model cannot be built: {name} is {count}, and {MAX_COUNT} is the most; compare "
+                                "it with configs/model/.")
+
+
 def empty_model(model_node: Any) -> LatentDiffusion:
     """Builds a model on the meta device: without weights, in a second and no memory.
 
     Raises:
         UserError: the configuration is none of a `LatentDiffusion`.
     """
+    check_counts(model_node)
     try:
         with torch.device("meta"):       # weights come from a file; no time or memory goes into others
             model = instantiate_from_config(model_node)
-    except (KeyError, TypeError) as error:    # a key that is missing, or that the class does not have
+    except WRONG_CONFIGURATION as error:
         raise UserError(f"the model cannot be built from its configuration ({error}); "
                         "compare it with configs/model/.") from error
     if not isinstance(model, LatentDiffusion):
@@ -175,6 +200,9 @@ def check_settings(settings: SampleConfig) -> None:
     for name in ("n_samples", "n_iter", "batch_size", "steps"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; give at least 1.")
+    if settings.n_samples * settings.n_iter > MAX_PICTURES:
+        raise UserError(f"n_samples {settings.n_samples} times n_iter {settings.n_iter} are too many pictures; a run "
+                        f"draws up to {MAX_PICTURES:,}.")
     check_seed("seed", settings.seed, MAX_SEED - settings.n_samples * settings.n_iter)    # every picture adds 1 to it
 
 
@@ -204,8 +232,8 @@ def picture_side(model: LatentDiffusion, name: str, side: int | None) -> int:
     factor = model.first_stage_model.encoder.reduction
     multiple = factor * model.model.diffusion_model.reduction
     side = model.image_size * factor if side is None else side
-    if side < multiple or side % multiple:
-        raise UserError(f"{name} is {side} px; this model needs a multiple of {multiple}.")
+    if not multiple <= side <= MAX_SIDE or side % multiple:
+        raise UserError(f"{name} is {side} px; this model needs a multiple of {multiple}, up to {MAX_SIDE}.")
     return side
 
 
@@ -303,6 +331,9 @@ class Generator:
             for prompt in prompts if settings.dci.use else ():
                 self.token_sets([prompt], settings.dci)
         count = settings.n_samples * settings.n_iter
+        if count * len(prompts) * len(strengths) > MAX_PICTURES:
+            raise UserError(f"{len(prompts)} prompts with {count} samples and {len(strengths)} strengths each are too "
+                            f"many pictures; a run draws up to {MAX_PICTURES:,}.")
         return [Row(prompt, settings.seed + index, strength)
                 for prompt in prompts for index in range(count) for strength in strengths]
 

@@ -1,6 +1,7 @@
 """Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm can send before a job's time is up."""
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+LATER = 0.1     # seconds after which a signal that came while modules are imported is sent again
 
 
 class Interrupt(KeyboardInterrupt):
@@ -34,12 +37,23 @@ class Signals:
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
         self.number = number
-        if not self.held:
+        if _importing(frame):      # a module of C++ ends the process where an exception reaches it as it loads
+            threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
+        elif not self.held:
             raise Interrupt(number)
 
     def install(self) -> None:
         """Answers all ending signals from here on but those that who started the process told it to ignore."""
         _answer({number: self for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN})
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Says whether a module is being imported where a frame is."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _answer(handlers: Mapping[int, Any]) -> None:

@@ -37,7 +37,7 @@ from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed
+from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed, size_of
 from ldm.data.layouts import Captioned, captioned
 from ldm.embedded import warn_of_photos
 from ldm.files import NameTaken, take_folder, write_text
@@ -50,6 +50,8 @@ from ldm.signals import Interrupt, Signals, heeded
 from ldm.slurm import COMMAND, command_text, earlier_run, job
 from ldm.util import UserError, folder_name, from_here
 
+MOST = {"method": {"batch_size": 4096, "accumulate": 65536, "prefix_length": 75, "suffix_length": 75},
+        "trainer": {"devices": 1024, "num_nodes": 1024}}     # beyond it even the plan of a step is too large
 PRECISIONS = ("32-true", *MIXED)
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}     # by trainer.accelerator
 LOGGERS = {"csv": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}     # any of these packages
@@ -126,6 +128,10 @@ def check_config(config: DictConfig) -> None:
             value = config[part][key]
             if value is not None and not limit <= value < math.inf:
                 raise UserError(f"{part}.{key} is {value}; give a finite number, at least {limit}.")
+    for part, limits in MOST.items():
+        for key, limit in limits.items():
+            if (config[part][key] or 0) > limit:
+                raise UserError(f"{part}.{key} is {config[part][key]}; give at most {limit}.")
     if config.trainer.save_dtype not in ("fp16", "fp32"):
         raise UserError(f"trainer.save_dtype '{config.trainer.save_dtype}' is unknown; use fp16 or fp32.")
     if config.trainer.precision not in PRECISIONS:
@@ -202,10 +208,10 @@ def caption_templates(found: Sequence[Captioned], schemes: Sequence[PromptScheme
 def load_references(found: Sequence[Captioned], captions: Sequence[str], how: Framing) -> CaptionedImages:
     """Reads the reference pictures of all concepts, warning of tiny ones and of black bars."""
     for path in (path for references in found for path in references.paths):
-        with Image.open(path) as image:
-            if min(image.size) < how.size:
-                print(f"warning: '{path.name}' is {image.width} x {image.height} px and is enlarged to {how.size}; a "
-                      "larger photo would show more.")
+        width, height = size_of(path)
+        if min(width, height) < how.size:
+            print(f"warning: '{path.name}' is {width} x {height} px and is enlarged to {how.size}; a larger photo "
+                  "would show more.")
     images, masks = zip(*(load_framed(references.paths, how) for references in found), strict=True)
     barred = [path.name for references, pixels in zip(found, images, strict=True)
               for path, one in zip(references.paths, pixels.numpy(), strict=True) if has_black_bars(one)]

@@ -22,7 +22,7 @@ from ldm.data.download import Downloader
 from ldm.data.images import Unusable
 from ldm.data.picture_store import PictureStore
 from ldm.data.retrieval import Retrieved, retrieve
-from ldm.prior import retrieved_folder
+from ldm.prior import retrieval_folder, retrieve_prior
 from ldm.util import UserError
 
 FETCHER = Downloader(timeout=2, limit=3, retries=0, allow_private=True)
@@ -71,7 +71,8 @@ def test_training_goes_without_a_set_it_may_not_touch(tmp_path: Path, monkeypatc
     before = contents(tmp_path)
     concept = config.ConceptConfig(name="thing", images="x", class_noun="cat")
     settings = config.RegularizationConfig(mode="retrieve", root=str(tmp_path), url="http://127.0.0.1:9")
-    assert not (retrieved_folder(concept, settings) / "images.txt").exists()
+    retrieve_prior(concept, settings)
+    assert not (retrieval_folder(concept, settings) / "images.txt").exists()
     assert "thing: '" in capsys.readouterr().out and contents(tmp_path) == before
 
 

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ldm.data.images import open_image
 from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 from ldm.files import claim_results, write_text
@@ -128,8 +125,3 @@ def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[s
     """The same as `table`, for JSON."""
     return {group: {name: {"mean": value.mean, "low": value.low, "high": value.high, "units": value.units}
                     for name, value in values.items()} for group, values in groups.items()}
-
-
-def open_cell(path: Path) -> Image.Image:
-    """Opens a picture for a sheet."""
-    return open_image(path)

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -22,20 +21,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.callbacks import concept_file
 from ldm.config import DCIConfig
 from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
-from ldm.data.images import list_images
+from ldm.data.images import list_images, open_image, size_of
 from ldm.data.layouts import CAPTIONS, IMAGES, captioned
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
-from ldm.evaluation.report import open_cell, write_json
+from ldm.evaluation.report import write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
+from ldm.files import DAMAGED, set_aside
 from ldm.pictures import save_png
 from ldm.pipeline import Generator, check_settings
 from ldm.progress import progress
+from ldm.resume import resume_state
 from ldm.sampling import load_generator
+from ldm.text import read_json
 from ldm.training import fine_tune
 from ldm.util import UserError, folder_name, shipped
 
@@ -97,7 +100,7 @@ class Sweep:
         """Carries out what is not on disk and returns every job's rows."""
         self.check(jobs)
         order = in_order(jobs)
-        missing = [job for job in order if not self.path(job).is_file()]
+        missing = [job for job in order if not self.finished(job)]
         pace = Pace(self.shares(missing))
         with progress_bar(len(order), len(order) - len(missing), quiet) as bar:
             try:
@@ -119,8 +122,47 @@ class Sweep:
         return self.stored(job)
 
     def stored(self, job: Job) -> dict[str, Any]:
-        """Reads what is on disk of a job: its rows, the seconds it took and those of them that fine-tuning took."""
-        return json.loads(self.path(job).read_text("utf-8"))
+        """Reads what is on disk of a job: its rows, the seconds it took and those of them that fine-tuning took.
+
+        Raises:
+            UserError: that is damaged.
+        """
+        path = self.path(job)
+        content = read_json(path, "point")
+        try:
+            rows, whole = content["rows"], 0 <= content["taught"] <= content["seconds"]
+            whole = whole and all(isinstance(row, dict) for row in rows)
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"point '{path}' is damaged; remove it, and it is made again.")
+        return content
+
+    def finished(self, job: Job) -> bool:
+        """Says whether a job's rows and pictures are there; what is damaged is set aside, to be made again."""
+        if not self.path(job).is_file():
+            return False
+        try:
+            self.stored(job)
+        except UserError:
+            set_aside(self.path(job), "is damaged")
+            return False
+        prompts = range(len(self.subjects[job.concept].prompts))
+        drawn = [self.is_drawn(self.picture(job, prompt, sample))
+                 for prompt in prompts for sample in range(self.config.seeds)]
+        return all(drawn)
+
+    @staticmethod
+    def is_drawn(path: Path) -> bool:
+        """Says whether a picture is there; a damaged one is set aside."""
+        if not path.is_file():
+            return False
+        try:
+            size_of(path)
+        except UserError:
+            set_aside(path, "is damaged")
+            return False
+        return True
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Returns the time that these jobs took when they were carried out."""
@@ -221,16 +263,22 @@ class Sweep:
 
     def learned(self, job: Job, step: int) -> Path | None:
         """Returns the concept file of a step of a job's fine-tuning run, if it is there."""
-        files = self.logdir(job).glob(f"*/checkpoints/step-{step:06d}.safetensors")
-        return next((path for path in sorted(files) if path.with_name("last.ckpt").is_file()), None)
+        files = [concept_file(run / "checkpoints", step) for run in self.runs(job)]
+        return next((path for path in files if path.is_file() and path.with_name("last.ckpt").is_file()), None)
+
+    def runs(self, job: Job) -> list[Path]:
+        """Returns the folders of a job's fine-tuning run, of which a killed sweep may leave several."""
+        states = self.logdir(job).glob("*/checkpoints/last.ckpt")
+        return [folder for folder in sorted(state.parent.parent for state in states) if folder.suffix != DAMAGED]
 
     def concept_file(self, job: Job, jobs: Sequence[Job]) -> Path:
         """Returns the concept file of a job's step, teaching or going on with the run if need be."""
         subject, steps = self.subjects[job.concept], self.steps(job, jobs)
+        for run in self.runs(job):
+            self.check_run(run, job.step)
         found = self.learned(job, job.step)
         if found is None:
-            logdir = self.logdir(job)
-            runs = sorted(path.parent.parent for path in logdir.glob("*/checkpoints/last.ckpt"))
+            logdir, runs = self.logdir(job), self.runs(job)
             every = math.gcd(*steps)
             config = subject.training(self.config, job.method, f"method.steps={max(steps)}",
                                       f"trainer.save_every={every}", f"trainer.logdir={logdir}", run=job.run)
@@ -241,15 +289,25 @@ class Sweep:
                 # A step that a longer run passed without saving is only reached from the start.
                 run = fine_tune(config, runs[-1] if runs and done < job.step else None)
             self._taught += time.monotonic() - start
-            found = run.folder / "checkpoints" / f"step-{job.step:06d}.safetensors"
+            found = concept_file(run.folder / "checkpoints", job.step)
         return found
+
+    @staticmethod
+    def check_run(run: Path, step: int) -> None:
+        """Sets a fine-tuning run aside whose state, or whose concept file of a step, is damaged."""
+        try:
+            resume_state(run)
+            if concept_file(run / "checkpoints", step).is_file():
+                load_concept(concept_file(run / "checkpoints", step))
+        except UserError:
+            set_aside(run, "holds a damaged file")
 
     def draw(self, job: Job, jobs: Sequence[Job], bar: tqdm | None = None) -> list[Image.Image]:
         """Draws the pictures that are missing; returns all, by prompt and seed."""
         subject, config = self.subjects[job.concept], self.config
         paths = [[self.picture(job, prompt, sample) for sample in range(config.seeds)]
                  for prompt in range(len(subject.prompts))]
-        missing = [index for index, row in enumerate(paths) if not all(path.is_file() for path in row)]
+        missing = [index for index, row in enumerate(paths) if not all([self.is_drawn(path) for path in row])]
         one = 1 / (len(paths) * config.seeds)
         if bar is not None:
             bar.update(one * config.seeds * (len(paths) - len(missing)))
@@ -262,7 +320,7 @@ class Sweep:
                 save_png(drawn.image, paths[index][sample], drawn.settings)
                 if bar is not None:
                     bar.update(one)
-        return [open_cell(path) for row in paths for path in row]
+        return [open_image(path) for row in paths for path in row]
 
     def ready(self, job: Job, jobs: Sequence[Job]) -> Generator:
         """Returns a generator that draws as the job says."""
@@ -320,7 +378,7 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
         runs.setdefault(job.taught, []).append(job)
     # The longest first, so that none of them is left for one process at the end.
     shares = sorted(runs.values(), key=lambda share: sum(map(sum, sweep.shares(share).values())), reverse=True)
-    missing = [job for job in jobs if not sweep.path(job).is_file()]
+    missing = [job for job in jobs if not sweep.finished(job)]
     workers = min(workers, len(shares))
     pace = Pace(sweep.shares(missing), workers)
     threads = max(1, torch.get_num_threads() // workers)
