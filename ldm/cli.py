@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.signals import heeded
-from ldm.util import UserError
+from ldm.text import literal
+from ldm.util import UserError, allow_targets
 
 INTERRUPTED = "interrupted; what was saved before is intact."
 _READERS = {"json", "yaml", "omegaconf"}
@@ -98,6 +99,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--vae", help="file of another autoencoder for it, such as vae-ft-mse (base.vae)")
         self.add_argument("--any_base", action="store_const", const=True,
                           help="use a concept on another base than its own, with a warning (base.any_base)")
+        self.add_argument("--allow_target", action="append", default=[], metavar="NAME",
+                          help="class or package of your own that a configuration's target may name; may be repeated")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")
@@ -145,7 +148,8 @@ def count_gpus(text: str) -> int:
 
 
 def base_options(options: argparse.Namespace) -> dict[str, object]:
-    """Returns what the flags of `Parser.add_base` say, as `set_options` takes it."""
+    """Returns what the flags of `Parser.add_base` say, as `set_options` takes it; targets are allowed at once."""
+    allow_targets(options.allow_target)
     return {"base__ckpt": options.ckpt, "base__vae": options.vae, "base__any_base": options.any_base}
 
 
@@ -154,7 +158,7 @@ def set_options(**values: object) -> DictConfig:
     config = OmegaConf.create()
     for key, value in values.items():
         if value is not None:
-            OmegaConf.update(config, key.replace("__", "."), value)
+            OmegaConf.update(config, key.replace("__", "."), literal(value))
     return config
 
 

@@ -7,15 +7,20 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.files import write_text
+from ldm.text import literal, looks_up, read_text
 from ldm.util import UserError, shipped
+
+MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
 
 
 @dataclass
@@ -194,15 +199,22 @@ def meanings(schema: type, path: str = "") -> dict[str, str]:
     return found
 
 
-def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = (),
-          extra: DictConfig | None = None) -> DictConfig:
+def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = (), extra: DictConfig | None = None,
+          data: bool = False) -> DictConfig:
     """Merges YAML files left to right, then `extra`, then `key=value` overrides, into `schema`.
+
+    Args:
+        data: nobody named the files as configurations, as with a run's folder: they may look nothing up.
 
     Raises:
         UserError: a file is missing or no YAML; a key is unknown (the nearest is named) or a value has another type.
     """
     config = OmegaConf.structured(schema)
     parts = [(str(path), _read(Path(path))) for path in files]
+    for source, part in parts if data else ():
+        if looks_up(OmegaConf.to_container(part, resolve=False)):
+            raise UserError(f"{source}: holds ${{...}}, which is looked up in configuration files given with -b alone; "
+                            "write the value itself.")
     if extra is not None:
         parts.append(("the options", extra))
     for source, part in parts:
@@ -214,6 +226,10 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
             raise UserError(f"{source}: {_first_line(error)}") from error
     for item in overrides:
         _override(config, item)
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -230,23 +246,46 @@ def _override(config: DictConfig, item: str) -> None:
     if name not in known:
         raise UserError(f"unknown key '{key}'{_nearest(key, config)}")
     try:
-        value = OmegaConf.from_dotlist([f"value={item.partition('=')[2]}"]).value
-        OmegaConf.update(config, key, value, merge=False)
+        value = OmegaConf.from_dotlist([f"value={literal(item.partition('=')[2])}"]).value
+        OmegaConf.update(config, key, literal(value) if isinstance(value, str) else value, merge=False)
     except (YAMLError, OmegaConfBaseException, TypeError) as error:
         raise UserError(f"override '{item}': {_first_line(error)}") from error
 
 
 def _read(path: Path) -> DictConfig:
     path = shipped(path)
-    if not path.is_file():
-        raise UserError(f"configuration file '{path}' does not exist.")
+    text = read_text(path, "configuration file", MOST_YAML)
     try:
-        config = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        _check_size(yaml.compose(text, yaml.SafeLoader))
+        config = OmegaConf.load(StringIO(text))
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"configuration file '{path}' is no YAML ({_first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"configuration file '{path}' must hold keys and values.")
     return config
+
+
+def _check_size(root: yaml.Node | None) -> None:
+    """Counts what a YAML file holds once its aliases are written out, each of which may hold others.
+
+    Raises:
+        ValueError: that is more than any configuration has, or has no end.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: frozenset[int]) -> int:
+        if id(node) in above or len(above) > MOST_DEEP:
+            raise ValueError("it is nested without end")
+        if id(node) not in sizes:
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            pairs = [child if isinstance(child, tuple) else (child,) for child in children]
+            sizes[id(node)] = 1 + sum(size(child, above | {id(node)}) for pair in pairs for child in pair)
+        if sizes[id(node)] > MOST_NODES:
+            raise ValueError(f"it holds more than {MOST_NODES:,} values")
+        return sizes[id(node)]
+
+    if root is not None:
+        size(root, frozenset())
 
 
 def _first_line(error: Exception) -> str:
@@ -326,4 +365,6 @@ def save_config(config: Any, path: Path, head: str = "", new: bool = False) -> N
     Raises:
         UserError, NameTaken: as `ldm.files.write_atomically` does.
     """
-    write_text(path, head + OmegaConf.to_yaml(config, resolve=True), new)
+    container = OmegaConf.to_container(config if OmegaConf.is_config(config) else OmegaConf.structured(config),
+                                       resolve=True)
+    write_text(path, head + OmegaConf.to_yaml(OmegaConf.create(literal(container))), new)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.text import literal
 from ldm.util import UserError
 
 ONE_CONCEPT = {"datapath": "images", "class_noun": "class_noun", "reg_datapath": "regularization",
@@ -38,6 +39,7 @@ def listed_concepts(path: Path, chosen: Sequence[str]) -> list[dict[str, Any]]:
         UserError: as `ldm.data.layouts.read_subjects` does.
     """
     from ldm.data.layouts import read_subjects  # torch loads only when there is work for it
-    return [{"name": subject.name, "images": subject.images, "class_noun": subject.class_noun,
-             "words": list(subject.words) or None, "regularization": subject.regularization or None}
-            for subject in read_subjects(path, chosen)]
+    found = [{"name": subject.name, "images": subject.images, "class_noun": subject.class_noun,
+              "words": list(subject.words) or None, "regularization": subject.regularization or None}
+             for subject in read_subjects(path, chosen)]
+    return literal(found)

@@ -3,22 +3,49 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.util import UserError
 
+MOST_BYTES = 64_000_000                 # of a text file
+_LOOKUP = re.compile(r"(\\*)\$\{")      # backslashes make what follows them a text of its own, in pairs themselves
 NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
 
 
-def read_text(path: Path, what: str) -> str:
+def literal(value: Any) -> Any:
+    """Returns texts, in lists and tables too, as OmegaConf has to be told them if it is to look nothing up in them."""
+    if isinstance(value, str):
+        return _LOOKUP.sub(lambda found: 2 * found[1] + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [literal(item) for item in value]
+    return value
+
+
+def looks_up(value: Any) -> bool:
+    """Says whether OmegaConf would look something up in a text, or in one of a list's or table's."""
+    if isinstance(value, str):
+        return any(len(found[1]) % 2 == 0 for found in _LOOKUP.finditer(value))
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return any(looks_up(item) for item in items)
+
+
+def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
     """Reads a UTF-8 text file; `what` it is begins the error's sentence.
 
     Raises:
-        UserError: the file is missing or is not UTF-8 text.
+        UserError: the file is missing, no file (a pipe would be waited for), of more than `most` bytes, or no UTF-8.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{what} '{path}' is no file; give the path of a text file.")
+        if path.stat().st_size > most:
+            raise UserError(f"{what} '{path}' has more than {most:,} bytes, which no such file has; check it.")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{what} '{path}' does not exist; check its path.") from error
     except OSError as error:

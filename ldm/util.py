@@ -5,13 +5,15 @@ import importlib
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("configs", "ldm", "real_reg")      # the repository's folders whose files a user may name from anywhere
+TARGETS = ("ldm.models", "ldm.modules", "ldm.lr_scheduler", "torch.nn")     # packages whose classes YAML may name
+ALLOWED = "DCI_ICO_ALLOW_TARGET"     # environment variable of further ones, which the processes we start have too
 NAME_BYTES = 120       # of a folder's name; file systems take 255, and time and number are added
 
 
@@ -59,16 +61,36 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     try:
         module = importlib.import_module(module_name)
         return getattr(importlib.reload(module) if reload else module, name)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"target '{string}' cannot be imported ({error}).") from error
+
+
+def allow_targets(names: Iterable[str]) -> None:
+    """Lets configurations name classes of one's own, by their dotted names or those of their packages."""
+    os.environ[ALLOWED] = " ".join([os.environ.get(ALLOWED, ""), *names]).strip()
+
+
+def _may_be_called(name: str) -> bool:
+    """Says whether a dotted name lies in a package that configurations may use."""
+    return any(name == package or name.startswith(f"{package}.")
+               for package in (*TARGETS, *os.environ.get(ALLOWED, "").split()))
 
 
 def instantiate_from_config(config: Mapping[str, Any]) -> Any:
     """Builds the object a `{target: dotted.Name, params: {...}}` node describes.
 
+    A configuration may come from strangers, and calling anything it names would be running their code: the name is
+    looked at before its module is imported, and what it leads to must be a class of such a package itself.
+
     Raises:
         KeyError: the node has no `target` (as CompVis's function does).
+        UserError: the target is none of our classes or PyTorch's modules, nor allowed by `allow_targets`.
     """
     if "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
-    return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+    name = config["target"]
+    found = get_obj_from_str(name) if isinstance(name, str) and _may_be_called(name) else None
+    if not (isinstance(found, type) and _may_be_called(f"{found.__module__}.{found.__qualname__}")):
+        raise UserError(f"target '{name}' is none of this project's classes or PyTorch's modules; if it is yours, "
+                        "allow it by name with --allow_target.")
+    return found(**(config.get("params") or {}))

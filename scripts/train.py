@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from ldm import cli
 from ldm.config import TrainConfig, merge
 from ldm.familiar import ONE_CONCEPT, caption_to_method, check_list, listed_concepts
+from ldm.text import literal
 from ldm.util import UserError, from_here
 
 EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
@@ -55,12 +56,12 @@ def options_to_config(options, files: Sequence[str]):
         OmegaConf.update(flags, "trainer", {"accelerator": "gpu", "devices": cli.count_gpus(options.gpus)}, merge=True)
     given = {flag: value for flag in ONE_CONCEPT if (value := getattr(options, flag)) is not None}
     check_list(options.concepts_list, options.subject, list(given))
-    concept = {ONE_CONCEPT[flag]: value for flag, value in given.items()}
-    configured = merge(TrainConfig, files).concepts
+    concept = literal({ONE_CONCEPT[flag]: value for flag, value in given.items()})
+    configured = merge(TrainConfig, files, data=bool(options.resume)).concepts
     if options.concepts_list:
         flags.concepts = listed_concepts(options.concepts_list, options.subject)
     elif concept and (options.datapath or not configured):
-        concept.setdefault("name", (options.class_noun or "concept").replace(" ", "_"))
+        concept.setdefault("name", literal((options.class_noun or "concept").replace(" ", "_")))
         flags.concepts = [concept]
     elif concept:
         flags.concepts = [OmegaConf.merge(configured[0], concept), *configured[1:]]
@@ -69,7 +70,7 @@ def options_to_config(options, files: Sequence[str]):
         method = caption_to_method(options.caption, nouns[0] if nouns else "")
         if options.modifier_token and options.modifier_token.split("+") != method["words"]:
             raise UserError(f"--modifier_token '{options.modifier_token}' contradicts --caption '{options.caption}'.")
-        flags = OmegaConf.merge(flags, {"method": method})
+        flags = OmegaConf.merge(flags, {"method": literal(method)})
     return flags
 
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     if folder and options.base:
         raise UserError("-r goes on as its run was configured, so -b has no place beside it; give key=value.")
     files = [folder / "configs" / "project.yaml"] if folder else (options.base or EMBEDDED)
-    config = merge(TrainConfig, files, options.overrides, options_to_config(options, files))
+    config = merge(TrainConfig, files, options.overrides, options_to_config(options, files), data=bool(folder))
     if options.print_config:
         return print(OmegaConf.to_yaml(config, resolve=True), end="")
     if options.inspect:
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         return inspect_run(config, options.inspect)
     from ldm.training import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder, options.insist)
-    print(f"concept file: {run.concept}")
-    print(f"pictures:     {run.preview or run.folder / 'images'}")
+    print(f"concept file: {run.concept}\npictures:     {run.preview or run.folder / 'images'}")
     base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""
     print(f"next:         {base}CONCEPT={shlex.quote(str(run.concept))} bash {from_here('inference.sh')}")
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
+from ldm.cli import set_options
 from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
 from ldm.data.layouts import captioned
 from ldm.data.regularization import read_regularization
 from ldm.evaluation.plan import SweepConfig, subjects
-from ldm.util import UserError, folder_name, from_here, shipped
+from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
 
 CONFIGS = ROOT / "configs"
 MODELS, METHODS, CONCEPTS, SAMPLES = (sorted((CONFIGS / part).glob("*.yaml"))
@@ -77,7 +80,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'.*none.yaml' does not exist"):
         merge(TrainConfig, [tmp_path / "none.yaml"])
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         merge(TrainConfig, [tmp_path / "bytes.yaml"])
     with pytest.raises(UserError, match="unknown key 'trainer'"):
         merge(SampleConfig, written(tmp_path, "trainer: {seed: 3}"))       # a training file is no sampling file
@@ -126,6 +129,77 @@ def test_a_saved_configuration_runs_again(tmp_path: Path, schema: type) -> None:
     config = merge(schema, files, ["base.ckpt=some/file.ckpt"])
     save_config(config, tmp_path / "deep" / "project.yaml")
     assert merge(schema, [tmp_path / "deep" / "project.yaml"]) == config
+
+
+# What is text, and what is not.
+
+BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 12))
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "[" * 3000, "a: {b: " * 60 + "1" + "}" * 60,
+                                  "seed: " + "9" * 5000],
+                         ids=["bomb", "endless", "deep", "deeper than any", "digits"])
+def test_bombs_are_a_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is no YAML"):
+        merge(SampleConfig, written(tmp_path, text))
+
+
+def test_aliases_are_yaml(tmp_path: Path) -> None:
+    files = written(tmp_path, "dci: {agg_lambda: &few [1, 2]}\nmodel: {a: *few, b: *few}")
+    assert merge(SampleConfig, files).model.b == [1, 2]
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="is no file"):
+        merge(SampleConfig, [tmp_path / "pipe.yaml"])
+
+
+@pytest.mark.parametrize("text", ["${x}", "${oc.env:SECRET}", "a ${", r"\${x}", r"\\${oc.env:SECRET}", "}${"])
+def test_only_files_of_configuration_look_things_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Flags, overrides and what files of data say is text, here, in what is saved, and when that is read again."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    flags = set_options(name=text, concepts=[{"name": "a", "images": "b", "class_noun": text}])
+    config = merge(TrainConfig, [], [f"method.prefix='{text}'"], flags)
+    assert (config.name, config.concepts[0].class_noun, config.method.prefix) == (text, text, text)
+    save_config(config, tmp_path / "project.yaml")
+    assert merge(TrainConfig, [tmp_path / "project.yaml"], data=True) == merge(TrainConfig, [tmp_path / "project.yaml"])
+    assert merge(TrainConfig, [tmp_path / "project.yaml"]).concepts[0].class_noun == text
+    assert "hunter2" not in (tmp_path / "project.yaml").read_text()
+
+
+def test_a_configuration_file_looks_things_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "here")
+    files = written(tmp_path, "{name: '${oc.env:PLACE}', trainer: {logdir: '${name}/logs'}}")
+    assert merge(TrainConfig, files).trainer.logdir == "here/logs"
+    with pytest.raises(UserError, match="looked up in configuration files given with -b alone"):
+        merge(TrainConfig, files, data=True)
+    with pytest.raises(UserError, match="nowhere"):
+        merge(TrainConfig, written(tmp_path, "name: '${nowhere}'"))
+
+
+# What may be called.
+
+@pytest.mark.parametrize("target", ["os.mkdir", "os.system", "torch.load", "torch.hub.load", "ldm.text.read_text",
+                                    "ldm.models.autoencoder.torch.load", "ldm.models.diffusion.ddpm.np", "print", "",
+                                    "ldm.models..x", "torch.nn.functional.relu", "ldm.models.diffusion.ddpm", 7, None])
+def test_configurations_call_networks_only(tmp_path: Path, target: object) -> None:
+    with pytest.raises(UserError, match="target '"):
+        instantiate_from_config({"target": target, "params": {}})
+
+
+def test_forks_name_their_own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mylab.py").write_text("class Mine:\n    def __init__(self, x):\n        self.x = x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DCI_ICO_ALLOW_TARGET", "")
+    node = {"target": "mylab.Mine", "params": {"x": 3}}
+    with pytest.raises(UserError, match="allow it by name with --allow_target"):
+        instantiate_from_config(node)
+    assert "mylab" not in sys.modules                                  # not even imported
+    allow_targets(["mylab"])
+    assert instantiate_from_config(node).x == 3
+    assert instantiate_from_config({"target": "torch.nn.Identity"}) is not None
 
 
 # What is shipped.

@@ -388,7 +388,7 @@ MAY_IMPORT = {                                             # room → the rooms 
     "recognize": {"convert", "checkpoint", "util"},
     "models": {"modules", "recognize", "progress", "checkpoint", "util"},
     "data": {"text", "files", "checkpoint", "util"},
-    "config": {"files", "util"},
+    "config": {"files", "text", "util"},
     "customization": {"models", "modules", "data", "config", "recognize", "progress", "text", "checkpoint", "util"},
     "convert": {"checkpoint", "util"},
     "compute": {"models", "util"},

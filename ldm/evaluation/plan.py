@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
 from ldm.evaluation.layouts import read_dataset
-from ldm.text import read_lines
+from ldm.text import literal, read_lines
 from ldm.util import UserError, shipped
 
 BASE = "base model"                          # the method of jobs that draw with the untuned network
@@ -67,7 +67,7 @@ class Subject:
 
     def training(self, config: SweepConfig, method: str, *overrides: str, run: int = 0) -> Any:
         """Merges the training configuration of a method's run number `run`."""
-        extra = OmegaConf.create({"concepts": [dict(self.entry)]}) if self.entry else None
+        extra = OmegaConf.create({"concepts": [literal(dict(self.entry))]}) if self.entry else None
         merged = merge(TrainConfig, [*config.model_files, *config.training_files, *self.files],
                        [*config.training, *config.methods[method], "preview.prompts=[]", *overrides], extra)
         return OmegaConf.merge(merged, {"trainer": {"seed": merged.trainer.seed + run}})
