@@ -124,7 +124,7 @@ def resume_state(folder: Path) -> Resumed:
             RunIdentity(**{name: part and Named(**part) for name, part in known.items()})
         own = {"fit_loop"} <= content["loops"].keys() and step > 0 and \
             all(isinstance(value, Tensor) for value in tensors.values())
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         own = False
     if not own:
         raise UserError(f"resume state '{path}' was not written by a run; give a folder under logs/.")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from ldm import checkpoint
-from ldm.checkpoint import read_metadata, save_safetensors
+from ldm.checkpoint import load_state, read_metadata, save_safetensors
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import AppliedConcept, Concept, base_identity, load_concept
 from ldm.customization.selection import trained_parameters
@@ -426,3 +426,14 @@ def test_a_full_disk_leaves_the_earlier_file(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be written.*No space left.*earlier files are intact"):
         make_concept(model, seed=2).save(path)
     assert path.read_bytes() == earlier and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("change", [
+    {"concepts": "{"}, {"concepts": "[" * 100_000}, {"concepts": "7"}, {"concepts": '[{"words": 7}]'},
+    {"concepts": '[{"words": ["<a>"], "class_noun": 7}]'}, {"base": "nothing"}, {"step": "many"}, {"info": "{"}],
+    ids=lambda change: str(change)[:40])
+def test_metadata_of_strangers_is_a_sentence(small_run, tmp_path: Path, change: dict[str, str]) -> None:
+    metadata = read_metadata(small_run.concept) | change
+    path = save_safetensors(tmp_path / "a.safetensors", load_state(small_run.concept), metadata)
+    with pytest.raises(UserError, match="concept file '.*a.safetensors'|concept word"):
+        load_concept(path)

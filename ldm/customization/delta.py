@@ -30,6 +30,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.recognize import say_left_out
 from ldm.util import UserError
 
+# What reading metadata ends in that somebody else wrote or that was damaged.
+DAMAGED_METADATA = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 FORMAT_NAME = "dci-ico-concept-"
 FORMAT = FORMAT_NAME + "1"
 FACTORS = (".u", ".v")       # what a weight's name in a file ends with where factors of a difference are stored
@@ -126,7 +128,11 @@ def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
     """
     path = existing_file(path, "concept file")
     if is_safetensors(path) and read_metadata(path, "concept file").get("format", "").startswith(FORMAT_NAME):
-        return _read_own(path)
+        try:
+            return _read_own(path)
+        except DAMAGED_METADATA as error:
+            raise UserError(f"concept file '{path}' is damaged: its metadata is not as it is written here "
+                            f"({type(error).__name__}); get it again.") from error
     nouns = ((class_noun,) if class_noun else ()) if isinstance(class_noun, str) else tuple(class_noun)
     return _read_foreign(path, words, nouns)
 
@@ -139,6 +145,10 @@ def _read_own(path: Path) -> Concept:
     if metadata["format"] != FORMAT or unknown:
         raise UserError(f"concept file '{path}' was written by another version ({metadata['format']}"
                         f"{', with ' if unknown else ''}{named(unknown)}); use the one that made it.")
+
+    if not all(value.is_floating_point() for value in tensors.values()):
+        raise UserError(f"concept file '{path}' holds tensors that are no weights (whole or complex numbers); get it "
+                        "again, from a source you trust.")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_state, load_weights, read_metadata, save_safetensors
+from ldm.customization.delta import DAMAGED_METADATA
 from ldm.data.images import square, to_tensor
 from ldm.util import UserError
 
@@ -171,7 +172,12 @@ def load_court(path: Path) -> Court:
     metadata = read_metadata(path, "judge")
     if metadata.get("format") != FORMAT:
         raise UserError(f"judge '{path}' is another kind of file; train one with scripts/pretrain/judge.py.")
-    judge = Judge(json.loads(metadata["labels"]))
+    try:
+        judge = Judge(json.loads(metadata["labels"]))
+        phrases, accuracy = json.loads(metadata["phrases"]), json.loads(metadata["accuracy"])
+        held_out = int(metadata["held_out"])
+    except DAMAGED_METADATA as error:
+        raise UserError(f"judge '{path}' is damaged: its metadata is not as it is written here "
+                        f"({type(error).__name__}); train one with scripts/pretrain/judge.py.") from error
     load_weights(judge, load_state(path, "judge"), path)
-    return Court(judge.eval().requires_grad_(False), json.loads(metadata["phrases"]),
-                 json.loads(metadata["accuracy"]), int(metadata["held_out"]))
+    return Court(judge.eval().requires_grad_(False), phrases, accuracy, held_out)
