@@ -35,6 +35,7 @@ AVERAGE = "model_ema."
 OPTIONAL_KEYS = (*ACCEPTED_EXTRA, *SCHEDULE_BUFFERS)
 
 HUB_NAME = r"[\w.-]+/[\w-]+(\.\d[\w-]*)*"    # "CompVis/stable-diffusion-v1-4", "owner/model-2.1"; no suffix of a file
+MOST_REPEATED = 10 ** 9                      # bytes
 BATCH_BYTES = 256 * 2**20                    # of a mapped file, cast before its pages are let go
 
 _globals_lock = threading.Lock()  # torch's list of allowed globals is one per process
@@ -133,10 +134,10 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Says whether every value of a tensor lies in memory of its own, as those of weights do."""
+    """Says whether a tensor holds its values, as weights do: one that repeats a few may claim no more than a GB."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return tensor.numel() * tensor.element_size() <= max(tensor.untyped_storage().nbytes(), MOST_REPEATED)
 
 
 def is_mapped(path: Path) -> bool:
