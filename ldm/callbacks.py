@@ -79,7 +79,7 @@ class SaveConcept(Callback):
         Raises:
             UserError: a value is not finite, or the disk refuses.
         """
-        tensors = state_tensors(module.state_dict(), trainer.optimizers[0].state_dict())
+        tensors = state_tensors(module.state_dict(), trainer.optimizers[0].state_dict()["state"])
         refuse_non_finite(tensors, f"the state of {self.place(trainer)}")
         if trainer.is_global_zero:
             module.concept().save(self.path(trainer.global_step), self.dtype)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldm.files import write_text
-from ldm.text import literal, looks_up, read_text
+from ldm.text import is_unicode, literal, looks_up, read_text
 from ldm.util import UserError, shipped
 
 MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
@@ -227,16 +227,32 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
     for item in overrides:
         _override(config, item)
     try:
-        OmegaConf.to_container(config, resolve=True)
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
+    for key, text in _texts(values):
+        if not is_unicode(text):
+            raise UserError(f"'{key}' is '{text}', which is not Unicode text; type it anew, or rename what it names.")
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the texts of a configuration with their dotted keys, and its keys."""
+    if isinstance(value, str):
+        yield key, value
+        return
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _texts(str(name), key)
+        yield from _texts(item, f"{key}.{name}".strip("."))
 
 
 def _override(config: DictConfig, item: str) -> None:
     """Sets one key=value (or --key=value); the key must exist, list entries are numbered: concepts.0.images."""
     key, equals, _ = item.lstrip("-").partition("=")
+    if not is_unicode(item):
+        raise UserError(f"override '{item}' is not Unicode text; type it anew, or rename what it names.")
     if not equals:
         raise UserError(f"'{item}' is neither an option nor an override; overrides are written key=value.")
     parent, _, name = key.rpartition(".")

@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from pydantic import Field
 from torch import Tensor
 
 from ldm.data.images import texts_of
 from ldm.files import write_atomically
+from ldm.records import LONGEST, BadRecord, Line, Prose, Record, parse_json, read_record
 from ldm.util import UserError
 
 MARGIN = 8
@@ -23,11 +24,27 @@ WIDEST, TALLEST = 4000, 12000   # px of a page, where its cells are not at their
 FONT = Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"
 SETTINGS_KEY = "dci-ico"        # PNG text entry with all settings as JSON
 PARAMETERS_KEY = "parameters"   # the entry other tools read
-LONGEST = 2000                  # letters of a text that is drawn or believed; prompts end at 77 tokens
-_KINDS: dict[str, tuple[type, ...]] = {
-    "prompt": (str,), "text": (str,), "auxiliary_text": (str,), "sampler": (str,), "seed": (int,), "steps": (int,),
-    "scale": (int, float), "strength": (int, float, type(None)), "concept": (dict,)}     # of the settings we read back
-_UNSPEAKABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+Whole = Annotated[int, Field(gt=-2 ** 64, lt=2 ** 64)]
+
+
+class _Concept(Record):
+    """What a picture's settings say of its concept."""
+
+    class_noun: Line = ""
+
+
+class _Settings(Record):
+    """The settings we read back; others may come from other versions."""
+
+    prompt: Prose = ""
+    text: Prose = ""
+    auxiliary_text: Prose = ""
+    sampler: Line = ""
+    seed: Whole = 0
+    steps: Whole = 0
+    scale: float = 1.0
+    strength: float | None = None
+    concept: _Concept = _Concept()
 
 
 @cache
@@ -186,29 +203,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        settings = json.loads(text)
-        _check_settings(settings)
-    except (ValueError, RecursionError) as error:
+        settings = parse_json(text)
+        read_record(_Settings, settings)
+    except BadRecord as error:
         print(f"warning: the settings inside '{path.name}' are left out, as they are not what is written here "
               f"({error}).", flush=True)
         return {}
     return settings
-
-
-def _check_settings(settings: Any) -> None:
-    """Refuses settings whose known entries are not of their kind; others may come from other versions."""
-    if not isinstance(settings, dict):
-        raise ValueError("no JSON object")
-    for name, kinds in _KINDS.items():
-        if name in settings:
-            _check_entry(name, settings[name], kinds)
-    _check_entry("class_noun", settings.get("concept", {}).get("class_noun", ""), (str,))
-
-
-def _check_entry(name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"'{name}' is of another kind")
-    if isinstance(value, str) and (len(value) > LONGEST or _UNSPEAKABLE.search(value)):
-        raise ValueError(f"'{name}' is too long or holds control characters")
-    if isinstance(value, int | float) and not abs(value) < 2 ** 64:      # NaN is not smaller either
-        raise ValueError(f"'{name}' is out of range")

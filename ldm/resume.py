@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
 from ldm.data.concept import CaptionedImages
 from ldm.files import write_atomically
+from ldm.records import BadRecord, Record, read_record
 from ldm.util import UserError
 
 IDENTITY = "ConceptData"      # Lightning's place for what the data module of this name tells it to save
@@ -102,10 +104,50 @@ class StateFiles(CheckpointIO):
         raise NotImplementedError("a run's states are replaced, never removed")
 
 
-def state_tensors(trained: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
+class _Name(Record):
+    key: str
+    text: str
+
+
+class _Identity(Record):
+    base: _Name | None = None
+    concepts: _Name | None = None
+    photos: _Name | None = None
+    class_pictures: _Name | None = None
+
+
+class _Optimizer(Record):
+    state: dict[int, dict[str, Tensor]]
+
+
+class _Loops(Record):
+    fit_loop: dict[str, Any]
+
+
+class _State(Record):
+    """What we use of a resume state, which Lightning lays out."""
+
+    global_step: Annotated[int, Field(gt=0, lt=2 ** 53)]
+    state_dict: dict[str, Tensor]
+    optimizer_states: Annotated[list[_Optimizer], Field(min_length=1, max_length=1)]
+    loops: _Loops
+    identity: Annotated[_Identity | None, Field(alias=IDENTITY)] = None     # earlier versions' states have none
+
+
+def _identity(state: _State) -> RunIdentity | None:
+    """Says what the run of a state is about, where the state does."""
+    if state.identity is None:
+        return None
+    known = {name: Named(part.key, part.text) for name, part in state.identity if part is not None}
+    return RunIdentity(**known)
+
+
+def state_tensors(trained: Mapping[str, Tensor], moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns every tensor a run goes on from, by name: what is trained, and what an optimizer's state keeps of it."""
-    return {**trained, **{f"optimizer.{index}.{name}": value for index, moments in optimizer["state"].items()
-                          for name, value in moments.items()}}
+    tensors = dict(trained)
+    for index, values in moments.items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    return tensors
 
 
 def resume_state(folder: Path) -> Resumed:
@@ -117,19 +159,12 @@ def resume_state(folder: Path) -> Resumed:
     path = folder / "checkpoints" / "last.ckpt"
     content = load_file(path, "resume state")
     try:
-        (optimizer,) = content["optimizer_states"]
-        step, tensors = content["global_step"], state_tensors(content["state_dict"], optimizer)
-        known = content.get(IDENTITY)
-        identity = earlier_identity(folder) if known is None else \
-            RunIdentity(**{name: part and Named(**part) for name, part in known.items()})
-        own = {"fit_loop"} <= content["loops"].keys() and step > 0 and \
-            all(isinstance(value, Tensor) for value in tensors.values())
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        own = False
-    if not own:
-        raise UserError(f"resume state '{path}' was not written by a run; give a folder under logs/.")
-    refuse_non_finite(tensors, f"resume state '{path}'")
-    return Resumed(folder, path, step, identity)
+        state = read_record(_State, content)
+    except BadRecord as error:
+        raise UserError(f"resume state '{path}' was not written by a run ({error}); give a folder under logs/.") \
+            from error
+    refuse_non_finite(state_tensors(state.state_dict, state.optimizer_states[0].state), f"resume state '{path}'")
+    return Resumed(folder, path, state.global_step, _identity(state) or earlier_identity(folder))
 
 
 def earlier_identity(folder: Path) -> RunIdentity:

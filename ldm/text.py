@@ -1,7 +1,6 @@
-"""The one reader of text files people write: UTF-8 with or without a byte-order mark, any line ends, lines, JSON."""
+"""The one reader of text files people write: UTF-8 with or without a byte-order mark, any line ends, lines."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,13 @@ from ldm.util import UserError
 
 MOST_BYTES = 64_000_000                 # of a text file
 _LOOKUP = re.compile(r"(\\*)\$\{")      # backslashes make what follows them a text of its own, in pairs themselves
+_HALF = re.compile("[\ud800-\udfff]")     # of a letter: what Python makes of bytes that are no text
 NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
+
+
+def is_unicode(text: str) -> bool:
+    """Says whether a text can be written as UTF-8: names of files and command lines may hold any bytes."""
+    return _HALF.search(text) is None
 
 
 def literal(value: Any) -> Any:
@@ -69,15 +74,3 @@ def read_lines(path: Path, what: str) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     return lines
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        UserError: as `read_text` does, or it is no JSON.
-    """
-    try:
-        return json.loads(read_text(path, what))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} '{path}' is no JSON ({error}); correct it.") from error

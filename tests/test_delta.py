@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -430,10 +431,40 @@ def test_a_full_disk_leaves_the_earlier_file(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     {"concepts": "{"}, {"concepts": "[" * 100_000}, {"concepts": "7"}, {"concepts": '[{"words": 7}]'},
-    {"concepts": '[{"words": ["<a>"], "class_noun": 7}]'}, {"base": "nothing"}, {"step": "many"}, {"info": "{"}],
+    {"concepts": '[{"words": ["<a>"], "class_noun": 7}]'}, {"base": "nothing"}, {"step": "many"}, {"info": "{"},
+    {"concepts": "[]"}, {"step": "-5"}, {"step": "NaN"}, {"step": "9" * 5000}, {"base": '{"name": "\\u001b[2J"}'},
+    {"concepts": '[{"words": ["<new1>", "<new2>"], "class_noun": "\\u001b[31mcat"}]'},
+    {"concepts": '[{"words": ["<new1>", "<new2>"], "class_noun": "cat", "prefix": "1"}]'},
+    {"concepts": '[{"words": ["<new1>"], "class_noun": "cat"}]'}],
     ids=lambda change: str(change)[:40])
 def test_metadata_of_strangers_is_a_sentence(small_run, tmp_path: Path, change: dict[str, str]) -> None:
     metadata = read_metadata(small_run.concept) | change
     path = save_safetensors(tmp_path / "a.safetensors", load_state(small_run.concept), metadata)
-    with pytest.raises(UserError, match="concept file '.*a.safetensors'|concept word"):
+    with pytest.raises(UserError, match="concept file '.*a.safetensors'|concept word|control characters"):
         load_concept(path)
+
+
+def test_further_metadata_of_strangers_is_passed_over(small_run, tmp_path: Path) -> None:
+    metadata = read_metadata(small_run.concept)
+    concepts = [entry | {"mood": "bright"} for entry in json.loads(metadata["concepts"])]
+    more = metadata | {"author": "\x1b[2J", "concepts": json.dumps(concepts)}
+    path = save_safetensors(tmp_path / "a.safetensors", load_state(small_run.concept), more)
+    assert load_concept(path).schemes == load_concept(small_run.concept).schemes
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("words.<new1>", torch.tensor(1.0)), ("words.<new1>", torch.ones(2, 256)), ("words.<new9>", torch.ones(256)),
+    ("contexts.<ctx-0-0-0>", torch.ones(256, dtype=torch.int64)),
+    ("model.diffusion_model.out.0.weight.u", torch.ones(8, 2)), ("model.diffusion_model.a.v", torch.ones(3))])
+def test_tensors_of_strangers_are_a_sentence(small_run, tmp_path: Path, name: str, value: Tensor) -> None:
+    state = load_state(small_run.concept) | {name: value}
+    path = save_safetensors(tmp_path / "a.safetensors", state, read_metadata(small_run.concept))
+    with pytest.raises(UserError, match="concept file '.*a.safetensors' is damaged"):
+        load_concept(path)
+
+
+@pytest.mark.parametrize("embed", [torch.tensor(1.0), torch.ones(256), torch.ones(1, 2, 256), torch.ones(1, 256).int()])
+def test_new_words_of_another_shape_are_a_sentence(tmp_path: Path, embed: Tensor) -> None:
+    torch.save({"embed": embed}, tmp_path / "delta.bin")
+    with pytest.raises(UserError, match="'embed'"):
+        load_concept(tmp_path / "delta.bin", class_noun="cat")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
+from ldm.checkpoint import load_state, read_metadata, save_safetensors
 from ldm.evaluation.judge import HEADS, Court, Judge, Wish, grant, load_court, read_wish, save_court
 from ldm.util import UserError
 
@@ -110,6 +112,26 @@ def test_other_files_are_no_judges(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "judge.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="judge"):
         load_court(tmp_path / "judge.safetensors")
+
+
+@pytest.mark.parametrize("change", [
+    {"labels": "{}"}, {"labels": '{"noun": 7}'}, {"phrases": "[]"}, {"accuracy": '{"noun": 7}'}, {"held_out": "-1"},
+    {"labels": json.dumps({head: ["\x1b[2J"] for head in LABELS})}, {"phrases": "[" * 100_000}],
+    ids=lambda change: str(change)[:30])
+def test_a_judge_with_damaged_metadata_is_a_sentence(tmp_path: Path, change: dict[str, str]) -> None:
+    path = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
+    save_safetensors(path, load_state(path), read_metadata(path) | change)
+    with pytest.raises(UserError, match="judge '.*' is damaged"):
+        load_court(path)
+
+
+def test_a_judge_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
+    state = load_state(path)
+    state["norm.weight"].fill_(float("nan"))
+    save_safetensors(path, state, read_metadata(path))
+    with pytest.raises(UserError, match="not finite, in norm.weight"):
+        load_court(path)
 
 
 # How it is trained.

@@ -332,7 +332,7 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     (lambda state: state.update(global_step="many"), "was not written by a run"),
     (lambda state: state.update(loops=[]), "was not written by a run"),
     (lambda state: state.update(ConceptData={"base": 1}), "was not written by a run"),
-    (lambda state: state.update(ConceptData={"colour": None}), "was not written by a run"),
+    (lambda state: state.update(ConceptData={"base": {"key": 1, "text": "small"}}), "was not written by a run"),
     (lambda state: state.update(state_dict={"words.0": "a"}), "was not written by a run")])
 def test_a_broken_state_is_refused_before_any_work(small_world: SmallWorld, run_copy: Path, tmp_path: Path, change,
                                                    message: str, monkeypatch: pytest.MonkeyPatch) -> None:

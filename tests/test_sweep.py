@@ -32,7 +32,7 @@ from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig
 from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
-from ldm.evaluation.sweep import Pace, Sweep, points
+from ldm.evaluation.sweep import Pace, Stored, Sweep, points
 from ldm.files import RECORD
 from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings
@@ -100,6 +100,30 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     other = Scorer((Extractor(**{**MEAN.__dict__, "name": "other"}),), None, False, ())
     monkeypatch.setattr(Generator, "generate", None)                       # other metrics measure the same pictures
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
+
+
+def test_what_is_damaged_is_set_aside_and_made_again(config: SweepConfig, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    whole, out = Sweep(config, tmp_path / "whole", SCORER).run(JOBS), tmp_path / "out"
+    sweep = Sweep(config, out, SCORER)
+    sweep.run(JOBS)
+    drawn = contents(out / "pictures")
+    point, picture = sweep.path(JOBS[0]), sweep.picture(JOBS[1], 0, 0)
+    (run,) = (out / "runs").glob("*/2*")
+    point.write_text(point.read_text()[:40])
+    picture.write_bytes(picture.read_bytes()[:20])
+    assert Sweep(config, out, SCORER).run(JOBS) == whole
+    assert {path.name for path in out.rglob("*.damaged")} == {f"{point.name}.damaged", f"{picture.name}.damaged"}
+    told = capsys.readouterr().out
+    assert f"{point.name}' is damaged; it is kept as" in told and f"{picture.name}' is damaged; it is kept as" in told
+
+    state = run / "checkpoints" / "last.ckpt"       # only met where the run is needed: something has to be drawn
+    state.write_bytes(state.read_bytes()[:100])
+    picture.unlink()
+    assert Sweep(config, out, SCORER).run(JOBS) == whole
+    assert f"{run.name}' holds a damaged file; it is kept as" in capsys.readouterr().out
+    kept = {name: data for name, data in contents(out / "pictures").items() if not name.endswith(".damaged")}
+    assert kept == drawn
 
 
 def test_results_follow_what_lists_name(small_world: SmallWorld, config: SweepConfig, tmp_path: Path) -> None:
@@ -285,16 +309,16 @@ def test_what_is_left_is_told_when_it_is_measured() -> None:
     base, other = Job("thing", BASE, 0), Job("other", "ICO", 1)
     pace = Pace({base: (0, 10), JOBS[0]: (100, 8), JOBS[1]: (0, 12), other: (50, 20)})
     assert pace.seconds() is None and str(pace) == ""                # nothing was done
-    pace.finish(base, {"seconds": 5.0, "taught": 0.0})
+    pace.finish(base, Stored(rows=[], seconds=5.0, taught=0.0))
     assert pace.seconds() is None                                   # nor was anything taught, and that is another rate
-    pace.finish(JOBS[0], {"seconds": 204.0, "taught": 200.0})
+    pace.finish(JOBS[0], Stored(rows=[], seconds=204.0, taught=200.0))
     # Fine-tuning takes 2 s a row, sampling (5 + 4) / (10 + 8) s.
     assert pace.seconds() == 50 * 2 + (12 + 20) * 0.5 and str(pace) == "about 01:56 left; "
-    pace.finish(JOBS[1], {"seconds": 6.0, "taught": 0.0})
-    pace.finish(other, {"seconds": 0.0, "taught": 0.0})
+    pace.finish(JOBS[1], Stored(rows=[], seconds=6.0, taught=0.0))
+    pace.finish(other, Stored(rows=[], seconds=0.0, taught=0.0))
     assert pace.seconds() == 0
     halved = Pace({base: (0, 10), JOBS[1]: (0, 12)}, workers=2)
-    halved.finish(base, {"seconds": 5.0, "taught": 0.0})
+    halved.finish(base, Stored(rows=[], seconds=5.0, taught=0.0))
     assert halved.seconds() == 3
 
 

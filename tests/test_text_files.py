@@ -11,7 +11,8 @@ from PIL import Image
 from ldm.data.layouts import read_subjects
 from ldm.evaluation.layouts import read_dataset, read_pictures
 from ldm.evaluation.plan import read_prompts
-from ldm.text import read_json, read_lines, read_text
+from ldm.records import load_json
+from ldm.text import read_lines, read_text
 from ldm.training import Run
 from ldm.util import UserError
 
@@ -23,7 +24,7 @@ def test_marks_and_line_ends_are_no_text(tmp_path: Path) -> None:
     path.write_bytes(MARK + "a cat \r\n\r\n\tein Kätzchen\u2028on a chair\r\n\r\n".encode())
     assert read_lines(path, "list") == ["a cat", "", "ein Kätzchen\u2028on a chair"]
     path.write_bytes(MARK + b'{"a": 1}\r\n')
-    assert read_json(path, "file") == {"a": 1}
+    assert load_json(path, "file") == {"a": 1}
 
 
 @pytest.mark.parametrize("data", ["a {}".encode("utf-16"), "a {}".encode("utf-16-le"), "café".encode("latin-1")])
@@ -41,7 +42,7 @@ def test_what_is_no_file_and_no_json_is_refused_in_words(tmp_path: Path) -> None
     for text in ("{", "[" * 100_000):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=r"^list '.*a\.json' is no JSON \("):
-            read_json(tmp_path / "a.json", "list")
+            load_json(tmp_path / "a.json", "list")
 
 
 def test_every_reader_knows_the_mark(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ConfigDict
 
 from ldm.files import claim_results, write_text
-
-CONTENT = ("machine", "findings")     # of the file that is written
+from ldm.records import Record, is_record
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,25 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+class _Findings(Record):
+    """What is written, and nothing beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: dict[str, Any]
+    findings: list[dict[str, Any]]
+
+
 def claim(path: Path) -> None:
     """Notes that findings are written to `path`; findings of earlier versions, which made no note, are ours too.
 
     Raises:
         UserError: there is another file.
     """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    claim_results(path.parent, [path.name], known=isinstance(content, dict) and content.keys() == {*CONTENT})
+    claim_results(path.parent, [path.name], known=is_record(_Findings, path))
 
 
 def save(findings: Sequence[Finding], machine: Mapping[str, object], path: Path) -> Path:
     """Writes findings and the machine they hold for as JSON."""
-    content = dict(zip(CONTENT, (dict(machine), [asdict(finding) for finding in findings]), strict=True))
+    content = {"machine": dict(machine), "findings": [asdict(finding) for finding in findings]}
     return write_text(path, json.dumps(content, indent=1) + "\n")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
+from ldm.records import is_line
 from ldm.text import NEW_WORD
 from ldm.util import UserError
 
@@ -39,6 +40,10 @@ class PromptScheme:
     index: int = 0
 
     def __post_init__(self) -> None:
+        for text in (*self.words, self.class_noun, self.template):
+            if not is_line(text):
+                raise UserError(f"'{text[:80]}' is too long or holds control characters, as no word, class noun or "
+                                "template does; write it in plain text.")
         for word in self.words:
             if not NEW_WORD.fullmatch(word):
                 raise UserError(f"concept word '{word}' must be in angle brackets without spaces, like <new1>.")

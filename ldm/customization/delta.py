@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, Json
 from torch import Tensor
 
 from ldm.checkpoint import (
@@ -28,13 +28,22 @@ from ldm.customization.foreign import read_delta, schemes_of
 from ldm.customization.selection import UNET_PREFIX
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.recognize import say_left_out
+from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
 
-# What reading metadata ends in that somebody else wrote or that was damaged.
-DAMAGED_METADATA = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError)
 FORMAT_NAME = "dci-ico-concept-"
 FORMAT = FORMAT_NAME + "1"
 FACTORS = (".u", ".v")       # what a weight's name in a file ends with where factors of a difference are stored
+
+
+class Metadata(Record):
+    """What a concept file says of itself; all but its format in JSON."""
+
+    format: Line
+    concepts: Json[Annotated[tuple[PromptScheme, ...], Field(min_length=1)]]
+    base: Json[dict[Line, Line]]
+    step: Json[Count]
+    info: Json[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +87,7 @@ class Concept:
         tensors = {f"words.{name}": value.float() for name, value in self.words.items()}
         tensors |= {f"contexts.{name}": value.float() for name, value in self.contexts.items()}
         tensors |= {f"{UNET_PREFIX}{name}": _stored(name, value, dtype) for name, value in weights.items()}
-        schemes = [{"words": list(scheme.words), "class_noun": scheme.class_noun, "prefix": scheme.prefix,
-                    "suffix": scheme.suffix, "template": scheme.template} for scheme in self.schemes]
+        schemes = [asdict(scheme) for scheme in self.schemes]
         return save_safetensors(path, tensors, {"format": FORMAT, "concepts": schemes, "base": dict(self.base),
                                                 "step": self.step, "info": dict(self.info)})
 
@@ -130,38 +138,66 @@ def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
     if is_safetensors(path) and read_metadata(path, "concept file").get("format", "").startswith(FORMAT_NAME):
         try:
             return _read_own(path)
-        except DAMAGED_METADATA as error:
-            raise UserError(f"concept file '{path}' is damaged: its metadata is not as it is written here "
-                            f"({type(error).__name__}); get it again.") from error
+        except BadRecord as error:
+            raise UserError(f"concept file '{path}' is damaged ({error}); get it again.") from error
     nouns = ((class_noun,) if class_noun else ()) if isinstance(class_noun, str) else tuple(class_noun)
     return _read_foreign(path, words, nouns)
 
 
 def _read_own(path: Path) -> Concept:
-    metadata = read_metadata(path, "concept file")
-    tensors = load_file(path, "concept file")
-    refuse_non_finite(tensors, f"concept file '{path}'")
-    unknown = [key for key in tensors if not key.startswith(("words.", "contexts.", UNET_PREFIX))]
-    if metadata["format"] != FORMAT or unknown:
-        raise UserError(f"concept file '{path}' was written by another version ({metadata['format']}"
-                        f"{', with ' if unknown else ''}{named(unknown)}); use the one that made it.")
+    """Reads a concept file of ours.
 
-    if not all(value.is_floating_point() for value in tensors.values()):
-        raise UserError(f"concept file '{path}' holds tensors that are no weights (whole or complex numbers); get it "
-                        "again, from a source you trust.")
+    Raises:
+        BadRecord: its metadata or tensors are not as they are written here.
+        UserError: another version wrote it, or it has values that are not finite.
+    """
+    entries = read_metadata(path, "concept file")
+    tensors = load_file(path, "concept file")
+    unknown = [key for key in tensors if not key.startswith(("words.", "contexts.", UNET_PREFIX))]
+    if entries["format"] != FORMAT or unknown:
+        raise UserError(f"concept file '{path}' was written by another version ({entries['format']}"
+                        f"{', with ' if unknown else ''}{named(unknown)}); use the one that made it.")
+    metadata = read_record(Metadata, entries)
+    refuse_non_finite(tensors, f"concept file '{path}'")
+    _check_tensors(tensors)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
-    schemes = tuple(PromptScheme(**{**entry, "words": tuple(entry["words"]), "index": index})
-                    for index, entry in enumerate(json.loads(metadata["concepts"])))
-    words = part("words.")
-    ordered = {name: words[name] for scheme in schemes for name in scheme.words}
-    weights = part(UNET_PREFIX)
-    factored = [name.removesuffix(FACTORS[0]) for name in weights if name.endswith(FACTORS[0])]
-    factors = {name: tuple(weights.pop(name + end) for end in FACTORS) for name in factored}
-    return Concept(ordered, part("contexts."), weights, schemes, json.loads(metadata["base"]),
-                   int(metadata["step"]), json.loads(metadata["info"]), factors)
+    schemes = tuple(replace(scheme, index=index) for index, scheme in enumerate(metadata.concepts))
+    weights, factors = _split_factors(part(UNET_PREFIX))
+    return Concept(_in_order(part("words."), schemes), part("contexts."), weights, schemes, metadata.base,
+                   metadata.step, metadata.info, factors)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses what no training writes: values that are no weights, words that are no vectors."""
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise BadRecord(f"'{name}' is of {value.dtype}, not of floating-point numbers")
+        if not name.startswith(UNET_PREFIX) and value.ndim != 1:
+            raise BadRecord(f"'{name}' is no vector")
+
+
+def _split_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Parts weights that are stored in full from those stored as factors of a difference."""
+    full = {name: value for name, value in weights.items() if not name.endswith(FACTORS)}
+    names = {name[:-len(FACTORS[0])] for name in weights.keys() - full.keys()}
+    factors = {}
+    for name in sorted(names):
+        u, v = (weights.get(name + end) for end in FACTORS)
+        if u is None or v is None or u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
+            raise BadRecord(f"'{name}' has factors that do not multiply")
+        factors[name] = u, v
+    return full, factors
+
+
+def _in_order(words: Mapping[str, Tensor], schemes: Sequence[PromptScheme]) -> dict[str, Tensor]:
+    """Returns the words' vectors in the order in which concepts name them."""
+    names = [name for scheme in schemes for name in scheme.words]
+    if sorted(names) != sorted(words):
+        raise BadRecord(f"its concepts name the words {named(names)}, and it holds {named(words) or 'none'}")
+    return {name: words[name] for name in names}
 
 
 def _read_foreign(path: Path, words: tuple[str, ...], nouns: tuple[str, ...]) -> Concept:

@@ -57,7 +57,7 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
     if title:
         raise UserError(f"concept file '{path}' is no concept: it is {title}; give here what training wrote under "
                         "checkpoints/ or a Custom Diffusion delta, and a checkpoint with --ckpt.")
-    delta = _take_apart(state)
+    delta = _take_apart(path, state)
     if not (len(delta.rows) or delta.weights or delta.factors):
         raise UserError(f"concept file '{path}' is no concept: it has neither our format nor the release's token "
                         "table nor Custom Diffusion's 'embed' or weights.")
@@ -70,14 +70,14 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
     return delta
 
 
-def _take_apart(state: Mapping[str, Any]) -> Delta:
+def _take_apart(path: Path, state: Mapping[str, Any]) -> Delta:
     delta = Delta(torch.empty(0, 0))
     for key, value in state.items():
         name = key.removeprefix(UNET_PREFIX)
         if key == EMBED and isinstance(value, Tensor):
-            delta.rows = value.detach().float()
+            delta.rows = _rows(path, key, value)
         elif key == TABLE and isinstance(value, Tensor):
-            delta.rows, delta.single = value.detach()[CLIP_WORDS:].float(), False
+            delta.rows, delta.single = _rows(path, key, value)[CLIP_WORDS:], False
         elif TEXT_NAME.match(key):
             delta.text.append(key)
         elif UNET_NAME.match(name) and isinstance(value, Tensor):
@@ -87,6 +87,13 @@ def _take_apart(state: Mapping[str, Any]) -> Delta:
         else:
             delta.spare.append(key)
     return delta
+
+
+def _rows(path: Path, name: str, table: Tensor) -> Tensor:
+    """Returns a table of words' vectors (m, D) in float32."""
+    if table.ndim != 2 or not table.is_floating_point():
+        raise UserError(f"concept file '{path}' is damaged: '{name}' is no table of words' vectors; get it again.")
+    return table.detach().float()
 
 
 def _is_pair(value: Any) -> bool:

@@ -18,6 +18,7 @@ from urllib3.util import Timeout
 
 from ldm.data.clip_answer import CHUNK, Answer, NoList, printable
 from ldm.data.download import AGENT, Deadline, guarded_pool, why_failed
+from ldm.records import BadRecord, parse_json
 from ldm.util import UserError
 
 MISSING = "this Python has no package clip-retrieval"
@@ -171,8 +172,8 @@ class _Server:
                 return []
             file.seek(0)
             try:
-                names = json.loads(file.read())
-            except (ValueError, RecursionError):
+                names = parse_json(file.read())
+            except BadRecord:
                 return []
         return names if isinstance(names, list) else []
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import existing_file, load_state, load_weights
-from ldm.text import read_json
+from ldm.records import load_json
 from ldm.util import UserError
 
 OPENAI = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -74,7 +74,7 @@ def register_architecture(path: Path) -> str:
         UserError: the file is missing, describes none, or one with parts that lie on a hub.
     """
     import open_clip
-    content = read_json(path, "CLIP architecture")
+    content = load_json(path, "CLIP architecture")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in
                                                 ("vision_cfg", "text_cfg")) or "embed_dim" not in content:
         raise UserError(f"'{path}' is no open_clip model configuration (embed_dim, vision_cfg, text_cfg).")

@@ -2,29 +2,26 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
-import math
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from ldm.checkpoint import existing_file
-from ldm.data.clip_answer import printable
 from ldm.data.clip_index import DESCRIPTION, library
 from ldm.data.clip_model import Clip, check_clip, first_line, load_clip
 from ldm.data.download import Deadline
 from ldm.data.images import Unusable, decode
-from ldm.text import read_json
+from ldm.records import BadRecord, Line, Record, load_record, read_record
 from ldm.util import UserError
 
 KNN, INDICES = "/knn-service", "/indices-list"
@@ -45,15 +42,26 @@ class _Refused(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What a request asks for; one of text, picture and vector is there."""
+class _Question(Record):
+    """What a request asks for, in the names of clip-retrieval's protocol; one of text, image and vector is there."""
 
-    text: str | None
-    picture: bytes | None
-    vector: list[float] | None
-    count: int
-    deduplicate: bool
+    model_config = ConfigDict(val_json_bytes="base64")
+
+    text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
+    image: bytes | None = None
+    embedding_input: list[Annotated[float, Field(gt=-1e30, lt=1e30)]] | None = None
+    num_images: Annotated[int, Field(ge=1, le=MOST_ASKED)] = 100
+    deduplicate: bool | None = None
+    modality: Literal["image"] = "image"
+    indice_name: Line | None = None
+    image_url: Line | None = None
+
+
+class _Description(Record):
+    """What an index's folder says of it."""
+
+    name: Annotated[Line, Field(min_length=1, max_length=200)]
+    clip: Line
 
 
 class Index:
@@ -80,8 +88,8 @@ class Index:
     def answer(self, question: _Question) -> Iterator[dict[str, Any]]:
         """Returns the pictures a question finds, best first, each read when it is its turn."""
         with self._turn:
-            similarities, numbers = self._search(self._vector(question), min(question.count, len(self.rows)),
-                                                 question.deduplicate)
+            similarities, numbers = self._search(self._vector(question), min(question.num_images, len(self.rows)),
+                                                 bool(question.deduplicate))
         return (self._entry(int(number), float(similarity))
                 for similarity, number in zip(similarities, numbers, strict=True))
 
@@ -93,14 +101,14 @@ class Index:
 
     def _vector(self, question: _Question) -> np.ndarray:
         """Returns what to look for, (1, D) float32."""
-        if question.text is not None:
+        if question.text:
             return self.clip.texts([question.text]).numpy()
-        if question.picture is not None:
+        if question.image is not None:
             try:
-                return self.clip.pictures([decode(question.picture).image]).numpy()
+                return self.clip.pictures([decode(question.image).image]).numpy()
             except Unusable as problem:
                 raise _Refused(400, f"the picture {problem}") from problem
-        vector = np.array([question.vector], dtype=np.float32)
+        vector = np.array([question.embedding_input], dtype=np.float32)
         if vector.shape[1] != self.vectors.d:
             raise _Refused(400, f"embedding_input has {vector.shape[1]} numbers instead of {self.vectors.d}")
         return vector
@@ -124,11 +132,8 @@ def _read_description(folder: Path) -> tuple[str, str]:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise UserError(f"'{folder}' holds no finished index; build one with scripts/retrieve.py index.")
-    content = read_json(path, "index")
-    name, clip = (content.get(key) if isinstance(content, dict) else None for key in ("name", "clip"))
-    if not isinstance(clip, str) or not isinstance(name, str) or not name or name != printable(name, 200):
-        raise UserError(f"'{path}' is damaged: it names no index and CLIP; {ANEW}.")
-    return name, clip
+    description = load_record(_Description, path, "index", ANEW)
+    return description.name, description.clip
 
 
 def _read_rows(path: Path) -> list[tuple[str, str, str]]:
@@ -319,46 +324,13 @@ def read_question(body: bytes, name: str) -> _Question:
         _Refused: it is none, or asks for what is not done here.
     """
     try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _Refused(400, "the request is no JSON") from error
-    if not isinstance(asked, dict):
-        raise _Refused(400, "the request is no JSON object")
-    if asked.get("image_url") is not None:
+        question = read_record(_Question, body)
+    except BadRecord as error:
+        raise _Refused(400, f"the request is not understood: {error}") from error
+    if question.image_url is not None:
         raise _Refused(400, "image_url is not fetched; send the picture itself as image")
-    if asked.get("indice_name") not in (None, name):
+    if question.indice_name not in (None, name):
         raise _Refused(400, f"there is no such index; it is called '{name}'")
-    if asked.get("modality", "image") != "image":
-        raise _Refused(400, "modality must be image")
-    count = asked.get("num_images", 100)
-    if type(count) is not int or not 1 <= count <= MOST_ASKED:
-        raise _Refused(400, f"num_images must be a number from 1 to {MOST_ASKED}")
-    sought = [_asked_text(asked.get("text")), _asked_picture(asked.get("image")),
-              _asked_vector(asked.get("embedding_input"))]
-    if sum(item is not None for item in sought) != 1:
+    if [question.text or None, question.image, question.embedding_input].count(None) != 2:
         raise _Refused(400, "the request must have one of text, image and embedding_input")
-    return _Question(*sought, count, asked.get("deduplicate") is True)
-
-
-def _asked_text(value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or len(value) > MOST_TEXT):
-        raise _Refused(400, f"text must be a text of {MOST_TEXT} characters at most")
-    return printable(value, MOST_TEXT) or None
-
-
-def _asked_picture(value: Any) -> bytes | None:
-    if value is None:
-        return None
-    try:
-        return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise _Refused(400, "image must be a picture file in base64") from error
-
-
-def _asked_vector(value: Any) -> list[float] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(type(number) in (int, float) and abs(number) < 1e30
-                                              and math.isfinite(number) for number in value):
-        raise _Refused(400, "embedding_input must be a list of numbers")
-    return value
+    return question

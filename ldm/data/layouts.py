@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.images import Skipped, entries_of, find_listed, list_images, some_skipped, why_unusable
-from ldm.text import NEW_WORD, read_json, read_lines, read_text
+from ldm.records import BadRecord, load_json, parse_json
+from ldm.text import NEW_WORD, read_lines, read_text
 from ldm.util import UserError, shipped
 
 IMAGES, CAPTIONS = "images.txt", "caption.txt"
@@ -123,8 +123,8 @@ def _json_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(read_lines(path, "list of captions"), 1):
         try:
-            entry = json.loads(line) if line else None
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line) if line else None
+        except BadRecord as error:
             raise UserError(f"line {number} of '{path}' is no JSON ({error}); correct it.") from error
         if line and not isinstance(entry, dict):
             raise UserError(f"line {number} of '{path}' is not as expected; write "
@@ -221,7 +221,7 @@ def _noun_of(name: str) -> str:
 
 def _json(path: Path) -> tuple[list[Subject], bool]:
     """Reads a JSON list of concepts; says too whether all of them are meant."""
-    entries = read_json(path, "list of concepts")
+    entries = load_json(path, "list of concepts")
     if isinstance(entries, list) and entries and all(isinstance(entry, list) for entry in entries):
         entries = [entry for group in entries for entry in group]      # CustomConcept101's groups of two
     if not isinstance(entries, list) or not entries:

@@ -1,17 +1,17 @@
 """Fills a real_reg folder from a clip-retrieval server: ask, keep what fits, fetch in parallel, resume after a kill."""
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from ldm.data.clip_answer import Answer, Found
 from ldm.data.clip_client import Query, ask_server
@@ -22,6 +22,7 @@ from ldm.data.picture_store import PictureStore
 from ldm.data.regularization import CAPTIONS, IMAGES, URLS, class_caption, write_lists
 from ldm.data.turns import turn_in
 from ldm.files import set_aside, write_text
+from ldm.records import BadRecord, Record, read_record
 from ldm.text import read_lines
 from ldm.util import UserError, folder_name
 
@@ -39,8 +40,7 @@ class Candidate:
     caption: str
 
 
-@dataclass(frozen=True)
-class State:
+class State(Record):
     """What a set's folder says of its retrieval.
 
     Attributes:
@@ -51,10 +51,10 @@ class State:
     """
 
     sought: dict[str, Any]
-    asked: int
+    asked: Annotated[int, Field(ge=0, le=MOST_ASKED)]
     candidates: list[Candidate]
     reasons: dict[int, str]
-    journaled: bool
+    journaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,10 @@ class Retrieval:
         if not path.exists():
             return None
         try:
-            return read_state(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"'{path}' cannot be read ({error.strerror}); check it.") from error
-        except ValueError as error:
+            return read_record(State, path.read_bytes())
+        except BadRecord as error:
             set_aside(path, f"is damaged ({error})")
-        state = State(self._key(), 0, self._listed_candidates(), {}, journaled=True)
+        state = State(sought=self._key(), asked=0, candidates=self._listed_candidates(), reasons={}, journaled=True)
         self.candidates = state.candidates
         self._write_state()
         return state
@@ -205,9 +203,9 @@ class Retrieval:
         return new > 0
 
     def _write_state(self) -> None:
-        content = {"sought": self._key(), "asked": self.asked, "reasons": self.store.reasons, "journaled": True,
-                   "candidates": [asdict(candidate) for candidate in self.candidates]}
-        write_text(self.folder / STATE, json.dumps(content))
+        state = State(sought=self._key(), asked=self.asked, candidates=self.candidates, reasons=self.store.reasons,
+                      journaled=True)
+        write_text(self.folder / STATE, state.model_dump_json())
 
     def _ask_again(self, numbers: Sequence[int]) -> None:
         """Asks once more for pictures that only the server has, and that were lost here."""
@@ -306,25 +304,6 @@ def refuse_foreign(folder: Path, class_noun: str) -> None:
                         "--out, or use it as it is (data.reg.mode=folder).")
 
 
-def read_state(text: str) -> State:
-    """Reads a retrieval's state.
-
-    Raises:
-        ValueError: it is damaged; the message says how, worded to stand in brackets.
-    """
-    try:
-        content = json.loads(text)
-        candidates = [Candidate(*(_text(entry[name]) for name in ("identity", "url", "caption")))
-                      for entry in content["candidates"]]
-        reasons = {int(number): _text(reason) for number, reason in content["reasons"].items()}
-        sought, asked = dict(content["sought"]), content["asked"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{type(error).__name__}") from error
-    if not isinstance(asked, int) or not 0 <= asked <= MOST_ASKED:
-        raise ValueError("it asked for an impossible number of pictures")
-    return State(sought, asked, candidates, reasons, content.get("journaled") is True)
-
-
 def small_version(image: Image.Image) -> np.ndarray:
     """Returns (8, 8, 3) mean colours, float32 in [0, 255]: nearly equal for copies of any size and compression."""
     return np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX), dtype=np.float32)
@@ -334,9 +313,3 @@ def tally(reasons: Iterable[str]) -> dict[str, int]:
     """Counts reasons of one kind, the commonest first; details in brackets and names of files make no other kind."""
     kinds = (re.sub(r"\S+\.jpg$", "another picture", re.sub(r" \([^()]*\)$", "", reason)) for reason in reasons)
     return dict(Counter(kinds).most_common())
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value

@@ -1,21 +1,21 @@
 """The judge: a classifier of the small world that says which noun, scene, style and colour a picture shows."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field, Json
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_state, load_weights, read_metadata, save_safetensors
-from ldm.customization.delta import DAMAGED_METADATA
+from ldm.checkpoint import load_state, load_weights, read_metadata, refuse_non_finite, save_safetensors
 from ldm.data.images import square, to_tensor
+from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
 
 SIDE = 64                                   # px the judge sees
@@ -156,6 +156,24 @@ class Court:
         return rows
 
 
+class _Labels(Record):
+    """Label names of each head."""
+
+    noun: tuple[Line, ...]
+    scene: tuple[Line, ...]
+    style: tuple[Line, ...]
+    colour: tuple[Line, ...]
+
+
+class _Metadata(Record):
+    """What a judge's file says of it."""
+
+    labels: Json[_Labels]
+    phrases: Json[dict[Line, dict[Line, list[Line]]]]
+    accuracy: Json[dict[Line, Annotated[float, Field(ge=0, le=1)]]]
+    held_out: Json[Count]
+
+
 def save_court(court: Court, path: Path) -> Path:
     """Writes one safetensors file in fp16 with labels, phrases and accuracy as metadata."""
     return save_safetensors(path, {key: value.half() for key, value in court.judge.state_dict().items()},
@@ -169,15 +187,15 @@ def load_court(path: Path) -> Court:
     Raises:
         UserError: the file is missing, damaged or no judge.
     """
-    metadata = read_metadata(path, "judge")
-    if metadata.get("format") != FORMAT:
+    entries = read_metadata(path, "judge")
+    if entries.get("format") != FORMAT:
         raise UserError(f"judge '{path}' is another kind of file; train one with scripts/pretrain/judge.py.")
     try:
-        judge = Judge(json.loads(metadata["labels"]))
-        phrases, accuracy = json.loads(metadata["phrases"]), json.loads(metadata["accuracy"])
-        held_out = int(metadata["held_out"])
-    except DAMAGED_METADATA as error:
-        raise UserError(f"judge '{path}' is damaged: its metadata is not as it is written here "
-                        f"({type(error).__name__}); train one with scripts/pretrain/judge.py.") from error
-    load_weights(judge, load_state(path, "judge"), path)
-    return Court(judge.eval().requires_grad_(False), phrases, accuracy, held_out)
+        metadata = read_record(_Metadata, entries)
+    except BadRecord as error:
+        raise UserError(f"judge '{path}' is damaged ({error}); train one with scripts/pretrain/judge.py.") from error
+    judge = Judge(metadata.labels.model_dump())
+    state = load_state(path, "judge")
+    refuse_non_finite(state, f"judge '{path}'")
+    load_weights(judge, state, path)
+    return Court(judge.eval().requires_grad_(False), metadata.phrases, metadata.accuracy, metadata.held_out)

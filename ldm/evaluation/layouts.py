@@ -10,7 +10,8 @@ from typing import Any
 
 from ldm.data.images import entries_of, list_images
 from ldm.pictures import read_settings
-from ldm.text import read_json, read_lines, read_text
+from ldm.records import load_json
+from ldm.text import read_lines, read_text
 from ldm.util import UserError
 
 KEYS = ("instance_data_dir", "prompt_filename", "class_prompt")     # of an entry of CustomConcept101's list
@@ -109,7 +110,7 @@ def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
 
 def _read_json(path: Path, kind: type) -> Any:
     """Reads a JSON file that must hold a dict or a list."""
-    content = read_json(path, "file")
+    content = load_json(path, "file")
     if not isinstance(content, kind):
         raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}.")
     return content

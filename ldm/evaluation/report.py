@@ -11,6 +11,7 @@ from typing import Any
 from ldm.evaluation.metrics import PER_PICTURE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 from ldm.files import claim_results, write_text
+from ldm.records import Record, is_record
 
 Rows = Sequence[Mapping[str, Any]]
 ROWS, SUMMARY = ("rows.jsonl", "rows.csv"), "summary.json"      # what every folder of results holds
@@ -95,13 +96,15 @@ def claim_folder(folder: Path, *names: str) -> None:
     claim_results(folder, [*ROWS, SUMMARY, *names], known=is_earlier(folder))
 
 
+class _Summary(Record):
+    """By which a summary is known as ours."""
+
+    measured_by: Any
+
+
 def is_earlier(folder: Path) -> bool:
     """Says whether an evaluation or an experiment wrote into a folder, by its summary."""
-    try:
-        content = json.loads((folder / SUMMARY).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "measured_by" in content
+    return is_record(_Summary, folder / SUMMARY)
 
 
 def write_rows(rows: Rows, folder: Path) -> None:

@@ -1,23 +1,49 @@
 """The small CLIP: the embedded model's text tower and an image tower that shares its space."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, Json
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_state, load_weights, read_metadata, save_safetensors, weights_hash
+from ldm.checkpoint import (
+    load_state,
+    load_weights,
+    read_metadata,
+    refuse_non_finite,
+    save_safetensors,
+    weights_hash,
+)
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.records import BadRecord, Line, Record, read_record
 from ldm.util import UserError
 
 SIDE = 64                                        # px the image tower sees
 TEXT_PREFIX = "cond_stage_model.transformer."    # where the embedded model keeps the text tower
 FORMAT = "dci-ico-small-clip-1"
+PACK = "pack it again with scripts/pretrain/pack.py"
+
+
+class _TextConfig(Record):
+    """Arguments of the FrozenCLIPEmbedder whose tower it is; bounds as of CLIP's largest."""
+
+    version: Literal["openai/clip-vit-large-patch14", "tiny"]
+    max_length: Annotated[int, Field(ge=2, le=1024)] = 77
+    width: Annotated[int, Field(ge=1, le=4096)] = 768
+    layers: Annotated[int, Field(ge=1, le=64)] = 12
+    heads: Annotated[int, Field(ge=1, le=64)] = 12
+
+
+class _Metadata(Record):
+    """What a small CLIP's file says of it."""
+
+    text_tower: Line
+    text_config: Json[_TextConfig]
 
 
 class ImageTower(nn.Sequential):
@@ -76,19 +102,37 @@ def load_small_clip(path: Path, model_path: Path) -> tuple[SmallCLIP, FrozenCLIP
     Raises:
         UserError: a file is missing or no small CLIP, or the two were not trained together.
     """
-    metadata = read_metadata(path, "small CLIP")
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"small CLIP '{path}' is another kind of file; pack it again with scripts/pretrain/pack.py.")
+    metadata = _read_metadata(path)
     text = {f"text.{key.removeprefix(TEXT_PREFIX)}": value for key, value in load_state(model_path).items()
             if key.startswith(TEXT_PREFIX)}
-    if weights_hash({key.removeprefix("text."): value for key, value in text.items()}) != metadata["text_tower"]:
+    if weights_hash({key.removeprefix("text."): value for key, value in text.items()}) != metadata.text_tower:
         raise UserError(f"small CLIP '{path}' was not trained with the text tower of '{model_path}'; pack both again "
                         "with scripts/pretrain/pack.py.")
-    config = json.loads(metadata["text_config"])
-    embedder, rest = FrozenCLIPEmbedder(**config), load_state(path, "small CLIP")
-    model = SmallCLIP(embedder, config["width"], len(rest["text_projection.weight"]))
+    config = metadata.text_config
+    embedder, rest = FrozenCLIPEmbedder(**config.model_dump()), load_state(path, "small CLIP")
+    refuse_non_finite(rest, f"small CLIP '{path}'")
+    model = SmallCLIP(embedder, config.width, _vector_length(path, rest))
     load_weights(model, {**text, **rest}, path)
     return model.eval().requires_grad_(False), embedder
+
+
+def _read_metadata(path: Path) -> _Metadata:
+    """Reads what a small CLIP's file says of it."""
+    entries = read_metadata(path, "small CLIP")
+    if entries.get("format") != FORMAT:
+        raise UserError(f"small CLIP '{path}' is another kind of file; {PACK}.")
+    try:
+        return read_record(_Metadata, entries)
+    except BadRecord as error:
+        raise UserError(f"small CLIP '{path}' is damaged ({error}); {PACK}.") from error
+
+
+def _vector_length(path: Path, state: Mapping[str, Tensor]) -> int:
+    """Returns how long its vectors are, by its projection's shape."""
+    projection = state.get("text_projection.weight")
+    if projection is None or projection.ndim != 2:
+        raise UserError(f"small CLIP '{path}' is damaged (it has no projection of texts); {PACK}.")
+    return len(projection)
 
 
 @torch.no_grad()

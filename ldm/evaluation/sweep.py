@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,9 +37,9 @@ from ldm.files import DAMAGED, set_aside
 from ldm.pictures import save_png
 from ldm.pipeline import Generator, check_settings
 from ldm.progress import progress
+from ldm.records import Record, load_record
 from ldm.resume import resume_state
 from ldm.sampling import load_generator
-from ldm.text import read_json
 from ldm.training import fine_tune
 from ldm.util import UserError, folder_name, shipped
 
@@ -46,6 +47,14 @@ Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]
 
 INTERRUPTED = "interrupted; the same command goes on where this one stopped."
 VOLATILE = ("device", "batch_size", "compile")      # sampling settings that do not change pictures
+
+
+class Stored(Record):
+    """What is on disk of a job: its rows, the seconds it took and those of them that fine-tuning took."""
+
+    rows: list[dict[str, Any]]
+    seconds: Annotated[float, Field(ge=0)]
+    taught: Annotated[float, Field(ge=0)]
 
 
 class Sweep:
@@ -111,9 +120,9 @@ class Sweep:
                 bar.update(len(order) - bar.n)
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(INTERRUPTED) from interrupt
-        return {job: [{**row, **describe(job)} for row in self.stored(job)["rows"]] for job in order}
+        return {job: [{**row, **describe(job)} for row in self.stored(job).rows] for job in order}
 
-    def _make(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> dict[str, Any]:
+    def _make(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> Stored:
         """Makes a job's rows and returns what is on disk then."""
         start, taught = time.monotonic(), self._taught
         rows = self.measure(job, self.draw(job, jobs, bar))
@@ -121,22 +130,13 @@ class Sweep:
                                     "taught": self._taught - taught, "rows": rows})
         return self.stored(job)
 
-    def stored(self, job: Job) -> dict[str, Any]:
-        """Reads what is on disk of a job: its rows, the seconds it took and those of them that fine-tuning took.
+    def stored(self, job: Job) -> Stored:
+        """Reads what is on disk of a job.
 
         Raises:
             UserError: that is damaged.
         """
-        path = self.path(job)
-        content = read_json(path, "point")
-        try:
-            rows, whole = content["rows"], 0 <= content["taught"] <= content["seconds"]
-            whole = whole and all(isinstance(row, dict) for row in rows)
-        except (KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"point '{path}' is damaged; remove it, and it is made again.")
-        return content
+        return load_record(Stored, self.path(job), "point", "remove it, and it is made again")
 
     def finished(self, job: Job) -> bool:
         """Says whether a job's rows and pictures are there; what is damaged is set aside, to be made again."""
@@ -166,7 +166,7 @@ class Sweep:
 
     def seconds(self, jobs: Sequence[Job]) -> float:
         """Returns the time that these jobs took when they were carried out."""
-        return sum(self.stored(job)["seconds"] for job in dict.fromkeys(jobs))
+        return sum(self.stored(job).seconds for job in dict.fromkeys(jobs))
 
     def settings(self, job: Job) -> Any:
         """Returns a job's sampling configuration."""
@@ -425,11 +425,10 @@ class Pace:
         self._left, self._workers = dict(shares), workers
         self._done, self._seconds = [0, 0], [0.0, 0.0]
 
-    def finish(self, job: Job, stored: Mapping[str, Any]) -> None:
+    def finish(self, job: Job, stored: Stored) -> None:
         """Counts a job with the seconds that its file tells."""
-        taught = stored["taught"]
-        for kind, (rows, seconds) in enumerate(zip(self._left.pop(job), (taught, stored["seconds"] - taught),
-                                                   strict=True)):
+        spent = (stored.taught, stored.seconds - stored.taught)
+        for kind, (rows, seconds) in enumerate(zip(self._left.pop(job), spent, strict=True)):
             if rows:
                 self._done[kind] += rows
                 self._seconds[kind] += seconds

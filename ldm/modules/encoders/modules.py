@@ -95,7 +95,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     def vectors_of(self, text: str) -> Tensor:
         """Returns the token vectors (n, D) of a text: one per byte-pair token."""
-        return self.embedding(torch.tensor([self.content_ids(text)], device=self.device))[0].detach()
+        ids = torch.tensor([self.content_ids(text)], dtype=torch.long, device=self.device)     # (1, n); n may be 0
+        return self.embedding(ids)[0].detach()
 
     def content_ids(self, text: str) -> list[int]:
         """Tokenizes a text, cleaned as CLIP cleans it, without start, end and padding."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.text import NEW_WORD
+from ldm.text import NEW_WORD, is_unicode
 from ldm.util import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -24,7 +24,12 @@ def clean(text: str) -> str:
 
     Broken encodings, typographic quotes and the like are mended, HTML's entities are resolved twice, white space is
     collapsed. New words stay as they are.
+
+    Raises:
+        UserError: the text holds bytes that are no Unicode text.
     """
+    if not is_unicode(text):
+        raise UserError(f"'{text[:80]}' is not Unicode text; type it anew, in UTF-8.")
     return " ".join(_outside_new_words(_mend, text).split())
 
 
