@@ -237,8 +237,12 @@ def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: I
     misshapen = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
                  for key in expected if key in state and state[key].shape != expected[key].shape]
 
+    no_weights = [f"{key} of {state[key].dtype}" for key in expected
+                  if key in state and expected[key].is_floating_point() and not state[key].is_floating_point()]
+
     parts = [f"{len(keys)} {word} ({named(keys)})" for word, keys in
-             (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)) if keys]
+             (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen),
+              ("not of floating-point numbers", no_weights)) if keys]
     return "; ".join(parts)
 
 

@@ -21,6 +21,7 @@ from ldm.text import is_unicode, literal, looks_up, read_text
 from ldm.util import UserError, shipped
 
 MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
+LARGEST = 10 ** 300    # what whole numbers stay below
 
 
 @dataclass
@@ -222,7 +223,7 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
             for key in _unknown_keys(part, config):
                 raise UserError(f"{source}: unknown key '{key}'{_nearest(key, config)}")
             config = OmegaConf.merge(config, part)
-        except (OmegaConfBaseException, TypeError) as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise UserError(f"{source}: {_first_line(error)}") from error
     for item in overrides:
         _override(config, item)
@@ -230,22 +231,26 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
-    for key, text in _texts(values):
-        if not is_unicode(text):
-            raise UserError(f"'{key}' is '{text}', which is not Unicode text; type it anew, or rename what it names.")
+    for key, value in _values(values):
+        if isinstance(value, str) and not is_unicode(value):
+            raise UserError(f"'{key}' is '{value}', which is not Unicode text; type it anew, or rename what it names.")
+        if isinstance(value, int) and abs(value) >= LARGEST:     # Python prints no number of 4,300 digits
+            raise UserError(f"'{key}' is a whole number of more than 300 digits; give a smaller one.")
     OmegaConf.set_readonly(config, True)
     return config
 
 
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields the texts of a configuration with their dotted keys, and its keys."""
-    if isinstance(value, str):
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the texts and numbers of a configuration with their dotted keys, and those keys' own names."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield key, name
+            yield from _values(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _values(item, f"{key}.{number}")
+    else:
         yield key, value
-        return
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, item in items:
-        yield from _texts(str(name), key)
-        yield from _texts(item, f"{key}.{name}".strip("."))
 
 
 def _override(config: DictConfig, item: str) -> None:
@@ -264,7 +269,7 @@ def _override(config: DictConfig, item: str) -> None:
     try:
         value = OmegaConf.from_dotlist([f"value={literal(item.partition('=')[2])}"]).value
         OmegaConf.update(config, key, literal(value) if isinstance(value, str) else value, merge=False)
-    except (YAMLError, OmegaConfBaseException, TypeError) as error:
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"override '{item}': {_first_line(error)}") from error
 
 

@@ -76,6 +76,26 @@ def test_a_wrong_override_is_refused_in_words(tmp_path: Path, override: str, mes
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("trainer: {seed: 0x" + "f" * 5000 + "}", "'trainer.seed' is a whole number of more"),
+    ("trainer: {seed: " + "59:" * 4000 + "1}", "'trainer.seed' is a whole number of more"),       # of base 60
+    ("model: {params: {a: [1, -" + "9" * 400 + "]}}", "'model.params.a.1' is a whole number of more"),
+    ("trainer: {seed: " + "9" * 5000 + "}", "is no YAML"), ("name: 0x" + "f" * 5000, "4300 digits"),
+    ('method: {prefix: "\\ud83d"}', "is no YAML"),
+    ('model: {params: {"\\udc80": 1}}', "is no YAML")],
+    ids=lambda text: text[:20])
+def test_numbers_and_texts_that_no_file_could_hold(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        merge(TrainConfig, written(tmp_path, text))
+
+
+def test_overrides_that_are_no_text() -> None:
+    with pytest.raises(UserError, match="override 'name=caf\udce9' is not Unicode text"):
+        merge(TrainConfig, [], ["name=caf\udce9"])
+    with pytest.raises(UserError, match="4300 digits"):
+        merge(TrainConfig, [], ["name=0x" + "f" * 5000])
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'.*none.yaml' does not exist"):
         merge(TrainConfig, [tmp_path / "none.yaml"])
