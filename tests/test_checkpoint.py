@@ -239,8 +239,8 @@ def test_mismatches_are_reported_in_words():
     assert same(dict(model.state_dict()), before)                      # refused before anything is written
     assert describe_mismatch(model, model.state_dict()) == ""
     other = dict(model.state_dict()) | {"a.weight": torch.ones(2, 3).cfloat(), "a.bias": torch.ones(2).long()}
-    assert describe_mismatch(model, other) == ("2 not of floating-point numbers (a.weight of torch.complex64, a.bias of "
-                                               "torch.int64)")
+    assert describe_mismatch(model, other) == \
+        "2 not of floating-point numbers (a.weight of torch.complex64, a.bias of torch.int64)"
     assert "4 missing (a.weight, a.bias, b.weight and 1 more)" in describe_mismatch(model, {})
 
 
