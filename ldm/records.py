@@ -68,8 +68,9 @@ def _first_fault(error: ValidationError) -> str:
     """Words the first of a record's faults, without what stands there."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, fault["loc"]))
-    message = fault["msg"].removeprefix("Input ")
-    message = message[:1].lower() + message[1:]
+    if fault["type"] == "missing":
+        return f"'{place}' is missing"
+    message = re.sub(r"^\w+ (?=should|is )", "", fault["msg"])         # "Input should be ...", "String should have ..."
     return f"'{place}' {message}" if place else message
 
 

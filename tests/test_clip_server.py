@@ -123,19 +123,20 @@ def test_no_address_is_fetched(server: IndexServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "no JSON"), (b"{", "no JSON"), (b"[" * 100_000, "no JSON"), (b"\xff", "no JSON"), (b"[]", "no JSON object"),
-    (question(text=None), "must have one of"), (question(text=""), "must have one of"), (question(text=7), "text must"),
-    (question(text="a" * 20_000), "text must"), (question(image=picture("red")), "must have one of"),
-    (question(text=None, image=7), "image must"), (question(text=None, image="!"), "image must"),
+    (b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[" * 100_000, "Invalid JSON"), (b"\xff", "Invalid JSON"),
+    (b"[]", "should be an object"), (question(text=None), "must have one of"), (question(text=""), "must have one of"),
+    (question(text=7), "'text' should be"), (question(text="a" * 20_000), "'text' should have at most 10000"),
+    (question(image=picture("red")), "must have one of"),
+    (question(text=None, image=7), "'image' should be"), (question(text=None, image="!"), "'image' should be"),
     (question(text=None, image=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()), "the picture is not"),
     (question(text=None, embedding_input=[1]), "has 1 numbers instead of 16"),
-    (question(text=None, embedding_input=[[1] * 16]), "list of numbers"),
-    (question(text=None, embedding_input=[float("nan")] * 16), "list of numbers"),
-    (question(text=None, embedding_input=[10 ** 400] * 16), "list of numbers"),
-    (question(num_images=0), "num_images must"), (question(num_images=10_001), "num_images must"),
-    (question(num_images=True), "num_images must"), (question(num_images="4"), "num_images must"),
+    (question(text=None, embedding_input=[[1] * 16]), "'embedding_input.0' should be"),
+    (question(text=None, embedding_input=[float("nan")] * 16), "'embedding_input.0' should be a finite"),
+    (question(text=None, embedding_input=[10 ** 400] * 16), "'embedding_input.0' should be a finite"),
+    (question(num_images=0), "'num_images' should be"), (question(num_images=10_001), "'num_images' should be"),
+    (question(num_images=True), "'num_images' should be"), (question(num_images="4"), "'num_images' should be"),
     (question(modality="text"), "modality"), (question(indice_name="other"), "no such index"),
-    (question(indice_name=["index"]), "no such index")])
+    (question(indice_name=["index"]), "'indice_name' should be")])
 def test_bad_questions_are_answered_in_a_sentence(server: IndexServer, content: object, message: str,
                                                   capfd: pytest.CaptureFixture[str]) -> None:
     status, answer = ask(server, content)

@@ -39,7 +39,7 @@ class Thing(Record):
 
 
 @pytest.mark.parametrize(("content", "fault"), [
-    ("{}", "'name' field required"), ("[]", "should be an object"), ('"a"', "should be an object"),
+    ("{}", "'name' is missing"), ("[]", "should be an object"), ('"a"', "should be an object"),
     ("", "EOF"), ("{", "EOF"), ("[" * 100_000, "recursion limit"), ("9" * 10_000, "number out of range"),
     ('{"name": 7}', "'name' should be a valid string"), ('{"name": "a\\u001b[2J"}', "'name' is too long or holds"),
     ('{"name": "a\\nb"}', "'name' is too long or holds"), ('{"name": "\\ud83d"}', "hex escape"),
@@ -55,7 +55,7 @@ class Thing(Record):
     ('{"name": "a", "inner": "[1, x]"}', "'inner' Invalid JSON"),
     ('{"name": "a", "inner": "[[1]]"}', "'inner.0' should"),
     (b"\xff\xfe", "expected value"), ({"name": b"a"}, "'name' should be a valid string"),
-    ({7: 8}, "'name' field required")])
+    ({7: 8}, "'name' is missing")])
 def test_what_is_of_another_form_is_told_in_a_clause(content: object, fault: str) -> None:
     with pytest.raises(BadRecord) as refused:
         read_record(Thing, content)
