@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,17 @@ def test_a_full_disk_at_the_end_is_said(small_world: SmallWorld, tmp_path: Path,
     with pytest.raises(Interrupt, match="interrupted, and .* could not be written .*No space left") as ended:
         fine_tune(small_world.train_config(tmp_path, "trainer.save_every=9"))
     assert ended.value.status == 143 and not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_signal_while_a_module_is_imported_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of C++ would end the process where an exception reaches it as it loads."""
+    lines = ["import os, signal", "os.kill(os.getpid(), signal.SIGTERM)", "for _ in range(1000): pass", "whole = True"]
+    (tmp_path / "imported_meanwhile.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Interrupt) as ended, heeded():
+        import imported_meanwhile  # noqa: F401
+        time.sleep(10)
+    assert ended.value.status == 143 and sys.modules.pop("imported_meanwhile").whole
 
 
 def test_what_the_starter_told_a_process_to_ignore_is_ignored() -> None:

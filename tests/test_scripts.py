@@ -371,3 +371,18 @@ def test_pictures_say_how_they_were_made_without_paths(small_world: SmallWorld, 
     (path,) = (tmp_path / "samples").iterdir()
     text = json.dumps(read_settings(path))
     assert str(tmp_path) not in text and str(small_world.folder) not in text and '"steps": 4' in text
+
+
+def test_two_samplings_into_one_folder_at_once_lose_nothing(small_world: SmallWorld, tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/sample.py", "-b", *small_world.sampling_files, "--outdir", tmp_path,
+               "--prompt", "a cat in the snow", "dci.use=false", "n_samples=3", "batch_size=1"]
+    both = [subprocess.Popen([*map(str, command), f"seed={seed}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            for seed in (10, 20)]
+    ends = [process.communicate(timeout=600)[0] for process in both]
+    assert all(f"pictures: 3 in {tmp_path}" in out for out in ends)
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name[:6] for path in pictures] == [f"00{run}-0{number}" for run in range(2) for number in range(3)]
+    seeds = [read_settings(path)["seed"] for path in pictures]
+    assert seeds in ([10, 11, 12, 20, 21, 22], [20, 21, 22, 10, 11, 12])
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == [
+        "config-0001.yaml", "config.yaml", "grid-0001.png", "grid.png"]
