@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ldm.data.images import texts_of
 from ldm.files import write_atomically
-from ldm.records import LONGEST, BadRecord, Line, Prose, Record, parse_json, read_record
+from ldm.records import BadRecord, Line, Prose, Record, parse_json, read_record
 from ldm.util import UserError
 
 MARGIN = 8
 WIDEST, TALLEST = 4000, 12000   # px of a page, where its cells are not at their least already
 FONT = Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"
+DRAWN = 2000                    # letters of a text that is written on a sheet
 SETTINGS_KEY = "dci-ico"        # PNG text entry with all settings as JSON
 PARAMETERS_KEY = "parameters"   # the entry other tools read
 Whole = Annotated[int, Field(gt=-2 ** 64, lt=2 ** 64)]
@@ -69,7 +70,7 @@ def readable(text: str) -> str:
 def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
     """Breaks a text into lines of at most `width` px, a longer word wherever it must be; absurd lengths are cut."""
     lines: list[str] = []
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    text = text if len(text) <= DRAWN else f"{text[:DRAWN]} ..."
     for word in readable(text).split():
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"

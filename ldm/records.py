@@ -9,10 +9,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from ldm.text import read_text
+from ldm.text import LONGEST, read_text
 from ldm.util import UserError
 
-LONGEST = 2000                              # letters of a text that is shown or believed; prompts end at 77 tokens
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")     # what terminals obey and files cannot hold
 
 F = TypeVar("F", bound="Record")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.util import UserError
 
+LONGEST = 10_000                        # letters of a text that is believed; prompts end at 77 tokens
 MOST_BYTES = 64_000_000                 # of a text file
 _LOOKUP = re.compile(r"(\\*)\$\{")      # backslashes make what follows them a text of its own, in pairs themselves
 _HALF = re.compile("[\ud800-\udfff]")     # of a letter: what Python makes of bytes that are no text

@@ -382,14 +382,15 @@ def test_normalization_has_32_groups_unless_the_file_says_otherwise(released):
 TORCH = {"torch", "einops", "numpy"}                       # what rooms of pure arithmetic are made of
 MAY_IMPORT = {                                             # room → the rooms of ldm it may import, besides itself
     "util": set(), "lr_scheduler": set(), "progress": set(), "signals": set(),
-    "text": {"util"}, "embedded": {"data", "text"}, "files": {"util"},
+    "text": {"util"}, "records": {"text", "util"}, "embedded": {"data", "text"}, "files": {"util"},
     "checkpoint": {"files", "util"},
     "modules": {"text", "util"},
     "recognize": {"convert", "checkpoint", "util"},
     "models": {"modules", "recognize", "progress", "checkpoint", "util"},
-    "data": {"text", "files", "checkpoint", "util"},
+    "data": {"records", "text", "files", "checkpoint", "util"},
     "config": {"files", "text", "util"},
-    "customization": {"models", "modules", "data", "config", "recognize", "progress", "text", "checkpoint", "util"},
+    "customization": {"models", "modules", "data", "config", "recognize", "progress", "records", "text", "checkpoint",
+                      "util"},
     "convert": {"checkpoint", "util"},
     "compute": {"models", "util"},
     "pipeline": {"compute", "customization", "models", "modules", "data", "config", "recognize", "embedded",

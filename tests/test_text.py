@@ -240,3 +240,15 @@ def test_one_prompt_or_several(embedder):
     assert features.shape == (2, 77, 32)
     assert torch.allclose(embedder("a cat"), features[:1], atol=1e-6)
     assert torch.equal(embedder(("a cat", "a dog")), features)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a cat " * 5000, "has 30,000 letters; give at most 10,000"), ("caf\udce9", "is not Unicode text")])
+def test_what_is_no_prompt_is_refused(embedder, text, message):
+    for read in (embedder.tokenize, embedder.content_ids):
+        with pytest.raises(UserError, match=message):
+            read([text] if read == embedder.tokenize else text)
+
+
+def test_no_words_have_no_vectors(embedder):
+    assert embedder.vectors_of(" ").shape == (0, 32)

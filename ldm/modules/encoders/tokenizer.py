@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.text import NEW_WORD, is_unicode
+from ldm.text import LONGEST, NEW_WORD, is_unicode
 from ldm.util import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -26,8 +26,11 @@ def clean(text: str) -> str:
     collapsed. New words stay as they are.
 
     Raises:
-        UserError: the text holds bytes that are no Unicode text.
+        UserError: the text is absurdly long, or holds bytes that are no Unicode text.
     """
+    if len(text) > LONGEST:
+        raise UserError(f"the text '{text[:40]} ...' has {len(text):,} letters; give at most {LONGEST:,}, of which 77 "
+                        "tokens are read.")
     if not is_unicode(text):
         raise UserError(f"'{text[:80]}' is not Unicode text; type it anew, in UTF-8.")
     return " ".join(_outside_new_words(_mend, text).split())
