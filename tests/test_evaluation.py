@@ -83,7 +83,7 @@ def with_settings(path: Path, text: str) -> None:
     '{"concept": "cat"}', '{"concept": {"class_noun": ["cat"]}}', '{"concept": {"class_noun": "cat\\u001b[31m"}}',
     '{"strength": "much"}', '{"strength": NaN}', '{"strength": 1e999}', '{"strength": 1' + "0" * 400 + "}",
     '{"seed": [1]}', '{"seed": true}', '{"seed": 1.5}', '{"text": "\\ud800"}', '{"sampler": {}}',
-    '{"prompt": "' + "a" * 3000 + '"}'], ids=lambda text: text[:30])
+    '{"prompt": "' + "a" * 30000 + '"}'], ids=lambda text: text[:30])
 def test_settings_inside_a_strangers_picture_are_left_out(call_script: Call, metric_options: list[str], tmp_path: Path,
                                                          text: str) -> None:
     """The picture is measured without them, and named."""
