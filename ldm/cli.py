@@ -176,7 +176,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if isinstance(stream, TextIOWrapper):           # file names are bytes, which need not be text
             stream.reconfigure(errors="backslashreplace")
     try:
-        with heeded():
+        with heeded(_leave):
             main(sys.argv[1:])
         print(end="", flush=True)
     except KeyboardInterrupt as interrupt:
@@ -191,6 +191,12 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             print(f"error: {printable(sentence)}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _leave(number: int) -> NoReturn:
+    """Ends the process on the spot, with the one line; a signal may have come in the middle of any printing."""
+    os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(128 + number)
 
 
 def _sentence(error: Exception) -> str | None:

@@ -1,17 +1,14 @@
 """Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGUSR1, which Slurm can send before a job's time is up."""
 from __future__ import annotations
 
-import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
-LATER = 0.1     # seconds after which a signal that came while modules are imported is sent again
 
 
 class Interrupt(KeyboardInterrupt):
@@ -29,18 +26,24 @@ class Interrupt(KeyboardInterrupt):
 
 class Signals:
     """Raises Interrupt at once, or, while `held`, only remembers the signal's `number` for the next seam of the work.
+
+    Args:
+        leave: ends the process, which it owns, while a module is imported: C++ modules abort where an exception
+            reaches them as they load, and nothing is written meanwhile. None: Interrupt is raised there too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Callable[[int], object] | None = None) -> None:
         self.number: int | None = None
         self.held = False
+        self.leave = leave
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
         self.number = number
-        if _importing(frame):      # a module of C++ ends the process where an exception reaches it as it loads
-            threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
-        elif not self.held:
-            raise Interrupt(number)
+        if self.held:
+            return
+        if self.leave is not None and _importing(frame):
+            self.leave(number)
+        raise Interrupt(number)
 
     def install(self) -> None:
         """Answers all ending signals from here on but those that who started the process told it to ignore."""
@@ -64,13 +67,17 @@ def _answer(handlers: Mapping[int, Any]) -> None:
 
 
 @contextmanager
-def heeded() -> Iterator[Signals]:
+def heeded(leave: Callable[[int], object] | None = None) -> Iterator[Signals]:
     """Answers ending signals within a block, and leaves it with Interrupt when one came.
+
+    Blocks may be nested; what `leave` (see `Signals`) the outer one has holds in the inner ones.
 
     Libraries turn an exception that reaches them in the middle of their work into one of their own (reading
     safetensors: ValueError), so whatever error follows a signal counts as its consequence.
     """
-    signals, before = Signals(), {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in ENDING}
+    outer = [getattr(handler, "leave", None) for handler in before.values()]
+    signals = Signals(next(filter(None, [leave, *outer]), None))
     signals.install()
     try:
         yield signals
