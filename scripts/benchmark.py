@@ -50,9 +50,9 @@ def check(options, rows: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     import torch
+    from benchmarks.measure import claim, save, table
+    from benchmarks.rows import ROWS, make_bench, needed_memory
 
-    from ldm.benchmarks.measure import claim, save, table
-    from ldm.benchmarks.rows import ROWS, make_bench, needed_memory
     from ldm.compute import available_memory, supported_precision
     from ldm.pipeline import choose_device
     check(options, list(ROWS))

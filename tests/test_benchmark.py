@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import rows
+from benchmarks.measure import Contestant, Finding, Peak, claim, interleave, table
+from benchmarks.rows import ROWS, Bench, make_bench, needed_memory
 from conftest import small_model_config
 
-from ldm.benchmarks import rows
-from ldm.benchmarks.measure import Contestant, Finding, Peak, claim, interleave, table
-from ldm.benchmarks.rows import ROWS, Bench, make_bench, needed_memory
 from ldm.files import RECORD
 from ldm.util import UserError
 
@@ -113,7 +113,7 @@ def test_the_memory_a_comparison_needs() -> None:
 
 
 def test_diffusers_may_be_missing(monkeypatch) -> None:
-    monkeypatch.setattr("ldm.benchmarks.contestants.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.contestants.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package 'diffusers'"):
         make_bench(small_model_config().model, CPU, "full", 1, 10, 0.3, ours_only=False)
 

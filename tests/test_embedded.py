@@ -29,7 +29,7 @@ def test_the_card_lists_what_the_judge_was_taught() -> None:
 
 def test_the_card_lists_the_words_of_the_world() -> None:
     pytest.importorskip("cv2")
-    from ldm.data.small_world import COLOURS, NOUNS, SCENES, STYLES, all_caption_words
+    from small_world.world import COLOURS, NOUNS, SCENES, STYLES, all_caption_words
     known, nouns = vocabulary(), list(NOUNS)
     assert list(known["Things"]) == nouns[:40] and list(known["Colours"]) == list(COLOURS)
     assert list(known["Scenes"]) == [phrase for scene in SCENES.values() for phrase in scene.phrases]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.contestants import random_state
+from benchmarks.rows import START
 from conftest import ROOT, SmallWorld, small_model_config
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import checkpoint
-from ldm.benchmarks.contestants import random_state
-from ldm.benchmarks.rows import START
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_state, save_safetensors
 from ldm.convert.single_file import convert
 from ldm.pipeline import build_model

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import from_pictures, launch, save_sheet, stage_parser, train
+from small_world.scenes import SCENES
+from small_world.sprites import COLOURS
+from small_world.styles import STYLES
+from small_world.world import NOUNS, WorldConfig
 from torch import Tensor, nn
 from world import WORLD, draw_range
 
-from ldm.data.small_world import NOUNS, WorldConfig
-from ldm.data.small_world_scenes import SCENES
-from ldm.data.small_world_sprites import COLOURS
-from ldm.data.small_world_styles import STYLES
 from ldm.evaluation.judge import HEADS, Court, Judge, save_court
 from ldm.files import write_atomically
 

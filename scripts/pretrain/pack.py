@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from small_world.world import CONCEPTS, NOUNS, SmallWorld
 from world import REFERENCE_SCENES, WORLD
 
 from ldm.checkpoint import load_file, save_safetensors
 from ldm.data.regularization import write_regularization
-from ldm.data.small_world import CONCEPTS, NOUNS, SmallWorld
 from ldm.evaluation.judge import load_court
 from ldm.evaluation.small_clip import pack_small_clip
 from ldm.files import write_atomically

@@ -12,10 +12,10 @@ import torch
 from common import from_pictures, save_sheet, to_pictures
 from judge import HEADS, accuracies, targets
 from omegaconf import OmegaConf
+from small_world.world import NONE, SmallWorld
 from world import WORLD
 
 from ldm.config import BaseConfig
-from ldm.data.small_world import NONE, SmallWorld
 from ldm.evaluation.judge import load_court
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler

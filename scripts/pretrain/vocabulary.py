@@ -5,7 +5,8 @@ import argparse
 import itertools
 from pathlib import Path
 
-from ldm.data.small_world import all_caption_words
+from small_world.world import all_caption_words
+
 from ldm.files import write_atomically
 from ldm.modules.encoders.tokenizer import clip_merges_path, read_merges
 

@@ -8,8 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from small_world.world import CONCEPTS, SmallWorld, WorldConfig
 
-from ldm.data.small_world import CONCEPTS, SmallWorld, WorldConfig
 from ldm.files import write_atomically
 
 # Five references as an album has them: three on different backgrounds, two on the same one.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ldm.data.small_world_scenes import Rng, blend, noise, unit_grid
+from small_world.scenes import Rng, blend, noise, unit_grid
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:

@@ -16,8 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ldm.benchmarks.contestants import Preparing, as_the_release, build_random, theirs
-from ldm.benchmarks.measure import Contestant, Finding, interleave
+from benchmarks.contestants import Preparing, as_the_release, build_random, theirs
+from benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors
 from ldm.compute import FORMATS, compile_network, set_format
 from ldm.config import MethodConfig
@@ -310,7 +310,7 @@ from omegaconf import OmegaConf
 from ldm.config import BaseConfig
 from ldm.pipeline import build_model
 imported = time.perf_counter()
-from ldm.benchmarks.measure import Peak
+from benchmarks.measure import Peak
 peak = Peak(torch.device("cpu"))
 peak.start()                                                  # the imports' own peak may be higher, and is forgotten
 begun = time.perf_counter()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.small_world_scenes import SCENES, Rng, edge
-from ldm.data.small_world_sprites import (
+from small_world.scenes import SCENES, Rng, edge
+from small_world.sprites import (
     COLOURS,
     Canvas,
     Sprite,
@@ -22,7 +22,7 @@ from ldm.data.small_world_sprites import (
     stripes,
     two_tone,
 )
-from ldm.data.small_world_styles import STYLES, shrink
+from small_world.styles import STYLES, shrink
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ldm.data.images import read_picture
-from ldm.data.small_world_scenes import edge
+from small_world.scenes import edge
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.09, 0.11), "orange": (0.99, 0.51, 0.06), "yellow": (0.98, 0.86, 0.12),
