@@ -37,8 +37,7 @@ def parser() -> cli.Parser:
 def draw(options, config: SampleConfig) -> list:
     """Draws with the concept file into the output folder and returns the pictures."""
     from ldm.evaluation.evaluate import claim
-    from ldm.evaluation.layouts import drawn_pictures
-    from ldm.evaluation.plan import read_prompts
+    from ldm.evaluation.layouts import drawn_pictures, read_prompts
     from ldm.sampling import draw_run, load_generator
     prompts = read_prompts(options.from_file or Path(PROMPTS))
     generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun, prompts=prompts)

@@ -41,9 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     words = [item for item in (*options.overrides, *(options.base or ())) if item == "claim" or "=" not in item]
     names, files = read_words(words, options.base)
-    from ldm.evaluation.claims import SWEEP, find_claims
-    from ldm.evaluation.plan import BASE, Job, SweepConfig
-    from ldm.evaluation.plots import check_plots
+    from experiments.claims import SWEEP, find_claims
+    from experiments.plan import BASE, Job, SweepConfig
+    from experiments.plots import check_plots
+
     from ldm.evaluation.scoring import load_scorer, read_weights
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
@@ -54,8 +55,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")
     check_plots()       # the last thing that is made; hours may lie before it
-    from ldm.evaluation.experiment import claim_names, jobs_of, overview, run_claim
-    from ldm.evaluation.sweep import Sweep, share_out
+    from experiments.experiment import claim_names, jobs_of, overview, run_claim
+    from experiments.sweep import Sweep, share_out
+
     from ldm.pipeline import choose_device
     device = choose_device(Job("", BASE, 0).sampling(config).device)
     metrics = options.metrics, read_weights(options.metric_weights), device

@@ -4,5 +4,5 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh test
-export OMP_NUM_THREADS=1 PYTHONPATH="tests:$PYTHONPATH"
+export OMP_NUM_THREADS=1 PYTHONPATH="tests:scripts:$PYTHONPATH"
 exec "$PYTHON" -m soak "$@"

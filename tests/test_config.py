@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from experiments.plan import SweepConfig, subjects
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
@@ -16,7 +17,6 @@ from ldm.cli import set_options
 from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
 from ldm.data.layouts import captioned
 from ldm.data.regularization import read_regularization
-from ldm.evaluation.plan import SweepConfig, subjects
 from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
 
 CONFIGS = ROOT / "configs"

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+from experiments.plan import spread
 from PIL import Image
 
-from ldm.evaluation.layouts import read_dataset, read_pictures
-from ldm.evaluation.plan import read_prompts, spread
+from ldm.evaluation.layouts import read_dataset, read_pictures, read_prompts
 from ldm.evaluation.scoring import plain_text
 from ldm.pictures import save_png
 from ldm.util import UserError

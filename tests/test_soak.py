@@ -34,7 +34,7 @@ def test_some_bad_luck(kind: str, count: int) -> None:
     """In a process of its own: one that has computed has threads, and forks no more."""
     if kind == "servers" and not hasattr(web, "HOSTILE"):
         pytest.skip("no hostile server is listed")
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "scripts"), str(ROOT)])
     command = [sys.executable, "-W", "ignore", "-m", "soak", kind, "--count", str(count), "--slack", "60"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
                           check=False)

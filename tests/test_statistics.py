@@ -4,12 +4,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from experiments.areas import area, compare_areas, difference, frontier
+from experiments.experiment import area_table
 
 from ldm.evaluation import statistics
-from ldm.evaluation.experiment import area_table
 from ldm.evaluation.metrics import SCALES, diversity, image_alignment, kid, text_alignment, unit
 from ldm.evaluation.report import summarise, table
-from ldm.evaluation.statistics import Estimate, area, compare_areas, difference, estimate, frontier, unit_means
+from ldm.evaluation.statistics import Estimate, estimate, unit_means
 
 ORIGIN = np.zeros(2)
 

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Call, SmallWorld, contents
-from omegaconf import OmegaConf
-from PIL import Image
-
-from ldm.config import merge
-from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
-from ldm.evaluation import experiment, plots
-from ldm.evaluation import sweep as sweep_module
-from ldm.evaluation.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
-from ldm.evaluation.experiment import (
+from experiments import experiment, plots
+from experiments import sweep as sweep_module
+from experiments.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
+from experiments.experiment import (
     Comparison,
     compare,
     compare_curves,
@@ -27,12 +22,17 @@ from ldm.evaluation.experiment import (
     sheet_columns,
     sheet_rows,
 )
+from experiments.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
+from experiments.plots import Curve, marked, tradeoff_figure
+from experiments.sweep import Pace, Stored, Sweep, points
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.config import merge
+from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation.features import Extractor, _transform
-from ldm.evaluation.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
-from ldm.evaluation.plots import Curve, marked, tradeoff_figure
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
-from ldm.evaluation.sweep import Pace, Stored, Sweep, points
 from ldm.files import RECORD
 from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings

@@ -9,8 +9,7 @@ from conftest import Call, SmallWorld
 from PIL import Image
 
 from ldm.data.layouts import read_subjects
-from ldm.evaluation.layouts import read_dataset, read_pictures
-from ldm.evaluation.plan import read_prompts
+from ldm.evaluation.layouts import read_dataset, read_pictures, read_prompts
 from ldm.records import load_json
 from ldm.text import read_lines, read_text
 from ldm.training import Run

@@ -12,7 +12,7 @@ from ldm.data.images import entries_of, list_images
 from ldm.pictures import read_settings
 from ldm.records import load_json
 from ldm.text import read_lines, read_text
-from ldm.util import UserError
+from ldm.util import UserError, shipped
 
 KEYS = ("instance_data_dir", "prompt_filename", "class_prompt")     # of an entry of CustomConcept101's list
 LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their own for them
@@ -36,6 +36,21 @@ class DatasetConcept:
     class_noun: str
     prompts: tuple[str, ...]
     regularization: Path | None = None
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Reads a file of prompts, one per line, each of which must mention the concept as {}.
+
+    Raises:
+        UserError: the file is missing or empty, or a prompt lacks {}.
+    """
+    prompts = tuple(dict.fromkeys(line for line in read_lines(shipped(path), "prompt file") if line))
+    if not prompts:
+        raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise UserError(f"prompt file '{path}': '{prompt}' does not name the concept; write {{}} where it stands.")
+    return prompts
 
 
 def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:

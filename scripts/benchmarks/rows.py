@@ -302,8 +302,8 @@ def _their_step(bench: Bench, batch: object, mixed: torch.dtype | None) -> Calla
     return step
 
 
-START = """
-import json, sys, time
+START = f"import sys\nsys.path.append({str(Path(__file__).parents[1])!r})" + """
+import json, time
 start = time.perf_counter()
 import torch
 from omegaconf import OmegaConf

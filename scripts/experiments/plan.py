@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
-from ldm.evaluation.layouts import read_dataset
-from ldm.text import literal, read_lines
+from ldm.evaluation.layouts import read_dataset, read_prompts
+from ldm.text import literal
 from ldm.util import UserError, shipped
 
 BASE = "base model"                          # the method of jobs that draw with the untuned network
@@ -128,21 +128,6 @@ class Job:
 def digest(content: Any) -> str:
     """Returns 10 hex digits that name JSON-like content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Reads a file of prompts, one per line, each of which must mention the concept as {}.
-
-    Raises:
-        UserError: the file is missing or empty, or a prompt lacks {}.
-    """
-    prompts = tuple(dict.fromkeys(line for line in read_lines(shipped(path), "prompt file") if line))
-    if not prompts:
-        raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
-    for prompt in prompts:
-        if "{}" not in prompt:
-            raise UserError(f"prompt file '{path}': '{prompt}' does not name the concept; write {{}} where it stands.")
-    return prompts
 
 
 def spread(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:

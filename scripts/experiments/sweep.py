@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.callbacks import concept_file
 from ldm.config import DCIConfig
 from ldm.customization.contexts import PLACEHOLDER
@@ -30,7 +31,6 @@ from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split
 from ldm.data.images import list_images, open_image, size_of
 from ldm.data.layouts import CAPTIONS, IMAGES, captioned
 from ldm.evaluation.evaluate import open_references
-from ldm.evaluation.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.evaluation.report import write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
 from ldm.files import DAMAGED, set_aside

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.areas import Areas, compare_areas, difference
+from experiments.claims import Claim, Line
+from experiments.plan import BASE, Job, Subject, spread
+from experiments.plots import Curve, tradeoff_plot
+from experiments.sweep import Sweep, points
 from ldm.data.images import open_image
-from ldm.evaluation.claims import Claim, Line
 from ldm.evaluation.evaluate import open_references
-from ldm.evaluation.plan import BASE, Job, Subject, spread
-from ldm.evaluation.plots import Curve, tradeoff_plot
 from ldm.evaluation.report import (
     SUMMARY,
     as_numbers,
@@ -27,8 +29,7 @@ from ldm.evaluation.report import (
     write_json,
     write_rows,
 )
-from ldm.evaluation.statistics import Areas, Estimate, compare_areas, difference, unit_means
-from ldm.evaluation.sweep import Sweep, points
+from ldm.evaluation.statistics import Estimate, unit_means
 from ldm.files import claim_results, write_text
 from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Row
