@@ -18,9 +18,10 @@ from yaml import YAMLError
 
 from ldm.files import write_text
 from ldm.text import is_unicode, literal, looks_up, read_text
-from ldm.util import UserError, shipped
+from ldm.util import UserError, folder_name, shipped
 
 MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
+RETRIEVING = ("url", "index", "clip", "threshold", "allow_private")     # keys of data.reg in earlier versions
 LARGEST = 10 ** 300    # what whole numbers stay below
 
 
@@ -107,14 +108,9 @@ class PreviewConfig:
 class RegularizationConfig:
     """Where pictures of the class come from; see real_reg/README.md."""
 
-    mode: str | None = None               # folder | retrieve | generate | none; null: a concept's folder, if it has one
-    num: int = 200                        # pictures to retrieve or generate per concept
-    root: str = "real_reg"                # below which retrieved and generated sets are kept for the next run
-    url: str | None = None                # retrieve: a clip-retrieval server; none is assumed
-    index: str | None = None              # retrieve: the server's index; null is its first
-    clip: str | None = None               # retrieve: CLIP that compares captions, e.g. open_clip:NAME/FILE; null: none
-    threshold: float = 0.85               # retrieve: cosine a caption needs, with clip
-    allow_private: bool = False           # retrieve: also download from this machine and its network
+    mode: str | None = None               # folder | generate | none; null: a concept's folder, if it has one
+    num: int = 200                        # pictures to generate per concept
+    root: str = "real_reg"                # below which generated sets are kept for the next run
     prompt: str | None = None             # generate: {} is the class noun; null is "photo of a {}"
     steps: int = 50                       # generate: DDIM steps, guidance and noise as Custom Diffusion has them
     scale: float = 6.0
@@ -212,6 +208,8 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
     """
     config = OmegaConf.structured(schema)
     parts = [(str(path), _read(Path(path))) for path in files]
+    for _, part in parts if data else ():
+        _upgrade(part)
     for source, part in parts if data else ():
         if looks_up(OmegaConf.to_container(part, resolve=False)):
             raise UserError(f"{source}: holds ${{...}}, which is looked up in configuration files given with -b alone; "
@@ -238,6 +236,19 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
             raise UserError(f"'{key}' is a whole number of more than 300 digits; give a smaller one.")
     OmegaConf.set_readonly(config, True)
     return config
+
+
+def _upgrade(part: DictConfig) -> None:
+    """Rewrites the configuration of an earlier version's run, whose training retrieved pictures of the class itself."""
+    settings = OmegaConf.select(part, "data.reg")
+    if not isinstance(settings, DictConfig):
+        return
+    for key in RETRIEVING:
+        settings.pop(key, None)
+    if settings.get("mode") == "retrieve":
+        settings.mode = "folder"
+        for concept in part.get("concepts", []):
+            concept.regularization = f"{settings.root}/samples_{folder_name(concept.class_noun)}"
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

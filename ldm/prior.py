@@ -1,11 +1,8 @@
-"""Where each concept's class pictures come from: a folder, a server, the base model itself, or nowhere."""
+"""Where each concept's class pictures come from: a folder, the base model itself, or nowhere."""
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +28,9 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Generator
 from ldm.progress import progress
 from ldm.text import NEW_WORD
-from ldm.util import ROOT, UserError, folder_name
+from ldm.util import UserError, folder_name
 
-MODES = ("folder", "retrieve", "generate", "none")
+MODES = ("folder", "generate", "none")
 NOUN = "{}"       # stands for the class noun in data.reg.prompt
 
 
@@ -44,20 +41,15 @@ def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
 
 def make_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
                device: torch.device) -> None:
-    """Retrieves or draws (on `device`, pictures of `side` px) every concept's class pictures where that is configured.
-
-    A server that fails never stops training: the concept then goes without.
+    """Draws (on `device`, with `side` px) every concept's class pictures where that is configured.
 
     Raises:
         UserError: what the base model draws cannot be written.
     """
     settings = config.data.reg
     for concept in config.concepts:
-        mode = chosen_mode(settings, concept)
-        if mode == "generate":
+        if chosen_mode(settings, concept) == "generate":
             generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
-        elif mode == "retrieve":
-            retrieve_prior(concept, settings)
 
 
 def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -> CaptionedImages | None:
@@ -109,44 +101,17 @@ def prior_set(config: DictConfig, concept: ConceptConfig, identity: dict[str, st
             raise UserError(f"data.reg.mode is folder but concept '{concept.name}' names none; give --reg_datapath, or "
                             "another mode.")
         return read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
-    folder = generated_folder(identity, concept.class_noun, settings, side) if mode == "generate" else \
-        retrieval_folder(concept, settings)
+    folder = generated_folder(identity, concept.class_noun, settings, side)
     if not (folder / IMAGES).exists():
         return None
-    return _first(read_regularization(folder, concept.class_noun), settings.num, mode)
+    return _first(read_regularization(folder, concept.class_noun), settings.num)
 
 
-def _first(found: RegularizationSet, count: int, mode: str) -> RegularizationSet:
-    """Keeps the first pictures of a set that may hold more than are asked for."""
+def _first(found: RegularizationSet, count: int) -> RegularizationSet:
+    """Keeps the first pictures of a generated set, which may hold more than are asked for."""
     return replace(found, paths=found.paths[:count], captions=found.captions[:count],
-                   source=f"regularisation ({mode}): {min(count, len(found.paths))} of {len(found.paths)} picture(s), "
-                          + found.source.partition("picture(s) ")[2])
-
-
-def retrieval_folder(concept: ConceptConfig, settings: RegularizationConfig) -> Path:
-    return Path(settings.root) / f"samples_{folder_name(concept.class_noun)}"
-
-
-def retrieve_prior(concept: ConceptConfig, settings: RegularizationConfig) -> None:
-    """Retrieves a concept's set, or completes it; says what went wrong and goes on with what there is.
-
-    scripts/retrieve.py does it, in a process of its own: a CLIP that compares captions may live in another environment.
-    """
-    from ldm.data.retrieval import is_retrieved
-    folder = retrieval_folder(concept, settings)
-    if (folder / IMAGES).exists() and not is_retrieved(folder):
-        return                              # somebody put a set there: it is used as it is
-    wanted = {"class_noun": concept.class_noun, "num": settings.num, "out": folder, "url": settings.url,
-              "index": settings.index, "clip": settings.clip, "threshold": settings.threshold}
-    flags = [f"--{name}={value}" for name, value in wanted.items() if value is not None]
-    if settings.allow_private:
-        flags.append("--allow_private")
-    command = [sys.executable, str(ROOT / "scripts" / "retrieve.py"), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
-        for line in child.stdout:
-            if not line.startswith("next:"):        # for who runs it by hand
-                print(f"{concept.name}: {line.rstrip().removeprefix('error: ')}", flush=True)
+                   source=f"regularisation (generate): {min(count, len(found.paths))} of {len(found.paths)} picture(s),"
+                          f" {found.source.partition('picture(s) ')[2]}")
 
 
 def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:

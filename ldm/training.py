@@ -150,6 +150,9 @@ def check_config(config: DictConfig) -> None:
 def check_data(config: DictConfig) -> None:
     """Refuses settings of `data` that mean nothing."""
     data = config.data
+    if data.reg.mode == "retrieve":
+        raise UserError("data.reg.mode is 'retrieve', and training reads folders only; retrieve pictures first, with "
+                        "scripts/retrieve.py, and give their folder with --reg_datapath.")
     for name, value, allowed in (("crop", data.crop, CROPS), ("reg.mode", data.reg.mode, (None, *MODES))):
         if value not in allowed:
             raise UserError(f"data.{name} '{value}' is unknown; use one of {', '.join(filter(None, allowed))}.")

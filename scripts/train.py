@@ -25,7 +25,7 @@ def parser() -> cli.Parser:
     parser.add_base()
     parser.add_argument("--datapath", help="folder of reference photos (concepts.0.images)")
     parser.add_argument("--reg_datapath", help="real_reg folder or any folder of the class (concepts.0.regularization)")
-    parser.add_argument("--reg_mode", help="folder, retrieve, generate or none (data.reg.mode)")
+    parser.add_argument("--reg_mode", help="folder, generate or none (data.reg.mode)")
     parser.add_argument("--concepts_list", type=Path, help="concept_list.json, dataset.json, or a folder of subjects")
     parser.add_argument("--subject", nargs="+", default=[], help="which of --concepts_list to learn, together")
     parser.add_argument("--reg_caption", help="of class pictures, or a file (concepts.0.regularization_caption)")

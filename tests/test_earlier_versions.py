@@ -7,6 +7,7 @@ from pathlib import Path
 from conftest import ROOT, Call
 from safetensors.torch import load_file
 
+from ldm.config import TrainConfig, merge
 from ldm.customization.delta import load_concept
 
 RUN = ROOT / "tests" / "data" / "earlier_run"
@@ -29,6 +30,13 @@ def test_a_run_of_the_first_release_goes_on(tmp_path: Path, call_script: Call) -
     assert done.status == 0, done.err
     further = load_concept(tmp_path / "run" / "checkpoints" / "step-000003.safetensors")
     assert further.schemes == load_concept(CONCEPT).schemes and further.step == 3
+
+
+def test_a_run_that_retrieved_by_itself_reads_its_folder(tmp_path: Path) -> None:
+    text = (RUN / "configs" / "project.yaml").read_text()
+    (tmp_path / "project.yaml").write_text(text.replace("mode: null", "mode: retrieve"))
+    config = merge(TrainConfig, [tmp_path / "project.yaml"], data=True)
+    assert config.data.reg.mode == "folder" and config.concepts[0].regularization == "real_reg/samples_backpack"
 
 
 def test_a_concept_of_the_first_release_is_drawn(tmp_path: Path, call_script: Call) -> None:

@@ -113,7 +113,7 @@ def test_padded_and_transparent_pictures_train(small_world: SmallWorld, call_scr
     assert "warning: 'b.png' is 20 x 30 px and is enlarged to 32" in outcome.out
     for override, message in (("data.crop=squash", "data.crop 'squash' is unknown; use one of center, pad"),
                               ("data.background=nocolour", "colour 'nocolour' is unknown"),
-                              ("data.reg.mode=buy", "use one of folder, retrieve, generate, none"),
+                              ("data.reg.mode=buy", "use one of folder, generate, none"),
                               ("data.reg.num=0", "data.reg.num is 0")):
         assert message in call_script("train", *options, override).error
 

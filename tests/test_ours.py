@@ -16,13 +16,11 @@ from filelock import FileLock
 from PIL import Image
 from web import Web, picture_bytes
 
-from ldm import config
 from ldm.data.clip_client import Query
 from ldm.data.download import Downloader
 from ldm.data.images import Unusable
 from ldm.data.picture_store import PictureStore
 from ldm.data.retrieval import Retrieved, retrieve
-from ldm.prior import retrieval_folder, retrieve_prior
 from ldm.util import UserError
 
 FETCHER = Downloader(timeout=2, limit=3, retries=0, allow_private=True)
@@ -61,19 +59,6 @@ def test_a_folder_of_the_users_pictures_is_left_as_it_is(web: Web, tmp_path: Pat
         outcome = call_script("retrieve", "--class_noun", "cat", "--url", web.url, "--out", tmp_path / name)
         assert "holds a set that was not retrieved" in outcome.error
     assert contents(tmp_path) == before and not web.questions
-
-
-def test_training_goes_without_a_set_it_may_not_touch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "samples_cat" / "cat").mkdir(parents=True)
-    (tmp_path / "samples_cat" / "cat" / "00000.jpg").write_bytes(picture_bytes(0))
-    before = contents(tmp_path)
-    concept = config.ConceptConfig(name="thing", images="x", class_noun="cat")
-    settings = config.RegularizationConfig(mode="retrieve", root=str(tmp_path), url="http://127.0.0.1:9")
-    retrieve_prior(concept, settings)
-    assert not (retrieval_folder(concept, settings) / "images.txt").exists()
-    assert "thing: '" in capsys.readouterr().out and contents(tmp_path) == before
 
 
 def test_a_users_file_on_a_candidates_name_stays(web: Web, tmp_path: Path) -> None:

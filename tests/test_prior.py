@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Call, SmallWorld, contents
+from conftest import Call, SmallWorld, contents
 from filelock import FileLock
 from PIL import Image
-from web import Web
 
 from ldm.config import RegularizationConfig
 from ldm.data.regularization import read_regularization, write_regularization
@@ -128,29 +127,12 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 
-def test_retrieval_never_blocks_training(small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))          # retrieval runs in a process of its own
-    options = ("data.reg.mode=retrieve", "data.reg.num=4", f"data.reg.root={tmp_path}", "method.steps=1",
-               "data.reg.allow_private=true")
-    fine_tune(small_world.train_config(tmp_path / "logs", *options, "data.reg.url=http://127.0.0.1:9"))
-    out = capsys.readouterr().out
-    assert "thing: the server 'http://127.0.0.1:9/knn-service' does not answer" in out
-    assert "thing: no regularisation pictures" in out and "regularisation pictures: 0" in out
-    with Web() as web:
-        web.offer(6)
-        for _ in range(2):
-            fine_tune(small_world.train_config(tmp_path / "logs", *options, f"data.reg.url={web.url}"))
-    out = capsys.readouterr().out
-    assert out.count("thing: regularisation (retrieve): 4 of 4 picture(s), listed in") == 2
-    assert len(web.questions) == 1 and max(web.served.values()) == 1
-
-
-def test_a_set_somebody_made_is_used_as_it_is(small_world: SmallWorld, tmp_path: Path, call_script: Call) -> None:
-    write_regularization(tmp_path / "samples_cat", "cat", [(Image.new("RGB", (32, 32)), "by hand", "")])
+def test_modes_by_flag(small_world: SmallWorld, tmp_path: Path, call_script: Call) -> None:
     options = ["-b", *small_world.training_files, "preview.prompts=[]", "method.steps=1", "-l", tmp_path / "logs"]
-    outcome = call_script("train", *options, "--reg_mode", "retrieve", f"data.reg.root={tmp_path}")
-    assert outcome.status == 0 and "regularisation (retrieve): 1 of 1 picture(s)" in outcome.out, outcome.err
+    outcome = call_script("train", *options, "--reg_mode", "retrieve")
+    assert "retrieve pictures first, with scripts/retrieve.py, and give their folder" in outcome.error
+    outcome = call_script("train", *options, "--reg_datapath", tmp_path / "none")
+    assert "none' does not exist; give one" in outcome.error and "scripts/retrieve.py" in outcome.error
     outcome = call_script("train", *options, "--reg_mode", "none")
     assert outcome.status == 0 and "regularisation pictures: 0" in outcome.out, outcome.err
     outcome = call_script("train", *options, "--reg_mode", "folder", "concepts.0.regularization=null")

@@ -47,6 +47,9 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
         UserError: something is missing, the lists do not match, or no picture is usable.
     """
     path = shipped(path)
+    if not os.path.exists(path):
+        raise UserError(f"regularisation folder '{path}' does not exist; give one with pictures of the class, fill "
+                        f"one with scripts/retrieve.py --class_noun '{class_noun}', or use --reg_mode generate.")
     caption_file = _caption_file(caption)
     if path.is_dir() and (path / IMAGES).exists():
         path = path / IMAGES

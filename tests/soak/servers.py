@@ -1,4 +1,4 @@
-"""Hostile clip-retrieval servers: a sentence or no pictures, soon, in little memory, and training goes on without them.
+"""Hostile clip-retrieval servers: a sentence or no pictures, soon and in little memory.
 
 What they do is listed in tests/web.py.
 """
@@ -18,28 +18,21 @@ from ldm.data.download import Downloader
 from ldm.data.retrieval import retrieve
 from ldm.util import UserError
 from soak.campaign import Campaign, brief
-from soak.child import made_elsewhere, start
-from soak.world import World
 
 COUNT = 51
 SECONDS = 3.0           # that a server may take to answer
 MEMORY = 200_000        # kB that its answer may cost
-TRAINED = 6             # every so many-th server is also asked by a training run
 FINE, BAD = 0, 1
 
 
 def run(campaign: Campaign) -> None:
     hostile = getattr(web, "HOSTILE", {})
-    world = made_elsewhere(campaign.folder)
     for index, rng, folder in campaign.cases() if hostile else ():
         name, door = list(hostile)[index % len(hostile)], rng.choice(["answer", "answer", "indices"])
         with web.Web() as server:
             server.offer(3)
             setattr(server, door, hostile[name])
-            begun = time.monotonic()
             problem = asked(server.url, folder, campaign.slack)
-            if not problem and index % TRAINED == 0 and time.monotonic() - begun < 1:
-                problem = training_goes_on(world, server.url, folder)
         campaign.fail(f"{name} as {door}: {problem}") if problem else campaign.count_as("borne")
 
 
@@ -75,11 +68,3 @@ def child(url: str, folder: Path) -> None:
 def memory() -> int:
     """Returns the most memory this process has had, in kB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def training_goes_on(world: World, url: str, folder: Path) -> str | None:
-    run = start(folder / "train", "train", "-b", *world.small.training_files, "-l", folder / "logs",
-                "concepts.0.regularization=null", "data.reg.mode=retrieve", f"data.reg.url={url}", "data.reg.num=3",
-                f"data.reg.root={folder / 'real'}", "preview.prompts=[]", "method.steps=1")
-    run.wait()
-    return None if run.status == 0 and "concept file:" in run.out else f"training ends: {run.status}, {run.err[-300:]}"
