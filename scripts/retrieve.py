@@ -65,29 +65,29 @@ def main(arguments: Sequence[str]) -> None:
     options = (command_parser(command) if command else retrieval_parser()).parse_command(arguments[bool(command):])
     if command == "setup":
         sys.exit(subprocess.call([sys.executable, Path(__file__).with_name("environment.py"), "retrieval"]))
-    from ldm.data import clip_client, clip_index, clip_model, clip_server, download, retrieval  # not for --help
-    if command or options.clip in clip_model.OPENAI:
-        clip_client.change_environment(Path(__file__), arguments)
+    from retrieval import client, clip, download, image_set, index, server  # not for --help
+    if command or options.clip in clip.OPENAI:
+        client.change_environment(Path(__file__), arguments)
     if options.clip_config:
-        clip_model.register_architecture(options.clip_config)
+        clip.register_architecture(options.clip_config)
     if command == "serve":
-        server = clip_server.IndexServer(options.folder, options.port, options.clip)
-        print(f"index '{server.name}' is served at {server.url}; end with Ctrl-C", flush=True)
-        print(f"next: python {from_here('scripts/retrieve.py')} --class_noun cat --url {server.url}", flush=True)
-        return server.run()
+        served = server.IndexServer(options.folder, options.port, options.clip)
+        print(f"index '{served.name}' is served at {served.url}; end with Ctrl-C", flush=True)
+        print(f"next: python {from_here('scripts/retrieve.py')} --class_noun cat --url {served.url}", flush=True)
+        return served.run()
     if options.workers < 1 or options.max_megabytes <= 0:
         raise UserError("--workers and --max_megabytes must be positive.")
     downloader = download.Downloader(int(options.max_megabytes * 1e6), allow_private=options.allow_private)
     if command == "index":
-        built = clip_index.build_index(options.source, options.out, options.clip, downloader)
+        built = index.build_index(options.source, options.out, options.clip, downloader)
         for line in built.skipped:
             print(f"skipped {line}")
         print(f"index: {built.pictures} pictures in {built.folder}")
         return print(f"next:  python {from_here('scripts/retrieve.py')} serve {shlex.quote(str(built.folder))}")
-    query = clip_client.Query(options.class_noun, options.num, options.url, options.index, options.text,
-                              options.oversample, options.clip, options.threshold, options.deduplicate)
+    query = client.Query(options.class_noun, options.num, options.url, options.index, options.text,
+                         options.oversample, options.clip, options.threshold, options.deduplicate)
     folder = options.out or Path("real_reg") / f"samples_{folder_name(options.class_noun)}"
-    found = retrieval.retrieve(folder, query, downloader, options.workers)
+    found = image_set.retrieve(folder, query, downloader, options.workers)
     for reason, count in found.refused.items():
         print(f"left out: {count} ({reason})")
     print(f"regularisation set: {found.pictures} of {options.num} pictures in {found.folder}")

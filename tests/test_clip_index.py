@@ -13,12 +13,13 @@ from web import Web
 pytest.importorskip("clip_retrieval")
 
 from colour_clip import COLOURS, NAME, coloured, write_clip
+from retrieval import clip as clip_model
+from retrieval import index as clip_index
+from retrieval.client import Query, ask_server
+from retrieval.download import Downloader
+from retrieval.index import build_index
+from retrieval.server import IndexServer
 
-from ldm.data import clip_index, clip_model
-from ldm.data.clip_client import Query, ask_server
-from ldm.data.clip_index import build_index
-from ldm.data.clip_server import IndexServer
-from ldm.data.download import Downloader
 from ldm.data.regularization import read_regularization
 from ldm.util import UserError
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from colour_clip import ARCHITECTURE, NAME, write_clip
 from conftest import Call
+from retrieval import clip as clip_model
+from retrieval.clip import check_clip, load_clip, register_architecture, text_similarities
 from safetensors.torch import load_file
 from web import Web
 
-from ldm.data import clip_model
-from ldm.data.clip_model import check_clip, load_clip, register_architecture, text_similarities
 from ldm.util import UserError
 
 
@@ -70,7 +70,7 @@ def test_the_bombs_would_go_off(tmp_path: Path) -> None:
 
 def test_no_door_runs_a_pickle(weights: Path, tmp_path: Path, call_script: Call, monkeypatch: pytest.MonkeyPatch
                                ) -> None:
-    monkeypatch.setattr("ldm.data.clip_client.change_environment", lambda *arguments: None)
+    monkeypatch.setattr("retrieval.client.change_environment", lambda *arguments: None)
     trace = tmp_path / "trace"
     (tmp_path / "photos").mkdir()
     (tmp_path / "served").mkdir()

@@ -22,10 +22,11 @@ import pyarrow
 import pyarrow.parquet
 from colour_clip import coloured, write_clip
 from PIL import Image
+from retrieval import clip as clip_model
+from retrieval import server as clip_server
+from retrieval.index import build_index
+from retrieval.server import Index, IndexServer
 
-from ldm.data import clip_model, clip_server
-from ldm.data.clip_index import build_index
-from ldm.data.clip_server import Index, IndexServer
 from ldm.util import UserError
 
 

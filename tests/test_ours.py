@@ -14,13 +14,14 @@ import pytest
 from conftest import ROOT, Call, contents
 from filelock import FileLock
 from PIL import Image
+from retrieval import picture_store
+from retrieval.client import Query
+from retrieval.download import Downloader
+from retrieval.image_set import Retrieved, retrieve
+from retrieval.picture_store import PictureStore
 from web import Web, picture_bytes
 
-from ldm.data.clip_client import Query
-from ldm.data.download import Downloader
 from ldm.data.images import Unusable
-from ldm.data.picture_store import PictureStore
-from ldm.data.retrieval import Retrieved, retrieve
 from ldm.util import UserError
 
 FETCHER = Downloader(timeout=2, limit=3, retries=0, allow_private=True)
@@ -88,7 +89,7 @@ def test_an_answer_that_was_not_noted_takes_only_its_own_pictures_away(web: Web,
 
 def test_a_picture_is_on_record_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
-    monkeypatch.setattr("ldm.data.picture_store.save_jpeg", lambda *a, **k: pytest.fail((tmp_path / "log").read_text()))
+    monkeypatch.setattr(picture_store, "save_jpeg", lambda *a, **k: pytest.fail((tmp_path / "log").read_text()))
     with pytest.raises(pytest.fail.Exception, match="0\tkept\n"):
         store.keep(0, picture_bytes(0))
 

@@ -23,7 +23,7 @@ from ldm.records import (
 )
 from ldm.util import UserError
 
-OWN_JSON = {"ldm/data/clip_answer.py",        # entries of a stream of unknown length, halves of letters and all
+OWN_JSON = {"scripts/retrieval/answer.py",    # entries of a stream of unknown length, halves of letters and all
             "ldm/checkpoint.py",              # the header it has just written
             "scripts/benchmarks/rows.py"}         # what its own child printed
 

@@ -19,15 +19,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Call, contents
 from PIL import Image
+from retrieval import answer as clip_answer
+from retrieval import client as clip_client
+from retrieval import download, image_set
+from retrieval.client import Query
+from retrieval.download import Downloader, Refused, is_public
+from retrieval.image_set import Retrieved, retrieve
 from web import HOSTILE, Web, picture_bytes, trickle
 
-from ldm.data import clip_answer, clip_client, download, retrieval
-from ldm.data.clip_client import Query
-from ldm.data.download import Downloader, Refused, is_public
 from ldm.data.regularization import read_regularization, write_regularization
-from ldm.data.retrieval import Retrieved, retrieve
 from ldm.util import UserError
 
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
 STATE = (".retrieval.json", ".retrieval.log", ".lock")
 
 
@@ -128,7 +131,7 @@ def test_captions_unlike_the_class_are_left_out(web: Web, fetcher: Downloader, t
         assert (clip, target) == ("ViT-B/32", "a photo of a tabby cat")
         return [cosines[int(text.split()[-1])] for text in texts]
 
-    monkeypatch.setattr(retrieval, "text_similarities", similarities)
+    monkeypatch.setattr(image_set, "text_similarities", similarities)
     found = collect(tmp_path / "set", web, fetcher, 4, clip="ViT-B/32")
     assert found.pictures == 4
     assert found.refused == {"has a caption unlike 'a photo of a tabby cat'": 2}
@@ -267,7 +270,7 @@ def test_whatever_a_server_does_in_place_of_its_indices_is_no_harm(web: Web, nam
 def test_a_hostile_server_costs_little_memory(web: Web) -> None:
     """Measured in a process of its own, whose memory may only grow."""
     code = "import resource, sys\nfrom ldm.util import UserError\n" \
-           "from ldm.data.clip_client import Query, ask_server\n" \
+           "from retrieval.client import Query, ask_server\n" \
            "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000\n" \
            "before = peak()\nfor timeout in map(float, sys.argv[2:]):\n    try:\n" \
            "        ask_server(Query('cat', url=sys.argv[1], timeout=timeout), 10000)\n" \
@@ -278,7 +281,7 @@ def test_a_hostile_server_costs_little_memory(web: Web) -> None:
                   lambda handler: handler.send(many)])
     web.indices, web.answer = None, lambda handler: next(kinds)(handler)
     done = subprocess.run([sys.executable, "-c", code, web.url, "0.5", "0.5", "20", "20"], capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                          text=True, env=os.environ | {"PYTHONPATH": PATHS})
     assert done.stdout.count("did not answer within") == 2 and done.stdout.count("absurdly large") == 2
     assert done.returncode == 0 and float(done.stdout.splitlines()[-1]) < 200, done
 
@@ -329,7 +332,7 @@ def test_the_command_runs_where_clip_retrieval_is(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, script, "--class_noun", "plush toy", "--clip", "ViT-B/32"]
 
     def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": PATHS}, capture_output=True, text=True)
 
     assert run().stderr == ("error: this Python has no package clip-retrieval; `python scripts/retrieve.py setup` "
                             "makes an environment that has it.\n")

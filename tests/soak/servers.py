@@ -12,10 +12,10 @@ import traceback
 from pathlib import Path
 
 import web
+from retrieval.client import Query
+from retrieval.download import Downloader
+from retrieval.image_set import retrieve
 
-from ldm.data.clip_client import Query
-from ldm.data.download import Downloader
-from ldm.data.retrieval import retrieve
 from ldm.util import UserError
 from soak.campaign import Campaign, brief
 

@@ -17,12 +17,12 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from ldm.checkpoint import existing_file
-from ldm.data.clip_index import DESCRIPTION, library
-from ldm.data.clip_model import Clip, check_clip, first_line, load_clip
-from ldm.data.download import Deadline
 from ldm.data.images import Unusable, decode
 from ldm.records import BadRecord, Line, Record, load_record, read_record
 from ldm.util import UserError
+from retrieval.clip import Clip, check_clip, first_line, load_clip
+from retrieval.download import Deadline
+from retrieval.index import DESCRIPTION, library
 
 KNN, INDICES = "/knn-service", "/indices-list"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")

@@ -11,16 +11,16 @@ from types import ModuleType
 
 import torch
 
-from ldm.data.clip_client import MISSING, SETUP
-from ldm.data.clip_model import BATCH, Clip, check_clip, load_clip, quiet
-from ldm.data.download import Downloader
 from ldm.data.images import Unusable, decode
 from ldm.data.layouts import captioned
-from ldm.data.picture_store import PictureStore
 from ldm.data.turns import LOCK, turn_in
 from ldm.files import write_atomically, write_text
 from ldm.text import read_lines
 from ldm.util import UserError
+from retrieval.client import MISSING, SETUP
+from retrieval.clip import BATCH, Clip, check_clip, load_clip, quiet
+from retrieval.download import Downloader
+from retrieval.picture_store import PictureStore
 
 DESCRIPTION = "index.json"      # written last: a folder without it is unfinished
 BEGUN = ".index-begun"          # written first: a folder with it holds nothing but an index
@@ -45,7 +45,7 @@ def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloa
             with a caption after a tab if there is one.
         folder: absent, empty or begun by an earlier run; gets pictures/ (copies, small enough to serve), metadata/,
             image.index and index.json.
-        clip: a CLIP, as `ldm.data.clip_model.check_clip` takes it.
+        clip: a CLIP, as `retrieval.clip.check_clip` takes it.
 
     Raises:
         UserError: there is no picture, the CLIP cannot be loaded, the folder holds something else, the disk refuses.

@@ -16,10 +16,10 @@ import urllib3
 from urllib3.exceptions import HTTPError
 from urllib3.util import Timeout
 
-from ldm.data.clip_answer import CHUNK, Answer, NoList, printable
-from ldm.data.download import AGENT, Deadline, guarded_pool, why_failed
 from ldm.records import BadRecord, parse_json
 from ldm.util import UserError
+from retrieval.answer import CHUNK, Answer, NoList, printable
+from retrieval.download import AGENT, Deadline, guarded_pool, why_failed
 
 MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"

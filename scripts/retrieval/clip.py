@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import existing_file, load_state, load_weights
+from ldm.checkpoint import existing_file
+from ldm.evaluation.open_clip_file import read_open_clip
 from ldm.records import load_json
 from ldm.util import UserError
 
 OPENAI = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
 PREFIX = "open_clip:"
-OPENAI_EXTRA = ("input_resolution", "context_length", "vocab_size")    # what OpenAI's files hold beside the weights
 HOW = f"name one of OpenAI's ({', '.join(OPENAI)}) or a local file, {PREFIX}ARCHITECTURE/FILE"
 BATCH = 32
 
@@ -146,7 +145,7 @@ def load_clip(name: str, device: str = "cpu") -> Clip:
 
 def _load_openai(name: str, device: torch.device) -> Clip:
     """Lets all_clip fetch a CLIP from OpenAI, whose checksum it knows."""
-    from ldm.data.clip_client import MISSING, SETUP
+    from retrieval.client import MISSING, SETUP
     try:
         from all_clip import load_clip as load
     except ImportError as error:
@@ -162,25 +161,6 @@ def _load_open_clip(name: str, device: torch.device) -> Clip:
     model = read_open_clip(Path(file), architecture, "CLIP").to(device).eval().requires_grad_(False)
     prepare = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, prepare, get_tokenizer(architecture), device)
-
-
-def read_open_clip(path: Path, architecture: str, title: str) -> nn.Module:
-    """Builds one of open_clip's architectures with the weights of a file, of which nothing is run.
-
-    Args:
-        title: what the weights are, for messages.
-
-    Raises:
-        UserError: the file is missing, damaged, a program, or does not fit the architecture.
-    """
-    import open_clip
-    path = existing_file(path, f"{title} weights")
-    if zipfile.is_zipfile(path) and any("/code/" in entry for entry in zipfile.ZipFile(path).namelist()):
-        raise UserError(f"'{path}' is a TorchScript program, which is not run here; get {title} as .safetensors.")
-    state = {key.removeprefix("module."): value for key, value in load_state(path, f"{title} weights").items()}
-    model = open_clip.create_model(architecture, pretrained=None)
-    load_weights(model, state, path, OPENAI_EXTRA)
-    return model
 
 
 def text_similarities(clip: str, target: str, texts: Sequence[str]) -> list[float]:

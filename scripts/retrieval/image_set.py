@@ -13,18 +13,18 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from ldm.data.clip_answer import Answer, Found
-from ldm.data.clip_client import Query, ask_server
-from ldm.data.clip_model import check_clip, text_similarities
-from ldm.data.download import Downloader
 from ldm.data.images import Unusable, decode
-from ldm.data.picture_store import PictureStore
 from ldm.data.regularization import CAPTIONS, IMAGES, URLS, class_caption, write_lists
 from ldm.data.turns import turn_in
 from ldm.files import set_aside, write_text
 from ldm.records import BadRecord, Record, read_record
 from ldm.text import read_lines
 from ldm.util import UserError, folder_name
+from retrieval.answer import Answer, Found
+from retrieval.client import Query, ask_server
+from retrieval.clip import check_clip, text_similarities
+from retrieval.download import Downloader
+from retrieval.picture_store import PictureStore
 
 STATE, JOURNAL = ".retrieval.json", ".retrieval.log"
 MOST_ASKED = 10_000   # pictures asked for in one query at most, as Custom Diffusion does

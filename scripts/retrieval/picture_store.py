@@ -10,11 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.data.download import Downloader, Refused
 from ldm.data.images import Unusable, decode, why_unusable
 from ldm.data.regularization import save_jpeg
 from ldm.files import NameTaken, append_durably, set_aside
 from ldm.util import UserError
+from retrieval.download import Downloader, Refused
 
 LARGEST = 1024        # shorter side in px of what is kept: twice what SD v1 sees
 KEPT, REMOVING, GONE = "kept", "removing", "gone"       # in the journal, where else a reason stands
