@@ -7,34 +7,29 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint import cast_weights, is_mapped, load_file
-from ldm.compute import (
+from ldm.base import picture_side
+from ldm.config import DCIConfig, SampleConfig
+from ldm.customization import tokens
+from ldm.customization.delta import AppliedConcept, Concept
+from ldm.customization.tokens import TokenSets
+from ldm.data.images import to_images
+from ldm.device import (
     FORMATS,
     PRECISIONS,
     compile_network,
     decode,
-    format_of,
     out_of_memory,
     set_format,
     supported_precision,
     weights_precision,
 )
-from ldm.config import BaseConfig, DCIConfig, SampleConfig
-from ldm.customization import tokens
-from ldm.customization.delta import AppliedConcept, Concept, base_identity
-from ldm.customization.tokens import TokenSets
-from ldm.data.images import to_images
-from ldm.embedded import NAME
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -42,105 +37,14 @@ from ldm.models.diffusion.guidance import DualBranch, has_two_branches
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
-from ldm.recognize import fit_names, load_checkpoint, read_vae, say_left_out
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import UserError
 
-COUNTS = {"num_res_blocks", "transformer_depth", "layers", "channel_mult", "ch_mult"}     # of a model's modules
-MAX_COUNT = 64
-# What building from a wrong configuration ends in: a key that is missing or unknown, a size that cannot be.
-WRONG_CONFIGURATION = (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError)
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 ABLATIONS = ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights")
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
 MAX_SEED = 2 ** 63 - 1
 MAX_PICTURES = 100_000   # of one run, which are listed before the first is drawn
-MAX_SIDE = 8192          # px of a picture
-
-
-def choose_device(name: str) -> torch.device:
-    """Turns auto, cpu, cuda or mps (Apple's GPUs) into a device; auto takes a GPU where there is one.
-
-    Raises:
-        UserError: a GPU is asked for and absent, or the name is unknown.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    kind = name.split(":")[0]
-    if kind not in there:
-        raise UserError(f"device '{name}' is unknown; use auto, cpu, cuda or mps.")
-    if not there[kind]:
-        raise UserError(f"device '{kind}' was asked for but this machine (or this build of torch) has none; use cpu.")
-    return torch.device(name)
-
-
-def check_counts(node: Any) -> None:
-    """Refuses a model's configuration that asks for more layers than any network has, before one is built."""
-    waiting = [OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        if not isinstance(value, dict):
-            continue
-        waiting += value.values()
-        for name in COUNTS & value.keys():
-            count = len(value[name]) if isinstance(value[name], list) else value[name]
-            if isinstance(count, (int, float)) and count > MAX_COUNT:
-                raise UserError(f"the model cannot be built: {name} is {count}, and {MAX_COUNT} is the most; compare "
-                                "it with configs/model/.")
-
-
-def empty_model(model_node: Any) -> LatentDiffusion:
-    """Builds a model on the meta device: without weights, in a second and no memory.
-
-    Raises:
-        UserError: the configuration is none of a `LatentDiffusion`.
-    """
-    check_counts(model_node)
-    try:
-        with torch.device("meta"):       # weights come from a file; no time or memory goes into others
-            model = instantiate_from_config(model_node)
-    except WRONG_CONFIGURATION as error:
-        raise UserError(f"the model cannot be built from its configuration ({error}); "
-                        "compare it with configs/model/.") from error
-    if not isinstance(model, LatentDiffusion):
-        raise UserError(f"model.target must be a LatentDiffusion, not {type(model).__name__}.")
-    return model
-
-
-def build_model(model_node: Any, base: BaseConfig,
-                dtype: torch.dtype = torch.float32) -> tuple[LatentDiffusion, dict[str, str]]:
-    """Builds a base model with its weights and returns it with its identity; no checkpoint means the embedded model.
-
-    Args:
-        model_node: the configuration's `model`.
-        base: which checkpoint, and which autoencoder in place of its own.
-        dtype: the format of U-Net and autoencoder, whatever the files': each weight is cast once, from its file.
-
-    Raises:
-        UserError: a file is missing, broken or of another kind, or the configuration is no model's.
-    """
-    embedded = base.ckpt is None
-    path = Path(str(resources.files("ldm.tiny") / "model.safetensors")) if embedded else Path(base.ckpt)
-    content = load_file(path)      # before the model is built: a missing or broken file should cost no time
-    model = empty_model(model_node)
-
-    def read() -> dict[str, Tensor]:
-        return fit_names(load_file(path), model)[0] | (read_vae(base.vae, model)[0] if base.vae else {})
-
-    vae, spare = read_vae(base.vae, model) if base.vae else ({}, [])
-    load_checkpoint(model, content, path, vae=vae, assign=True)
-    say_left_out(base.vae, spare)
-    name = base.name or (NAME if embedded else path.stem)
-    identity = base_identity(model, name)
-    mapped = is_mapped(path) and (base.vae is None or is_mapped(Path(base.vae)))
-    del content, vae                     # what is cast stays in memory no longer than it is needed
-    cast_weights(model, lambda key: format_of(key, dtype), read if mapped else None)
-    model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
-    return model.eval().requires_grad_(False), identity
-
 
 Masks = list[tuple[str, Tensor]]
 
@@ -221,20 +125,6 @@ def dci_steps(settings: SampleConfig) -> int:
         return settings.steps
     separate = settings.dci.guidance == "separate"
     return cost_matched_steps(settings.steps, settings.dci.agg_time, separate, settings.scale != 1.0)
-
-
-def picture_side(model: LatentDiffusion, name: str, side: int | None) -> int:
-    """Returns a picture's side in px, the model's own where it is None.
-
-    Raises:
-        UserError: the side, called `name`, is no multiple of what the network needs.
-    """
-    factor = model.first_stage_model.encoder.reduction
-    multiple = factor * model.model.diffusion_model.reduction
-    side = model.image_size * factor if side is None else side
-    if not multiple <= side <= MAX_SIDE or side % multiple:
-        raise UserError(f"{name} is {side} px; this model needs a multiple of {multiple}, up to {MAX_SIDE}.")
-    return side
 
 
 def layer_size(pixels: int, height: int, width: int) -> tuple[int, int]:

@@ -12,15 +12,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from ldm.compute import FORMATS, supported_precision
+from ldm.base import build_model, empty_model
 from ldm.config import SampleConfig, save_config
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.tokens import AUTO
 from ldm.data.images import Unusable, decode
+from ldm.device import FORMATS, choose_device, supported_precision
 from ldm.embedded import warn_of_words
 from ldm.files import NameTaken
 from ldm.pictures import mask_panel, save_png, sheet
-from ldm.pipeline import Generator, Row, Sample, build_model, check_settings, choose_device, empty_model
+from ldm.pipeline import Generator, Row, Sample, check_settings
 from ldm.progress import progress
 from ldm.util import UserError
 

@@ -53,8 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     from benchmarks.measure import claim, save, table
     from benchmarks.rows import ROWS, make_bench, needed_memory
 
-    from ldm.compute import available_memory, supported_precision
-    from ldm.pipeline import choose_device
+    from ldm.device import available_memory, choose_device, supported_precision
     check(options, list(ROWS))
     device = choose_device(options.device)
     precision = supported_precision(options.precision, device)

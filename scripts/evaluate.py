@@ -68,10 +68,10 @@ def check(options) -> None:
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     check(options)
+    from ldm.device import choose_device
     from ldm.evaluation.evaluate import evaluate  # torch loads only when there is work for it
     from ldm.evaluation.layouts import read_pictures
     from ldm.evaluation.scoring import load_scorer, read_weights
-    from ldm.pipeline import choose_device
     found = read_pictures(options.pictures, options.prompts) if options.pictures else []
     flags = cli.set_options(**cli.base_options(options), n_samples=options.n_samples, seed=options.seed)
     config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)

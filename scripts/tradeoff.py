@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     from experiments.experiment import claim_names, jobs_of, overview, run_claim
     from experiments.sweep import Sweep, share_out
 
-    from ldm.pipeline import choose_device
+    from ldm.device import choose_device
     device = choose_device(Job("", BASE, 0).sampling(config).device)
     metrics = options.metrics, read_weights(options.metric_weights), device
     sweep = Sweep(config, options.outdir, load_scorer(*metrics))

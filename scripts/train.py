@@ -86,9 +86,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.print_config:
         return print(OmegaConf.to_yaml(config, resolve=True), end="")
     if options.inspect:
-        from ldm.inspection import inspect_run
+        from ldm.training.inspection import inspect_run
         return inspect_run(config, options.inspect)
-    from ldm.training import fine_tune  # Lightning and the model code load only when there is work
+    from ldm.training.run import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder, options.insist)
     print(f"concept file: {run.concept}\npictures:     {run.preview or run.folder / 'images'}")
     base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""

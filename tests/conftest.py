@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm import cli
+from ldm.base import build_model
 from ldm.checkpoint import load_state, save_safetensors
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.evaluation.judge import Court, Judge, save_court
 from ldm.evaluation.small_clip import TEXT_PREFIX, SmallCLIP, embedded, pack_small_clip
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.pipeline import build_model
-from ldm.training import Run, fine_tune
+from ldm.training.run import Run, fine_tune
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]

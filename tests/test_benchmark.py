@@ -143,6 +143,6 @@ def test_what_cannot_be_measured_is_refused(call_script, arguments: list[str], m
 
 
 def test_a_machine_without_the_memory_is_told_how_much_it_takes(call_script, monkeypatch) -> None:
-    monkeypatch.setattr("ldm.compute.available_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr("ldm.device.available_memory", lambda device: 2_000_000_000)
     error = call_script("benchmark").error
     assert "needs 12.8 GB on 'cpu', and 2.0 GB are free; give --ours_only, --small" in error

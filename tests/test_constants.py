@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune
 from ldm.data.concept import Picture
-from ldm.memory import GB, MIXED, activation_bytes, advice, check_memory
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
-from ldm.training import fine_tune
+from ldm.training.memory import GB, MIXED, activation_bytes, advice, check_memory
+from ldm.training.run import fine_tune
 from ldm.util import UserError
 
 TRAINERS = sorted((ROOT / "configs" / "trainer").glob("*.yaml"))
@@ -162,7 +162,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_try(small_world: SmallW
     with monkeypatch.context() as patch, pytest.raises(
             UserError, match="needs about 0.8 GB.*memory_gb is 0.5; try trainer.precision=bf16-mixed, then "
                              "method.batch_size=1 method.accumulate=2, then trainer.checkpointing"):
-        patch.setattr("ldm.training.choose_device", lambda name: torch.device("cuda"))
+        patch.setattr("ldm.training.run.choose_device", lambda name: torch.device("cuda"))
         fine_tune(config)
     assert not list(tmp_path.iterdir())
     check_memory(small_world.train_config(tmp_path, "trainer.memory_gb=2"), make_module(small_world), 32)
@@ -182,7 +182,7 @@ def test_a_gpus_memory_is_no_matter_without_one(small_world: SmallWorld, tmp_pat
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(12, "Cannot allocate memory")])
 @pytest.mark.parametrize("place", ["ldm.customization.finetune.ConceptFinetune.training_step",
-                                   "ldm.training.build_model"])
+                                   "ldm.training.run.build_model"])
 def test_running_out_of_memory_ends_in_a_sentence(small_world: SmallWorld, tmp_path: Path, monkeypatch, place: str,
                                                   error: Exception) -> None:
     def fails(*_: object) -> None:

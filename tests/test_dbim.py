@@ -13,11 +13,11 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ldm.base import build_model
 from ldm.config import BaseConfig
 from ldm.modules.attention import CrossAttention, SpatialTransformer, record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl, integration_masks
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.pipeline import build_model
 from ldm.util import UserError
 
 SHARED, SEPARATE, UNGUIDED = BranchLayout.SHARED, BranchLayout.SEPARATE, BranchLayout.UNGUIDED

@@ -17,7 +17,7 @@ from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
 from ldm.files import RECORD
 from ldm.pictures import SETTINGS_KEY, save_png
-from ldm.training import Run
+from ldm.training.run import Run
 from ldm.util import UserError
 
 RESULTS = {"rows.jsonl", "rows.csv", "summary.json", "table.md", "sheet.png"}

@@ -21,7 +21,7 @@ from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan, TrainingRows
 from ldm.data.images import Framing, list_images, load_framed
 from ldm.modules.attention import SpatialTransformer
-from ldm.training import Run, effective_learning_rate, fine_tune
+from ldm.training.run import Run, effective_learning_rate, fine_tune
 from ldm.util import UserError
 
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"

@@ -17,7 +17,7 @@ from ldm.customization.finetune import masked_mean
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import Framing, Picture, decode, load_framed, open_image, square, trim_bars
 from ldm.files import RECORD
-from ldm.inspection import CELL, LABEL, inspect_sets
+from ldm.training.inspection import CELL, LABEL, inspect_sets
 from ldm.util import UserError
 
 

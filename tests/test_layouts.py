@@ -16,8 +16,8 @@ from ldm.customization.delta import load_concept
 from ldm.data.layouts import captioned, read_subjects
 from ldm.data.regularization import read_regularization
 from ldm.evaluation.layouts import read_pictures
-from ldm.inspection import inspect_run
-from ldm.training import check_config, concept_words, fine_tune, read_references
+from ldm.training.inspection import inspect_run
+from ldm.training.run import check_config, concept_words, fine_tune, read_references
 from ldm.util import UserError
 
 

@@ -22,11 +22,12 @@ from ldm.config import SampleConfig, merge
 from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
 from ldm.customization.tokens import TokenSets
+from ldm.device import choose_device
 from ldm.modules.attention import SpatialTransformer
 from ldm.pictures import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
-from ldm.pipeline import Generator, Row, choose_device, cost_matched_steps
+from ldm.pipeline import Generator, Row, cost_matched_steps
 from ldm.sampling import draw_run
-from ldm.training import Run
+from ldm.training.run import Run
 from ldm.util import UserError
 
 PROMPT = "a {} in the snow"

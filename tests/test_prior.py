@@ -13,8 +13,8 @@ from PIL import Image
 from ldm.config import RegularizationConfig
 from ldm.data.regularization import read_regularization, write_regularization
 from ldm.pipeline import Generator
-from ldm.prior import class_prompt, generate_prior, generated_folder, without_tags
-from ldm.training import fine_tune
+from ldm.training.regularization import class_prompt, generate_prior, generated_folder, without_tags
+from ldm.training.run import fine_tune
 
 
 def how(root: Path, **options: object) -> RegularizationConfig:

@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldm.base import build_model
 from ldm.checkpoint import load_state
 from ldm.config import BaseConfig
 from ldm.convert.diffusers import vae_state
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pipeline import build_model
 from ldm.util import UserError, instantiate_from_config
 
 TEXT, UNET, VAE = "cond_stage_model.transformer.", "model.diffusion_model.", "first_stage_model."

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.pictures import read_settings
-from ldm.training import Run
+from ldm.training.run import Run
 
 
 def start(*arguments: object) -> Outcome:
@@ -320,7 +320,7 @@ def test_ctrl_c_says_how_to_go_on(call_script: Call, small_run: Run, tmp_path: P
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm.callbacks.Progress.on_train_batch_end", interrupt)
+    monkeypatch.setattr("ldm.training.callbacks.Progress.on_train_batch_end", interrupt)
     outcome = call_script("train", "-r", folder, "method.steps=4")
     assert outcome.status == 130
     assert outcome.err.splitlines()[-1] == \

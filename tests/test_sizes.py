@@ -9,9 +9,10 @@ import torch
 from conftest import Call, SmallWorld
 from omegaconf import OmegaConf
 
+from ldm.base import empty_model
 from ldm.checkpoint import load_file
-from ldm.pipeline import Generator, empty_model
-from ldm.training import Run, check_config
+from ldm.pipeline import Generator
+from ldm.training.run import Run, check_config
 from ldm.util import UserError
 
 

@@ -10,7 +10,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import compute
-from ldm.compute import (
+from ldm.base import build_model
+from ldm.config import BaseConfig
+from ldm.customization.delta import load_concept
+from ldm.device import (
     PRECISIONS,
     available_memory,
     compile_network,
@@ -19,16 +22,14 @@ from ldm.compute import (
     set_format,
     supported_precision,
 )
-from ldm.config import BaseConfig
-from ldm.customization.delta import load_concept
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import DualBranch, make_guidance
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.dbim import BranchLayout, DBIMControl
-from ldm.pipeline import Generator, Row, build_model
-from ldm.training import Run
+from ldm.pipeline import Generator, Row
+from ldm.training.run import Run
 from ldm.util import UserError
 
 TOKENS, STEPS = 77, 4

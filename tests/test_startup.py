@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm import checkpoint
+from ldm.base import build_model
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_state, save_safetensors
 from ldm.convert.single_file import convert
-from ldm.pipeline import build_model
 from ldm.util import UserError, instantiate_from_config
 
 

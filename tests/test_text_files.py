@@ -12,7 +12,7 @@ from ldm.data.layouts import read_subjects
 from ldm.evaluation.layouts import read_dataset, read_pictures, read_prompts
 from ldm.records import load_json
 from ldm.text import read_lines, read_text
-from ldm.training import Run
+from ldm.training.run import Run
 from ldm.util import UserError
 
 MARK = b"\xef\xbb\xbf"

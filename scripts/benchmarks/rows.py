@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from benchmarks.contestants import Preparing, as_the_release, build_random, theirs
 from benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors
-from ldm.compute import FORMATS, compile_network, set_format
 from ldm.config import MethodConfig
 from ldm.customization.constants import CaptionFeatures, Posteriors
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
+from ldm.device import FORMATS, compile_network, set_format
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.guidance import DualBranch, DualBranchGuidance, Guidance
@@ -308,7 +308,7 @@ start = time.perf_counter()
 import torch
 from omegaconf import OmegaConf
 from ldm.config import BaseConfig
-from ldm.pipeline import build_model
+from ldm.base import build_model
 imported = time.perf_counter()
 from benchmarks.measure import Peak
 peak = Peak(torch.device("cpu"))

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
-from ldm.callbacks import concept_file
 from ldm.config import DCIConfig
 from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
@@ -38,9 +37,10 @@ from ldm.pictures import save_png
 from ldm.pipeline import Generator, check_settings
 from ldm.progress import progress
 from ldm.records import Record, load_record
-from ldm.resume import resume_state
 from ldm.sampling import load_generator
-from ldm.training import fine_tune
+from ldm.training.callbacks import concept_file
+from ldm.training.resume import resume_state
+from ldm.training.run import fine_tune
 from ldm.util import UserError, folder_name, shipped
 
 Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_file
-from ldm.compute import supported_precision
+from ldm.device import supported_precision
 from ldm.files import write_atomically
 
 

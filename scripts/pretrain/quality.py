@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 from small_world.world import NONE, SmallWorld
 from world import WORLD
 
+from ldm.base import build_model
 from ldm.config import BaseConfig
 from ldm.evaluation.judge import load_court
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pipeline import build_model
 
 FIRST_SEED = 60_000_000     # neither the generator's nor the judge's pictures
 SHOWN = 12                  # pictures a row of the sheet

@@ -14,7 +14,7 @@ from conftest import SCRIPTS
 
 import ldm.evaluation.evaluate  # noqa: F401  imported once, before any child is made
 import ldm.evaluation.scoring  # noqa: F401
-import ldm.training  # noqa: F401
+import ldm.training.run  # noqa: F401
 from ldm import cli
 from soak.world import World
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.callbacks import SaveConcept
+from ldm.training.callbacks import SaveConcept
 from soak.campaign import Campaign
 from soak.child import Child, made_elsewhere, start
 from soak.world import World

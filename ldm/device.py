@@ -1,4 +1,4 @@
-"""How a model computes: number format, memory layout, compiled or not, and decoding in what memory there is."""
+"""Where and how a model computes: device, number format, memory layout, compilation, decoding in little memory."""
 from __future__ import annotations
 
 import importlib.util
@@ -18,6 +18,23 @@ PRECISIONS = (*FORMATS, "autocast")
 # What torch says on a CPU (Linux, Windows), on an Apple GPU or from a CUDA library, and the system on mapping a file.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed", "cannot allocate memory")
 DECODER_COPIES = 8       # a decoder's peak, in copies of its finest feature map: 1.07 GB for 512x512 px in float32
+
+
+def choose_device(name: str) -> torch.device:
+    """Turns auto, cpu, cuda or mps (Apple's GPUs) into a device; auto takes a GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and absent, or the name is unknown.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind = name.split(":")[0]
+    if kind not in there:
+        raise UserError(f"device '{name}' is unknown; use auto, cpu, cuda or mps.")
+    if not there[kind]:
+        raise UserError(f"device '{kind}' was asked for but this machine (or this build of torch) has none; use cpu.")
+    return torch.device(name)
 
 
 def supported_precision(name: str, device: torch.device) -> str:

@@ -17,9 +17,9 @@ from ldm.config import DCIConfig, PreviewConfig, SampleConfig
 from ldm.pictures import save_png
 from ldm.pipeline import Generator
 from ldm.progress import progress
-from ldm.resume import state_tensors
 from ldm.sampling import comparison_sheet
 from ldm.signals import Interrupt, Signals
+from ldm.training.resume import state_tensors
 from ldm.util import UserError
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

@@ -31,23 +31,24 @@ from pytorch_lightning.plugins.environments import (
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from ldm.callbacks import KeepConstants, Lighten, Preview, Progress, SaveConcept, concept_file
-from ldm.compute import out_of_memory
+from ldm.base import build_model, picture_side
 from ldm.config import require, save_config
 from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.concept import CaptionedImages, TrainingPlan
 from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed, size_of
 from ldm.data.layouts import Captioned, captioned
+from ldm.device import choose_device, out_of_memory
 from ldm.embedded import warn_of_photos
 from ldm.files import NameTaken, take_folder, write_text
-from ldm.memory import MIXED, advice, check_memory
 from ldm.pictures import save_png, sheet
-from ldm.pipeline import MAX_SEED, build_model, check_seed, choose_device, picture_side
-from ldm.prior import MODES, join_masks, load_prior, make_prior
-from ldm.resume import Named, Resumed, RunIdentity, StateFiles, identify, name_pictures, resume_state
+from ldm.pipeline import MAX_SEED, check_seed
 from ldm.signals import Interrupt, Signals, heeded
-from ldm.slurm import COMMAND, command_text, earlier_run, job
+from ldm.training.callbacks import KeepConstants, Lighten, Preview, Progress, SaveConcept, concept_file
+from ldm.training.memory import MIXED, advice, check_memory
+from ldm.training.regularization import MODES, join_masks, load_prior, make_prior
+from ldm.training.resume import Named, Resumed, RunIdentity, StateFiles, identify, name_pictures, resume_state
+from ldm.training.slurm import COMMAND, command_text, earlier_run, job
 from ldm.util import UserError, folder_name, from_here
 
 MOST = {"method": {"batch_size": 4096, "accumulate": 65536, "prefix_length": 75, "suffix_length": 75},
@@ -355,7 +356,7 @@ def shareable(config: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(config, resolve=True)
     content["base"] |= {"ckpt": None, "vae": None}
     content["trainer"]["logdir"] = ""
-    content["data"]["reg"] |= {"root": "", "url": None, "clip": None}
+    content["data"]["reg"]["root"] = ""
     for concept in content["concepts"]:
         concept["images"] = concept["regularization"] = ""
         concept["regularization_caption"] = None
