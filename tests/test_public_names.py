@@ -397,8 +397,8 @@ MAY_IMPORT = {                                             # room → the rooms 
     "pipeline": {"base", "device", "customization", "models", "modules", "data", "config", "util"},
     "sampling": {"pipeline", "base", "device", "pictures", "customization", "data", "config", "recognize", "embedded",
                  "progress", "files", "checkpoint", "util"},
-    "training": {"sampling", "pipeline", "base", "device", "pictures", "customization", "models", "data", "config", "embedded",
-                 "progress", "signals", "records", "text", "files", "checkpoint", "util"},
+    "training": {"sampling", "pipeline", "base", "device", "pictures", "customization", "models", "modules", "data",
+                 "config", "embedded", "progress", "signals", "records", "text", "files", "checkpoint", "util"},
     "evaluation": {"sampling", "pipeline", "base", "device", "pictures", "customization", "modules", "data", "config",
                    "progress", "records", "text", "files", "checkpoint", "util"},
 }

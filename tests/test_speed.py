@@ -9,7 +9,7 @@ from conftest import ROOT, SmallWorld
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ldm import compute
+from ldm import device as device_module
 from ldm.base import build_model
 from ldm.config import BaseConfig
 from ldm.customization.delta import load_concept
@@ -307,6 +307,6 @@ def test_two_graphs_for_all_strengths_steps_and_prompts(small_world: SmallWorld,
 
 
 def test_compiling_without_a_compiler_is_refused(model: LatentDiffusion, monkeypatch) -> None:
-    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    monkeypatch.setattr(device_module.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         compile_network(model)
