@@ -298,7 +298,7 @@ def test_what_ships_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest
     sweep = subjects(merge(SweepConfig, ["configs/sweep/tiny.yaml"]))
     assert [len(subject.prompts) for subject in sweep] == here
     assert all(subject.references.is_dir() for subject in sweep)
-    for name in ("train.sh", "docs", "tests/data", "configs/model/none.yaml"):      # does not ship, or is not there
+    for name in ("train.sh", "docs", "tests/fixtures", "configs/model/none.yaml"):      # does not ship, or is not there
         assert shipped(name) == Path(name)
     with pytest.raises(UserError, match="'configs/model/none.yaml' does not exist"):
         merge(SampleConfig, ["configs/model/none.yaml"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ldm.config import TrainConfig, merge
 from ldm.customization.delta import load_concept
 
-RUN = ROOT / "tests" / "data" / "earlier_run"
+RUN = ROOT / "tests" / "fixtures" / "earlier_run"
 CONCEPT = RUN / "checkpoints" / "step-000002.safetensors"
 
 

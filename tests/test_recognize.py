@@ -86,7 +86,7 @@ def test_what_protects_the_picture_is_still_demanded(small_world, state, tmp_pat
 
 def released(change: dict[str, tuple[int, ...]], rename: dict[str, str] | None = None) -> dict[str, Tensor]:
     """Names and shapes of a released v1 file, every tensor one expanded zero, with some shapes changed."""
-    with gzip.open(ROOT / "tests/data/sd_v1_state_dict.tsv.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(ROOT / "tests/fixtures/sd_v1_state_dict.tsv.gz", "rt", encoding="utf-8") as file:
         rows = [line.split("\t")[:2] for line in file.read().splitlines()[1:]]
     shapes = {name: tuple(json.loads(shape)) for name, shape in rows} | change
     state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}

@@ -21,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Poses as a Python of another version when it is asked for its own; all else is done by the one that runs the tests.
 PYTHON_STUB = f"""#!/bin/sh
 if [ "$1" = -c ]; then exec '{sys.executable}' -c "import sys; sys.version_info = (${{STUB_VERSION:-3, 12}}, 0); $2"; fi

@@ -31,7 +31,7 @@ SMALL = {"unet_config": {"params": {"model_channels": 16, "channel_mult": [1, 2]
 
 def build(seed: int) -> LatentDiffusion:
     """Builds the embedded model's classes at a fraction of its size, with random weights, zeros included."""
-    config = OmegaConf.load(Path(__file__).parents[1] / "configs/model/tiny.yaml").model
+    config = OmegaConf.load(Path(__file__).parents[2] / "configs/model/tiny.yaml").model
     config.params = OmegaConf.merge(config.params, SMALL)
     torch.manual_seed(seed)
     model = instantiate_from_config(config).eval().requires_grad_(False)

@@ -14,13 +14,13 @@ from ldm.checkpoint import ACCEPTED_EXTRA, SCHEDULE_BUFFERS
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
 
-ROOT = Path(__file__).parents[1]
-OURS, COMPVIS = ROOT / "configs/model/sd-v1.yaml", ROOT / "tests/data/v1-inference.yaml"
+ROOT = Path(__file__).parents[2]
+OURS, COMPVIS = ROOT / "configs/model/sd-v1.yaml", ROOT / "tests/fixtures/v1-inference.yaml"
 
 
 def released() -> dict[str, tuple[tuple[int, ...], torch.dtype, str]]:
     """Reads what a released v1 file holds: key → (shape, dtype, group)."""
-    with gzip.open(ROOT / "tests/data/sd_v1_state_dict.tsv.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(ROOT / "tests/fixtures/sd_v1_state_dict.tsv.gz", "rt", encoding="utf-8") as file:
         rows = [line.split("\t") for line in file.read().splitlines()[1:]]
     return {key: (tuple(json.loads(shape)), getattr(torch, dtype), group) for key, shape, dtype, group in rows}
 
