@@ -207,7 +207,7 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
         UserError: a file is missing or no YAML; a key is unknown (the nearest is named) or a value has another type.
     """
     config = OmegaConf.structured(schema)
-    parts = [(str(path), _read(Path(path))) for path in files]
+    parts = [(str(path), _read_yaml(Path(path))) for path in files]
     for _, part in parts if data else ():
         _upgrade(part)
     for source, part in parts if data else ():
@@ -284,7 +284,7 @@ def _override(config: DictConfig, item: str) -> None:
         raise UserError(f"override '{item}': {_first_line(error)}") from error
 
 
-def _read(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> DictConfig:
     path = shipped(path)
     text = read_text(path, "configuration file", MOST_YAML)
     try:

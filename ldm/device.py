@@ -139,7 +139,7 @@ def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) 
     return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * picture)))
 
 
-def decode(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -> Tensor:
+def decode_latents(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -> Tensor:
     """Decodes latents (B, C, h, w) to pictures (B, 3, H, W) float32, as many at once as there is memory for.
 
     A decoder in half precision that overflows is turned to float32, for good, and asked again.
@@ -161,4 +161,4 @@ def decode(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -
     if model.first_stage_model.format == torch.float32:
         raise UserError("the decoder produced values that are not finite; the checkpoint may be damaged.")
     model.first_stage_model.float()
-    return decode(model, latents, memory)
+    return decode_latents(model, latents, memory)

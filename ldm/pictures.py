@@ -110,12 +110,12 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
     height = top + sum(len(lines) * _height(small) + cell + 2 * MARGIN for lines in captions)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    y = _write(draw, (MARGIN, MARGIN), titles, face, "black")
+    y = _write_lines(draw, (MARGIN, MARGIN), titles, face, "black")
     for index, lines in enumerate(heads):
-        _write(draw, (MARGIN + index * (cell + MARGIN), y), lines, face, "black")
+        _write_lines(draw, (MARGIN + index * (cell + MARGIN), y), lines, face, "black")
     y = top
     for lines, (_, pictures) in zip(captions, rows, strict=True):
-        y = _write(draw, (MARGIN, y), lines, small, "#444444")
+        y = _write_lines(draw, (MARGIN, y), lines, small, "#444444")
         for index, picture in enumerate(pictures):
             if picture is not None:
                 page.paste(fit(picture, cell), (MARGIN + index * (cell + MARGIN), y))
@@ -128,7 +128,7 @@ def _height(face: ImageFont.FreeTypeFont) -> int:
     return int(face.size * 1.4)
 
 
-def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont,
+def _write_lines(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], face: ImageFont.FreeTypeFont,
            fill: str) -> int:
     """Writes lines below each other and returns how far down the next one would be."""
     x, y = place

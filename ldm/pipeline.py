@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.base import build_model as build_model  # where callers of the first release find it
 from ldm.base import picture_side
 from ldm.config import DCIConfig, SampleConfig
 from ldm.customization import tokens
@@ -24,12 +25,13 @@ from ldm.device import (
     FORMATS,
     PRECISIONS,
     compile_network,
-    decode,
+    decode_latents,
     out_of_memory,
     set_format,
     supported_precision,
     weights_precision,
 )
+from ldm.device import choose_device as choose_device  # likewise
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -314,7 +316,7 @@ class Generator:
         """Draws rows that are all plain or all DCI, and records the masks of those that are watched."""
         places = [place for place, row in enumerate(rows) if row in watched]
         with self._lock, _memory_for(len(rows)), self._watching(places) as record:
-            images = to_images(decode(self.model, self.latents(rows, settings)))
+            images = to_images(decode_latents(self.model, self.latents(rows, settings)))
         _, height, width = self._shape(settings)
         sized = [(name, masks.unflatten(-1, layer_size(masks.shape[-1], height, width))) for name, masks in record]
         return images, {rows[place]: [(name, masks[:, index:index + 1]) for name, masks in sized]

@@ -17,8 +17,8 @@ from ldm.device import (
     PRECISIONS,
     available_memory,
     compile_network,
-    decode,
     decode_at_once,
+    decode_latents,
     set_format,
     supported_precision,
 )
@@ -257,8 +257,8 @@ def test_decoding_in_parts_changes_nothing(model: LatentDiffusion) -> None:
     picture = 8 * 8 * 32 * 32 * 8                    # copies of 8 channels of 32 x 32 float64
     sizes = [decode_at_once(model, latents, memory) for memory in (None, 1, 4 * picture, 100 * picture)]
     assert sizes == [3, 1, 2, 3]
-    whole = decode(model, latents, memory=100 * picture)
-    assert relative(decode(model, latents, memory=1), whole) < 1e-5
+    whole = decode_latents(model, latents, memory=100 * picture)
+    assert relative(decode_latents(model, latents, memory=1), whole) < 1e-5
     assert torch.equal(whole, model.decode_first_stage(latents))
 
 
@@ -272,13 +272,13 @@ def test_a_decoder_that_overflows_is_asked_again_in_float32(small_world: SmallWo
         return original(z) / (formats[-1] == torch.float32)      # as an overflow would end
 
     monkeypatch.setattr(model, "decode_first_stage", overflows)
-    assert decode(model, latents).isfinite().all() and formats == [torch.bfloat16, torch.float32]
-    assert decode(model, latents).isfinite().all() and formats[2:] == [torch.float32]     # it stays so
+    assert decode_latents(model, latents).isfinite().all() and formats == [torch.bfloat16, torch.float32]
+    assert decode_latents(model, latents).isfinite().all() and formats[2:] == [torch.float32]     # it stays so
     monkeypatch.setattr(model, "decode_first_stage", lambda z: z / 0)
     with pytest.raises(UserError, match="decoder produced values that are not finite"):
-        decode(model, latents)
+        decode_latents(model, latents)
     with pytest.raises(UserError, match="network produced values that are not finite"):
-        decode(model, latents / 0)
+        decode_latents(model, latents / 0)
 
 
 # Compilation.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.data.concept import Picture
+from ldm.data.concept import SeenImage
 from ldm.progress import progress
 from ldm.text import NEW_WORD
 
@@ -17,7 +17,7 @@ class Posteriors:
     Each picture is encoded by itself, so that its posterior does not depend on what a batch happens to hold.
     """
 
-    def __init__(self, pictures: Iterable[Picture], image: Callable[[Picture], Tensor],
+    def __init__(self, pictures: Iterable[SeenImage], image: Callable[[SeenImage], Tensor],
                  encode: Callable[[Tensor], Tensor], quiet: bool = True):
         with progress(pictures, desc="encoding the pictures", unit="picture", quiet=quiet) as bar:
             self._moments = {picture: encode(image(picture)).cpu() for picture in bar}
@@ -25,7 +25,7 @@ class Posteriors:
     def __len__(self) -> int:
         return len(self._moments)
 
-    def moments(self, pictures: Sequence[Picture]) -> Tensor:
+    def moments(self, pictures: Sequence[SeenImage]) -> Tensor:
         """Returns (B, 2C, h, w) mean and log-variance, stacked over channels, on the CPU."""
         return torch.stack([self._moments[picture] for picture in pictures])
 

@@ -31,7 +31,7 @@ class CaptionedImages:
         return len(self.images)
 
 
-class Picture(NamedTuple):
+class SeenImage(NamedTuple):
     """Which picture a row shows: of the references (0) or the regularisation set (1), which one, mirrored or not."""
 
     source: int
@@ -62,7 +62,7 @@ class TrainingRows:
     seeds: list[int]
     concept_images: frozenset[int]
     masks: Tensor | None = None
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[SeenImage] = ()
 
 
 def lap_order(count: int, lap: int, seed: int) -> np.ndarray:
@@ -125,16 +125,16 @@ class TrainingPlan(IterableDataset):
         total = self.batch_size * self.world_size
         return [shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total)]
 
-    def shown(self, micro_step: int) -> list[tuple[Picture, int]]:
+    def shown(self, micro_step: int) -> list[tuple[SeenImage, int]]:
         """Returns this device's pictures of a micro-step, references first, each with its row's seed."""
         picks = self.picks(micro_step)
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         places = [(micro_step * len(picks) + row, picks[row]) for row in mine]
         classes = [(position, self.class_picture(position, pick)) for position, pick in places]
 
-        def row(source: int, position: int, item: int) -> tuple[Picture, int]:
+        def row(source: int, position: int, item: int) -> tuple[SeenImage, int]:
             seed = self.row_seed(position, source)
-            return Picture(source, item, self.flip and bool(np.random.default_rng(seed).integers(2))), seed
+            return SeenImage(source, item, self.flip and bool(np.random.default_rng(seed).integers(2))), seed
 
         return [row(0, position, pick) for position, pick in places] + \
             [row(1, position, item) for position, item in classes if item is not None]
@@ -153,25 +153,25 @@ class TrainingPlan(IterableDataset):
         turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
         return members[shuffled(len(members), turn, self.seed + 1 + group)]
 
-    def image(self, picture: Picture) -> Tensor:
+    def image(self, picture: SeenImage) -> Tensor:
         """Returns a picture (H, W, 3) float32 in [-1, 1]."""
         image = (self.concept, self.regularization)[picture.source].images[picture.item]
         return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
 
-    def mask(self, picture: Picture) -> Tensor:
+    def mask(self, picture: SeenImage) -> Tensor:
         """Returns what of a picture counts in the loss, (H, W) float32 in [0, 1]."""
         source = (self.concept, self.regularization)[picture.source]
         mask = torch.full(source.images.shape[1:3], 255) if source.masks is None else source.masks[picture.item]
         return (mask.flip(1) if picture.flipped else mask).float() / 255
 
-    def pictures(self, last: int | None = None) -> list[Picture]:
+    def pictures(self, last: int | None = None) -> list[SeenImage]:
         """Lists every picture the plan can show, mirrored ones apart, or those this device shows before step `last`."""
-        every = [Picture(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
+        every = [SeenImage(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
                  for item in range(len(images) if images is not None else 0)
                  for flipped in ((False, True) if self.flip else (False,))]
         if last is None:
             return every
-        found: set[Picture] = set()
+        found: set[SeenImage] = set()
         for micro_step in range(self.first, last):
             found |= {picture for picture, _ in self.shown(micro_step)}
             if len(found) == len(every):

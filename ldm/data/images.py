@@ -55,7 +55,7 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """A decoded file.
 
     Attributes:
@@ -153,7 +153,7 @@ def open_image(path: Path, background: str = "white") -> Image.Image:
     return open_picture(path, background).image
 
 
-def open_picture(path: Path, background: str = "white") -> Picture:
+def open_picture(path: Path, background: str = "white") -> DecodedImage:
     """Reads a picture as `open_image` does, with what is known of its transparency.
 
     Raises:
@@ -192,7 +192,7 @@ def read_picture(path: Path, read: Callable[[Image.Image], T]) -> T:
         raise UserError(f"picture '{path}' {problem}; replace it or take it out.") from problem
 
 
-def decode(source: Path | bytes, background: str = "white") -> Picture:
+def decode(source: Path | bytes, background: str = "white") -> DecodedImage:
     """Decodes a whole file, or the bytes of one.
 
     Raises:
@@ -204,7 +204,7 @@ def decode(source: Path | bytes, background: str = "white") -> Picture:
 def _guarded(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
     """Returns what `read` makes of a file or its bytes; whatever goes wrong becomes one reason."""
     try:
-        return _read(source, read)
+        return _read_with(source, read)
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
@@ -214,7 +214,7 @@ def _guarded(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
         raise Unusable(f"is truncated or cannot be read ({cause[:100]})") from error
 
 
-def _read(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
+def _read_with(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
     """Opens a file; the texts of a PNG decide about nothing, and are left out where they are too long for Pillow."""
     if _size(source) == 0:
         raise Unusable("is empty")
@@ -227,7 +227,7 @@ def _read(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
         bare = _without_texts(source if isinstance(source, bytes) else source.read_bytes())
         if bare is None or bare == source:
             raise
-    return _read(bare, read)
+    return _read_with(bare, read)
 
 
 def _size(source: Path | bytes) -> int:
@@ -271,7 +271,7 @@ def _shrink(image: Image.Image) -> str | None:
     return f"{width} x {height} px made smaller" if image.size != (width, height) else None
 
 
-def _picture(image: Image.Image, background: str) -> Picture:
+def _picture(image: Image.Image, background: str) -> DecodedImage:
     """Decodes an opened file, turns it upright and flat, and notes what was done."""
     shrunk = _shrink(image)
     image.load()
@@ -287,7 +287,7 @@ def _picture(image: Image.Image, background: str) -> Picture:
     alpha = alpha_of(image)
     if alpha is not None:
         notes.append("transparent in part")
-    return Picture(to_rgb(image, background), alpha, tuple(notes))
+    return DecodedImage(to_rgb(image, background), alpha, tuple(notes))
 
 
 def _why_unknown(source: Path | bytes) -> str:
@@ -433,7 +433,7 @@ def bars_advice(trim: bool) -> str:
     return f"black bars, which would be learned too; {way}"
 
 
-def trim_bars(picture: Picture) -> Picture:
+def trim_bars(picture: DecodedImage) -> DecodedImage:
     """Crops black bars on two opposite sides off a picture, as letterboxed and pillarboxed photos have them.
 
     Sure signs are wanted: both bars are black from end to end, no broader than two fifths of the picture, and end
@@ -449,7 +449,7 @@ def trim_bars(picture: Picture) -> Picture:
         return picture
     alpha = picture.alpha.crop(box) if picture.alpha is not None else None
     note = f"black bars cropped off: {right - left} x {bottom - top} px are left"
-    return Picture(picture.image.crop(box), alpha, (*picture.notes, note))
+    return DecodedImage(picture.image.crop(box), alpha, (*picture.notes, note))
 
 
 def _between_bars(pixels: np.ndarray) -> tuple[int, int]:
@@ -494,7 +494,7 @@ class Framing:
     alpha_mask: bool = False
     trim_bars: bool = False
 
-    def frame(self, picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+    def frame(self, picture: DecodedImage) -> tuple[np.ndarray, np.ndarray]:
         """Returns a picture as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
         if self.trim_bars:
             picture = trim_bars(picture)

@@ -83,7 +83,7 @@ def _folder_captions(paths: Sequence[Path], texts: Sequence[Path]) -> tuple[dict
     if found is None:
         said = {picture: text for picture in paths if (text := _beside(picture))}
         return said, f"folder with {len(said)} captions beside pictures" if said else "folder"
-    listed = _read_metadata(found)      # by resolved paths, as one picture may be named from several folders
+    listed = _read_caption_table(found)      # by resolved paths, as one picture may be named from several folders
     said = {picture: text for picture in paths if (text := listed.get(picture.resolve()))}
     return said, f"folder with {len(said)} captions in {found.name}"
 
@@ -102,7 +102,7 @@ def _beside(picture: Path) -> str | None:
     return None
 
 
-def _read_metadata(path: Path) -> dict[Path, str]:
+def _read_caption_table(path: Path) -> dict[Path, str]:
     """Reads captions by resolved picture from metadata.jsonl or metadata.csv: file_name, text (or caption)."""
     said = {}
     for number, entry in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):

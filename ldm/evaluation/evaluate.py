@@ -15,7 +15,7 @@ from ldm.evaluation.metrics import SCALES
 from ldm.evaluation.report import (
     SUMMARY,
     as_numbers,
-    claim_folder,
+    claim_results_folder,
     meaning,
     place,
     summarise,
@@ -78,7 +78,7 @@ def claim(outdir: Path) -> None:
     Raises:
         UserError: a file of such a name is there and was not made here.
     """
-    claim_folder(outdir, TABLE, SHEET)
+    claim_results_folder(outdir, TABLE, SHEET)
 
 
 def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: Path | None = None,
@@ -118,10 +118,10 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
         no_kid.setdefault(scorer.why_no_kid(len(drawn), len(compared)), []).append(name)
     notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items() if reason]
     shown = dict(zip(names_of(found), pictures, strict=True))
-    return _write(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
+    return _write_results(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
 
 
-def _write(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
+def _write_results(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
            page: Image.Image, scorer: Scorer) -> Evaluation:
     """Puts an evaluation on disk."""
     estimates = {name: summarise(rows, list(scorer.titles)) for name, rows in groups.items()}

@@ -165,7 +165,7 @@ class _Labels(Record):
     colour: tuple[Line, ...]
 
 
-class _Metadata(Record):
+class _JudgeMetadata(Record):
     """What a judge's file says of it."""
 
     labels: Json[_Labels]
@@ -191,7 +191,7 @@ def load_court(path: Path) -> Court:
     if entries.get("format") != FORMAT:
         raise UserError(f"judge '{path}' is another kind of file; train one with scripts/pretrain/judge.py.")
     try:
-        metadata = read_record(_Metadata, entries)
+        metadata = read_record(_JudgeMetadata, entries)
     except BadRecord as error:
         raise UserError(f"judge '{path}' is damaged ({error}); train one with scripts/pretrain/judge.py.") from error
     judge = Judge(metadata.labels.model_dump())

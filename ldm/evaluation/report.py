@@ -85,7 +85,7 @@ def _scaled(value: Estimate, scale: str) -> Estimate:
     return Estimate(change(value.mean), *bounds, value.units)
 
 
-def claim_folder(folder: Path, *names: str) -> None:
+def claim_results_folder(folder: Path, *names: str) -> None:
     """Notes that rows, a summary and files of these names are written to a folder, and replace only what is ours.
 
     Earlier versions kept no note of it; theirs is a folder whose summary says what measured.

@@ -39,7 +39,7 @@ class _TextConfig(Record):
     heads: Annotated[int, Field(ge=1, le=64)] = 12
 
 
-class _Metadata(Record):
+class _ClipMetadata(Record):
     """What a small CLIP's file says of it."""
 
     text_tower: Line
@@ -102,7 +102,7 @@ def load_small_clip(path: Path, model_path: Path) -> tuple[SmallCLIP, FrozenCLIP
     Raises:
         UserError: a file is missing or no small CLIP, or the two were not trained together.
     """
-    metadata = _read_metadata(path)
+    metadata = _read_clip_metadata(path)
     text = {f"text.{key.removeprefix(TEXT_PREFIX)}": value for key, value in load_state(model_path).items()
             if key.startswith(TEXT_PREFIX)}
     if weights_hash({key.removeprefix("text."): value for key, value in text.items()}) != metadata.text_tower:
@@ -116,13 +116,13 @@ def load_small_clip(path: Path, model_path: Path) -> tuple[SmallCLIP, FrozenCLIP
     return model.eval().requires_grad_(False), embedder
 
 
-def _read_metadata(path: Path) -> _Metadata:
+def _read_clip_metadata(path: Path) -> _ClipMetadata:
     """Reads what a small CLIP's file says of it."""
     entries = read_metadata(path, "small CLIP")
     if entries.get("format") != FORMAT:
         raise UserError(f"small CLIP '{path}' is another kind of file; {PACK}.")
     try:
-        return read_record(_Metadata, entries)
+        return read_record(_ClipMetadata, entries)
     except BadRecord as error:
         raise UserError(f"small CLIP '{path}' is damaged ({error}); {PACK}.") from error
 

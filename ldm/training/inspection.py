@@ -113,7 +113,7 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         lines += [f"{name}: warning: '{path.name}' is {size[0]} x {size[1]} px, {note}" for path in found.paths
                   for size in [reader.seen[path].size] for note in reader.seen[path].notes if note.endswith(ALARMS)]
         rows += _table_rows(name, found, reader)
-        sheets += _draw(name, found, reader, folder, flip, len(sheets))
+        sheets += _draw_pages(name, found, reader, folder, flip, len(sheets))
     text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in [HEADINGS, *rows])
     return Report(used, skipped, lines, write_text(folder / TABLE, text), sheets)
 
@@ -135,7 +135,7 @@ def _table_rows(name: str, found: Captioned, reader: _Reader) -> list[tuple[str,
     return rows + [(name, "", item.path.name, f"skipped: {item.reason}", "", "", "") for item in found.skipped]
 
 
-def _draw(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool, drawn: int) -> list[Path]:
+def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool, drawn: int) -> list[Path]:
     """Draws a set as pages of rows: pictures, with their black bars where some were cropped off, mirrored, and their
     loss masks where anything is left out.
     """

@@ -97,7 +97,7 @@ def activation_bytes(unet_config: DictConfig, train: str, latents: tuple[int, ..
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes a training run needs, by cause."""
 
     weights: int
@@ -114,7 +114,7 @@ class Estimate:
                 f"{self.trained / GB:.1f}, activations {self.activations / GB:.1f}, CUDA {RUNTIME / GB:.1f}")
 
 
-def estimate(config: DictConfig, module: ConceptFinetune, size: int) -> Estimate:
+def estimate_memory(config: DictConfig, module: ConceptFinetune, size: int) -> MemoryEstimate:
     """Estimates a run's memory for pictures of `size` px; the VAE is not part of it where `trainer.cache` drops it."""
     model, method = module.model, config.method
     unet = model.model.diffusion_model
@@ -125,7 +125,7 @@ def estimate(config: DictConfig, module: ConceptFinetune, size: int) -> Estimate
     activations = activation_bytes(
         config.model.params.unet_config, method.train, (2 * method.batch_size, model.channels, side, side),
         model.cond_stage_model.max_length, dtype, unet.use_checkpoint if checkpointing is None else checkpointing)
-    return Estimate(sum(weights_bytes(part, dtype) for part in parts),
+    return MemoryEstimate(sum(weights_bytes(part, dtype) for part in parts),
                     3 * sum(parameter.nbytes for parameter in trained), activations)
 
 
@@ -145,7 +145,7 @@ def check_memory(config: DictConfig, module: ConceptFinetune, size: int) -> None
     room = config.trainer.memory_gb
     if room is None:
         return
-    need = estimate(config, module, size)
+    need = estimate_memory(config, module, size)
     print(f"memory: {need}; {room:g} GB are there")
     if need.total > room * GB:
         raise UserError(f"the run needs {need}, but trainer.memory_gb is {room:g}; {advice(config)}.")

@@ -144,7 +144,7 @@ def generate_prior(generator: Generator, class_noun: str, settings: Regularizati
         good = _drawn(pictures, settings.num)
         missing = [number for number in range(settings.num) if number not in good]
         if missing:
-            _draw(generator, class_prompt(settings, class_noun), settings, side, pictures, missing)
+            _draw_missing(generator, class_prompt(settings, class_noun), settings, side, pictures, missing)
         _list_drawn(folder, pictures.name, sorted({*good, *missing}), generator, class_prompt(settings, class_noun),
                     settings, side)
     return folder
@@ -164,7 +164,7 @@ def _drawn(pictures: Path, wanted: int) -> list[int]:
     return good
 
 
-def _draw(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, pictures: Path,
+def _draw_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, pictures: Path,
           numbers: Sequence[int]) -> None:
     """Draws the pictures of some numbers, in ascending order, a run of consecutive ones at a time."""
     plans = [SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,

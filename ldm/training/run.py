@@ -290,7 +290,7 @@ def _carry_out(config: DictConfig, device: torch.device, resumed: Resumed | None
     if resumed:
         resumed.check(RunIdentity(photos=photos), insist)
     first = global_rank(config.trainer.devices) == 0
-    folder = resumed.folder if resumed else claim_folder(config) if first else Path(config.trainer.logdir)
+    folder = resumed.folder if resumed else claim_run_folder(config) if first else Path(config.trainer.logdir)
 
     def ready(class_pictures: Named, regularization: CaptionedImages | None) -> None:
         if resumed:
@@ -363,7 +363,7 @@ def shareable(config: DictConfig) -> dict[str, Any]:
     return content
 
 
-def claim_folder(config: DictConfig) -> Path:
+def claim_run_folder(config: DictConfig) -> Path:
     """Makes logs/<time>_<name>/ for this run alone.
 
     Raises:

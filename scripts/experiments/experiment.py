@@ -21,7 +21,7 @@ from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.report import (
     SUMMARY,
     as_numbers,
-    claim_folder,
+    claim_results_folder,
     is_earlier,
     meaning,
     summarise,
@@ -88,7 +88,7 @@ def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
         folder = sweep.outdir / claim.name
         if claim.masks:
             claim_results(folder / MASKS, [mask_file(name) for name in sweep.subjects], known=is_earlier(folder))
-        claim_folder(folder, REPORT, PLOT, SHEET)
+        claim_results_folder(folder, REPORT, PLOT, SHEET)
     if len(claims) > 1:
         claim_results(sweep.outdir, [REPORT], known=earlier)
 

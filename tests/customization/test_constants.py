@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune
-from ldm.data.concept import Picture
+from ldm.data.concept import SeenImage
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.training.memory import GB, MIXED, activation_bytes, advice, check_memory
@@ -59,7 +59,7 @@ def test_each_picture_and_its_mirror_image_are_encoded_once(small_world: SmallWo
     assert {len(image) for image in encoded} == {1}
     for picture, moments in expected.items():
         assert torch.equal(module.posteriors.moments([picture])[0], moments)
-    one, mirrored = (expected[Picture(0, 1, flipped)] for flipped in (False, True))
+    one, mirrored = (expected[SeenImage(0, 1, flipped)] for flipped in (False, True))
     assert not torch.allclose(mirrored, one.flip(2), atol=1e-4)            # so each has its own
     assert not list(vae.encoder.parameters()) and list(vae.decoder.parameters()) and vae.encoder.reduction == 4
 
@@ -68,7 +68,7 @@ def test_a_run_draws_fresh_samples_of_the_kept_posteriors(small_world: SmallWorl
     module = make_module(small_world)
     plan = make_plan(small_world, module)
     module.keep_constants(plan, decoder=False)
-    drawn: dict[Picture, list[Tensor]] = {}
+    drawn: dict[SeenImage, list[Tensor]] = {}
     for batch in map(plan.rows, range(12)):
         drawn.setdefault(batch.pictures[0], []).append(module._noised_inputs(batch)[0][0])
     repeated = [latents for latents in drawn.values() if len(latents) > 1]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm.customization.finetune import masked_mean
 from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import Framing, Picture, decode, load_framed, open_image, square, trim_bars
+from ldm.data.images import DecodedImage, Framing, decode, load_framed, open_image, square, trim_bars
 from ldm.files import RECORD
 from ldm.training.inspection import CELL, LABEL, inspect_sets
 from ldm.util import UserError
@@ -209,7 +209,7 @@ def dark_pictures() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", dark_pictures())
 def test_what_is_dark_by_itself_is_not_trimmed(name: str) -> None:
-    picture = Picture(Image.fromarray(dark_pictures()[name]), None)
+    picture = DecodedImage(Image.fromarray(dark_pictures()[name]), None)
     assert trim_bars(picture) is picture
 
 
@@ -217,10 +217,11 @@ def test_masks_are_trimmed_with_their_pictures() -> None:
     photo = np.random.default_rng(0).integers(40, 256, (60, 60, 3), np.uint8)
     image = Image.fromarray(barred(photo, (0, 0), (30, 30)))
     alpha = Image.fromarray(np.asarray(image)[..., 0])               # opaque where the photo is red
-    pixels, mask = Framing(58, alpha_mask=True, trim_bars=True).frame(Picture(image, alpha))
+    pixels, mask = Framing(58, alpha_mask=True, trim_bars=True).frame(DecodedImage(image, alpha))
     assert np.abs(pixels[:, :, 0].astype(int) - mask).max() < 60 and mask.min() > 20
-    assert (Framing(58, alpha_mask=True).frame(Picture(image, alpha))[1] == 0).mean() < 0.1      # the crop's own sides
-    whole, counts = Framing(120, "pad", trim_bars=True).frame(Picture(image, None))
+    mask = Framing(58, alpha_mask=True).frame(DecodedImage(image, alpha))[1]
+    assert (mask == 0).mean() < 0.1                                                     # the crop's own sides
+    whole, counts = Framing(120, "pad", trim_bars=True).frame(DecodedImage(image, None))
     assert (whole.max(axis=2) > 16).all() and (counts > 0).mean() > 0.9
 
 

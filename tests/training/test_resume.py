@@ -25,7 +25,7 @@ from ldm.customization.delta import Concept
 from ldm.customization.finetune import ConceptFinetune
 from ldm.signals import ENDING, Interrupt, heeded
 from ldm.training.callbacks import Preview
-from ldm.training.run import Run, claim_folder, fine_tune, global_rank
+from ldm.training.run import Run, claim_run_folder, fine_tune, global_rank
 from ldm.util import UserError
 
 STEPS = 5
@@ -265,7 +265,7 @@ def test_what_comes_to_nothing_leaves_no_folder(small_world: SmallWorld, tmp_pat
 
 def test_runs_of_one_second_and_name_have_folders_of_their_own(small_world: SmallWorld, tmp_path: Path) -> None:
     config = small_world.train_config(tmp_path)
-    folders = [claim_folder(config) for _ in range(3)]
+    folders = [claim_run_folder(config) for _ in range(3)]
     assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 

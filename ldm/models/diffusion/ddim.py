@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_BUFFERS
 from ldm.models.diffusion.guidance import Guidance, draw_noise, make_guidance
-from ldm.models.diffusion.sampler import Record, Sampler, StepOptions, refuse_set
+from ldm.models.diffusion.sampler import Sampler, SamplingRecord, StepOptions, refuse_set
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.diffusionmodules.util import extract_into_tensor, noise_like
 from ldm.progress import progress
@@ -50,11 +50,11 @@ class DDIMSampler(Sampler):
     def times(steps: int, num_timesteps: int) -> Sequence[int]:
         return ddim_timesteps(steps, num_timesteps)
 
-    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+    def run(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         self.make_schedule(steps, ddim_eta=options.eta)
         return self._loop(x, guidance, steps, record, options)
 
-    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         """Goes from step `steps` - 1 down to 0."""
         guidance.plan(self.ddim_timesteps[:steps])
         for index in progress(range(steps - 1, -1, -1), desc="DDIM", unit="step", quiet=not options.verbose):
@@ -161,5 +161,5 @@ class DDIMSampler(Sampler):
         if use_original_steps:
             self.make_schedule(self.ddpm_num_timesteps)
         guidance = make_guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale, None, None)
-        record = Record(x_latent, len(x_latent), t_start, t_start, callback, None)
+        record = SamplingRecord(x_latent, len(x_latent), t_start, t_start, callback, None)
         return self._loop(x_latent, guidance, t_start, record, StepOptions())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler, ddim_step
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.sampler import Record, StepOptions
+from ldm.models.diffusion.sampler import SamplingRecord, StepOptions
 from ldm.progress import progress
 from ldm.util import UserError
 
@@ -38,7 +38,7 @@ class PLMSSampler(DDIMSampler):
             raise UserError(f"PLMS adds no noise, but eta is {ddim_eta}; set eta to 0 or sample with DDIM.")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+    def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         guidance.plan([0, *self.ddim_timesteps[:steps]])
         earlier: list[Tensor] = []                                                # newest first, at most 3
         for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not options.verbose):

@@ -42,7 +42,7 @@ class StepOptions:
             raise UserError("a mask needs x0, the latents to keep where it is 1.")
 
 
-class Record:
+class SamplingRecord:
     """Calls the user's callbacks after each step and keeps every n-th state, as CompVis's samplers return them."""
 
     def __init__(self, start: Tensor, batch: int, steps: int, log_every_t: int,
@@ -120,7 +120,7 @@ class Sampler:
         x = draw_noise(empty, generators) if x_T is None else x_T.to(device)
         guidance = make_guidance(self.model, conditioning, unconditional_conditioning,
                                  unconditional_guidance_scale, generators, dual)
-        record = Record(x, batch_size, S, log_every_t, callback, img_callback)
+        record = SamplingRecord(x, batch_size, S, log_every_t, callback, img_callback)
         x = self.run(guidance.start(x), guidance, S, record, options)
         return x[:batch_size], record.intermediates
 
@@ -129,6 +129,6 @@ class Sampler:
         """Returns the time steps that the steps of a run start from."""
         raise NotImplementedError
 
-    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+    def run(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         """Takes state `x` through all steps."""
         raise NotImplementedError

@@ -88,7 +88,7 @@ class Mid(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Level(nn.Module):
+class ResolutionLevel(nn.Module):
     """One resolution: blocks, attention after each where asked, and the change of resolution, if any."""
 
     def __init__(self, blocks: list[nn.Module], attn: list[nn.Module], resample: tuple[str, nn.Module] | None):
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
                 if resolution in attn_resolutions:
                     attn.append(AttnBlock(channels, group_channels))
             last = level == len(ch_mult) - 1
-            self.down.append(Level(blocks, attn, None if last else
+            self.down.append(ResolutionLevel(blocks, attn, None if last else
                                    ("downsample", Downsample(channels, resamp_with_conv))))
             resolution = resolution if last else resolution // 2
         self.mid = Mid(channels, dropout, group_channels)
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
         resolution = resolution // 2 ** (len(ch_mult) - 1)
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = Mid(channels, dropout, group_channels)
-        levels: list[Level] = []
+        levels: list[ResolutionLevel] = []
         for level, mult in reversed(list(enumerate(ch_mult))):
             blocks, attn = [], []
             for _ in range(num_res_blocks + 1):
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
                 channels = ch * mult
                 if resolution in attn_resolutions:
                     attn.append(AttnBlock(channels, group_channels))
-            levels.insert(0, Level(blocks, attn, None if level == 0 else
+            levels.insert(0, ResolutionLevel(blocks, attn, None if level == 0 else
                                    ("upsample", Upsample(channels, resamp_with_conv))))
             resolution *= 2
         self.up = nn.ModuleList(levels)                                          # index 0 is the finest

@@ -69,7 +69,7 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
+class TextLayers(nn.Module):
     """The stack of layers."""
 
     def __init__(self, width: int, layers: int, heads: int):
@@ -100,7 +100,7 @@ class TextTransformer(nn.Module):
     def __init__(self, vocabulary_size: int, width: int, layers: int, heads: int, positions: int):
         super().__init__()
         self.embeddings = TextEmbeddings(vocabulary_size, width, positions)
-        self.encoder = Encoder(width, layers, heads)
+        self.encoder = TextLayers(width, layers, heads)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> TextOutput:

@@ -9,14 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Guidance
-from ldm.models.diffusion.sampler import Record, Sampler, StepOptions
+from ldm.models.diffusion.sampler import Sampler, SamplingRecord, StepOptions
 from ldm.progress import progress
 from ldm.util import UserError
 
 FEW_STEPS = 15      # below it the last step is of first order, which is stabler (Lu et al.'s lower_order_final)
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """A noise level: x = alpha x_0 + sigma eps; lam = log(alpha / sigma) is half the log signal-to-noise ratio."""
 
     alpha: float
@@ -24,10 +24,10 @@ class Level(NamedTuple):
     lam: float
 
 
-def noise_level(alpha_cumprod: float) -> Level:
+def noise_level(alpha_cumprod: float) -> NoiseLevel:
     """Returns the noise level of a value of alpha-bar."""
     alpha, sigma = math.sqrt(alpha_cumprod), math.sqrt(1.0 - alpha_cumprod)
-    return Level(alpha, sigma, math.log(alpha / sigma))
+    return NoiseLevel(alpha, sigma, math.log(alpha / sigma))
 
 
 def dpm_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
@@ -54,7 +54,7 @@ def extrapolate(x0: Tensor, x0_before: Tensor, h: float, h_before: float) -> Ten
     return (1.0 + 1.0 / (2.0 * r)) * x0 - 1.0 / (2.0 * r) * x0_before
 
 
-def dpm_step(x: Tensor, data: Tensor, source: Level, target: Level) -> Tensor:
+def dpm_step(x: Tensor, data: Tensor, source: NoiseLevel, target: NoiseLevel) -> Tensor:
     """Solves the diffusion ODE for constant `data` from `source` to `target` (Lu et al. 2022, Proposition 4.1)."""
     h = target.lam - source.lam
     return target.sigma / source.sigma * x - target.alpha * math.expm1(-h) * data
@@ -67,7 +67,7 @@ class DPMSolverSampler(Sampler):
     def times(steps: int, num_timesteps: int) -> Sequence[float]:
         return dpm_timesteps(steps, num_timesteps)[:-1]
 
-    def run(self, x: Tensor, guidance: Guidance, steps: int, record: Record, options: StepOptions) -> Tensor:
+    def run(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         if options.eta != 0.0 or options.mask is not None or options.x0 is not None:
             raise UserError("DPM-Solver++ takes no eta but 0, no mask and no x0; sample with DDIM, which does.")
         timesteps = dpm_timesteps(steps, self.ddpm_num_timesteps)
