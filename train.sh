@@ -8,7 +8,7 @@ set -euo pipefail
 CKPT="${CKPT:-}"                      # sd-v1-4.ckpt or .safetensors; empty: the embedded model
 DATAPATH="${DATAPATH:-}"              # folder with 3 to 10 photos of one thing; empty: the embedded example
 CLASS_NOUN="${CLASS_NOUN:-}"          # what it is: "cat", "tortoise plushy"
-REG_DATAPATH="${REG_DATAPATH:-}"      # real_reg/samples_<class>, or any folder of pictures of the class
+REG_DATAPATH="${REG_DATAPATH:-}"      # real_reg/samples_<class>, or any folder of images of the class
 REG_MODE="${REG_MODE:-}"              # folder, generate or none (real_reg/README.md); empty: the folder, if any
 NAME="${NAME:-}"                      # name of the run; empty: the concept's
 METHOD="${METHOD:-}"                  # configs/method/*.yaml; empty: ICO with the words DCI wants (p = 1, n = 3, s = 1)

@@ -22,7 +22,7 @@ COUNTS = {"num_res_blocks", "transformer_depth", "layers", "channel_mult", "ch_m
 MAX_COUNT = 64
 # What building from a wrong configuration ends in: a key that is missing or unknown, a size that cannot be.
 WRONG_CONFIGURATION = (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AssertionError, RuntimeError)
-MAX_SIDE = 8192          # px of a picture
+MAX_SIDE = 8192          # px of an image
 
 
 def check_counts(node: Any) -> None:
@@ -92,8 +92,8 @@ def build_model(model_node: Any, base: BaseConfig,
     return model.eval().requires_grad_(False), identity
 
 
-def picture_side(model: LatentDiffusion, name: str, side: int | None) -> int:
-    """Returns a picture's side in px, the model's own where it is None.
+def image_side(model: LatentDiffusion, name: str, side: int | None) -> int:
+    """Returns an image's side in px, the model's own where it is None.
 
     Raises:
         UserError: the side, called `name`, is no multiple of what the network needs.

@@ -226,7 +226,7 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     wrong = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
     if wrong:
         raise UserError(f"{what} has values that are not finite, in {named(wrong)}; use one of an earlier step, or "
-                        "train anew with a smaller method.learning_rate.")
+                        "train again with a smaller method.learning_rate.")
 
 
 def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: Iterable[str] = ()) -> str:

@@ -24,7 +24,7 @@ INTERRUPTED = "interrupted; what was saved before is intact."
 _READERS = {"json", "yaml", "omegaconf"}
 _RIGHTS = "choose another place, or have the rights to this one changed"
 _ADVICE = {errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS, errno.ENAMETOOLONG: "give a shorter name",
-           errno.ENOSPC: "free some space, or choose another disk", errno.ELOOP: "mend the links on its path",
+           errno.ENOSPC: "free some space, or choose another disk", errno.ELOOP: "fix the links on its path",
            errno.EISDIR: "give a file", errno.ENOTDIR: "give a folder", errno.ENOENT: "check its path",
            errno.EMFILE: "allow the process more open files (ulimit -n)"}
 _TILDE = re.compile(r"([^=]*=)?~[\w-]*/")     # what a shell would have replaced

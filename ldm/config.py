@@ -40,25 +40,25 @@ class MethodConfig:
     train: str = "crossattn-kv"           # crossattn-kv | crossattn | none (words only)
     detach_first_token: bool = True       # no gradient through the start token's keys and values
     steps: int = 900
-    batch_size: int = 3                   # reference pictures per device and step; as many regularisation pictures
+    batch_size: int = 3                   # reference images per device and step; as many regularization images
     accumulate: int = 1                   # micro-steps per optimizer step
     learning_rate: float = 6.0e-5         # of K/V and concept words
     context_lr_factor: float = 10.0       # image-specific contexts learn this much faster
     scale_lr: bool = False                # multiply by devices x nodes x 2 batch_size x accumulate, as the release does
     weight_decay: float = 0.01            # of K/V; words have none
-    prior_weight: float = 1.0             # weight of regularisation pictures in the loss
-    flip: bool = True                     # mirror pictures at random
+    prior_weight: float = 1.0             # weight of regularization images in the loss
+    flip: bool = True                     # mirror images at random
 
 
 @dataclass
 class ConceptConfig:
-    """Whose pictures: configs/concept/*.yaml."""
+    """Whose images: configs/concept/*.yaml."""
 
     name: str = MISSING
     images: str = MISSING                 # folder of reference photos, or a list of them (images.txt)
     class_noun: str = MISSING
     words: list[str] | None = None        # null: method.words; in joint runs numbered on, <new3> <new4> ...
-    regularization: str | None = None     # real_reg folder, or any folder of pictures of the class
+    regularization: str | None = None     # real_reg folder, or any folder of images of the class
     regularization_caption: str | None = None
 
 
@@ -80,7 +80,7 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     precision: str = "32-true"            # Lightning's names: 32-true, bf16-mixed, 16-mixed
-    cache: bool = True                    # encode pictures and fixed captions once, then drop the VAE's encoder
+    cache: bool = True                    # encode images and fixed captions once, then drop the VAE's encoder
     checkpointing: bool | None = None     # recompute activations in the backward pass; null is the model file's
     memory_gb: float | None = None        # the GPU's memory: prints an estimate there, and refuses what exceeds it
     seed: int = 23                        # of everything random in a run
@@ -88,7 +88,7 @@ class TrainerConfig:
     save_dtype: str = "fp16"              # fp16 | fp32, of K/V in concept files
     logdir: str = "logs"
     logger: str = "csv"                   # csv | tensorboard | wandb
-    image_size: int | None = None         # pictures' side in px; null is the model's own
+    image_size: int | None = None         # images' side in px; null is the model's own
 
 
 @dataclass
@@ -99,17 +99,17 @@ class PreviewConfig:
     prompts: list[str] = field(default_factory=lambda: ["a photo of a {} in the snow", "a photo of a {} on the beach"])
     steps: int = 25                       # DDIM steps, without noise
     scale: float = 6.0
-    agg_lambda: list[float] = field(default_factory=lambda: [0.0, 1.0])   # DCI's strengths beside the plain picture
+    agg_lambda: list[float] = field(default_factory=lambda: [0.0, 1.0])   # DCI's strengths beside the plain image
     agg_time: float = 0.3
     seed: int = 0
 
 
 @dataclass
 class RegularizationConfig:
-    """Where pictures of the class come from; see real_reg/README.md."""
+    """Where images of the class come from; see real_reg/README.md."""
 
     mode: str | None = None               # folder | generate | none; null: a concept's folder, if it has one
-    num: int = 200                        # pictures to generate per concept
+    num: int = 200                        # images to generate per concept
     root: str = "real_reg"                # below which generated sets are kept for the next run
     prompt: str | None = None             # generate: {} is the class noun; null is "photo of a {}"
     steps: int = 50                       # generate: DDIM steps, guidance and noise as Custom Diffusion has them
@@ -121,12 +121,12 @@ class RegularizationConfig:
 
 @dataclass
 class DataConfig:
-    """How pictures are read."""
+    """How images are read."""
 
     crop: str = "center"                  # center cuts the middle square out; pad keeps everything, its edges uncounted
-    background: str = "white"             # colour behind what is transparent and beside what is padded; or '#rrggbb'
+    background: str = "white"             # color behind what is transparent and beside what is padded; or '#rrggbb'
     alpha_mask: bool = False              # leave transparent pixels out of the loss
-    trim_bars: bool = False               # crop black bars off the pictures first; --inspect shows before and after
+    trim_bars: bool = False               # crop black bars off the images first; --inspect shows before and after
     captions: bool = False                # use captions beside the references, around the concept, as templates
     reg: RegularizationConfig = field(default_factory=RegularizationConfig)
 
@@ -150,7 +150,7 @@ class DCIConfig:
     """Dual-branch sampling (paper section 3.3)."""
 
     use: bool = True
-    agg_lambda: list[float] = field(default_factory=lambda: [0.0])   # strengths, one picture each; about -2 to 2
+    agg_lambda: list[float] = field(default_factory=lambda: [0.0])   # strengths, one image each; about -2 to 2
     agg_time: float = 0.3                 # share of the schedule with two branches, from the noisy end
     replace_noun: str | None = None       # auxiliary noun; null: from a list, auto: by the context
     guidance: str = "separate"            # separate | shared unconditional prediction
@@ -173,15 +173,15 @@ class SampleConfig:
     steps: int = 200                      # sampling steps; more take longer
     eta: float = 1.0                      # DDIM's noise, 0 to 1
     scale: float = 6.0                    # guidance; 1 is none
-    height: int | None = None             # of pictures in px; null is the model's own
-    width: int | None = None              # of pictures in px; null is the model's own
-    n_samples: int = 3                    # pictures per prompt and iteration
+    height: int | None = None             # of images in px; null is the model's own
+    width: int | None = None              # of images in px; null is the model's own
+    n_samples: int = 3                    # images per prompt and iteration
     n_iter: int = 1                       # iterations, numbered on by seed
-    batch_size: int = 4                   # rows sampled together; does not change the pictures
-    seed: int = 42                        # of a prompt's first picture; the next ones count on
+    batch_size: int = 4                   # rows sampled together; does not change the images
+    seed: int = 42                        # of a prompt's first image; the next ones count on
     plain: bool = True                    # draw the fine-tuned model without DCI too
     precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
-    compile: bool = False                 # compile the U-Net: minutes once, then faster; for many pictures of a size
+    compile: bool = False                 # compile the U-Net: minutes once, then faster; for many images of a size
     device: str = "auto"                  # auto | cpu | cuda | mps
 
 
@@ -231,7 +231,7 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
         raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
     for key, value in _values(values):
         if isinstance(value, str) and not is_unicode(value):
-            raise UserError(f"'{key}' is '{value}', which is not Unicode text; type it anew, or rename what it names.")
+            raise UserError(f"'{key}' is '{value}', which is not Unicode text; type it again, or rename what it names.")
         if isinstance(value, int) and abs(value) >= LARGEST:     # Python prints no number of 4,300 digits
             raise UserError(f"'{key}' is a whole number of more than 300 digits; give a smaller one.")
     OmegaConf.set_readonly(config, True)
@@ -239,7 +239,7 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
 
 
 def _upgrade(part: DictConfig) -> None:
-    """Rewrites the configuration of an earlier version's run, whose training retrieved pictures of the class itself."""
+    """Rewrites the configuration of an earlier version's run, whose training retrieved images of the class itself."""
     settings = OmegaConf.select(part, "data.reg")
     if not isinstance(settings, DictConfig):
         return
@@ -268,7 +268,7 @@ def _override(config: DictConfig, item: str) -> None:
     """Sets one key=value (or --key=value); the key must exist, list entries are numbered: concepts.0.images."""
     key, equals, _ = item.lstrip("-").partition("=")
     if not is_unicode(item):
-        raise UserError(f"override '{item}' is not Unicode text; type it anew, or rename what it names.")
+        raise UserError(f"override '{item}' is not Unicode text; type it again, or rename what it names.")
     if not equals:
         raise UserError(f"'{item}' is neither an option nor an override; overrides are written key=value.")
     parent, _, name = key.rpartition(".")

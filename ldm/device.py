@@ -135,12 +135,12 @@ def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) 
     """Returns how many of the latents (B, C, h, w) fit into half of `memory` bytes while they are decoded."""
     vae = model.first_stage_model
     pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2
-    picture = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize
-    return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * picture)))
+    image = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize
+    return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * image)))
 
 
 def decode_latents(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -> Tensor:
-    """Decodes latents (B, C, h, w) to pictures (B, 3, H, W) float32, as many at once as there is memory for.
+    """Decodes latents (B, C, h, w) to images (B, 3, H, W) float32, as many at once as there is memory for.
 
     A decoder in half precision that overflows is turned to float32, for good, and asked again.
 
@@ -148,16 +148,16 @@ def decode_latents(model: LatentDiffusion, latents: Tensor, memory: int | None =
         memory: bytes to decode in; None asks the device.
 
     Raises:
-        UserError: the latents, or the pictures in float32, are not finite.
+        UserError: the latents, or the images in float32, are not finite.
     """
     if not bool(latents.isfinite().all()):
         raise UserError("the network produced values that are not finite; use --precision full, or a smaller "
                         "guidance scale.")
     memory = available_memory(latents.device) if memory is None else memory
     parts = latents.float().split(decode_at_once(model, latents, memory))
-    pictures = torch.cat([model.decode_first_stage(part) for part in parts])
-    if bool(pictures.isfinite().all()):
-        return pictures
+    images = torch.cat([model.decode_first_stage(part) for part in parts])
+    if bool(images.isfinite().all()):
+        return images
     if model.first_stage_model.format == torch.float32:
         raise UserError("the decoder produced values that are not finite; the checkpoint may be damaged.")
     model.first_stage_model.float()

@@ -17,7 +17,7 @@ CARD = "ldm/tiny/README.md"
 
 @cache
 def vocabulary() -> dict[str, tuple[str, ...]]:
-    """Returns what the captions of the model's training pictures can say: phrases by kind, read from its card."""
+    """Returns what the captions of the model's training images can say: phrases by kind, read from its card."""
     card = (resources.files("ldm.tiny") / "README.md").read_text("utf-8")
     section = card.partition("## What it knows\n")[2].partition("\n## ")[0]
     lists = re.findall(r"^- \*\*(\w+)\*\*: (.*(?:\n  .*)*)", section, re.MULTILINE)
@@ -43,8 +43,8 @@ def warn_of_words(identity: Mapping[str, str], texts: Iterable[str]) -> None:
               f"draw what is meant; what it knows is listed in {CARD}.", flush=True)
 
 
-def warn_of_photos(identity: Mapping[str, str], pictures: Iterable[Path], side: int) -> None:
-    """Prints a line where the embedded model, whose pictures are `side` px, is to learn from what must be photos."""
-    if identity["name"] == NAME and any(min(size_of(path)) > 2 * side for path in pictures):
+def warn_of_photos(identity: Mapping[str, str], images: Iterable[Path], side: int) -> None:
+    """Prints a line where the embedded model, whose images are `side` px, is to learn from what must be photos."""
+    if identity["name"] == NAME and any(min(size_of(path)) > 2 * side for path in images):
         print("warning: the embedded model knows its small drawn world only and will not learn these photos; give a "
               "Stable Diffusion v1 checkpoint with CKPT=FILE or --ckpt FILE.", flush=True)

@@ -1,4 +1,4 @@
-"""Generator: base model + concept → pictures; the one door for scripts, demos and evaluation."""
+"""Generator: base model + concept → images; the one door for scripts, demos and evaluation."""
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.base import build_model as build_model  # where callers of the first release find it
-from ldm.base import picture_side
+from ldm.base import image_side
 from ldm.config import DCIConfig, SampleConfig
 from ldm.customization import tokens
 from ldm.customization.delta import AppliedConcept, Concept
@@ -46,14 +46,14 @@ ABLATIONS = ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights")
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 MAX_STRENGTH = 50.0  # beyond it the auxiliary branch is off, or all there is, at every scale
 MAX_SEED = 2 ** 63 - 1
-MAX_PICTURES = 100_000   # of one run, which are listed before the first is drawn
+MAX_IMAGES = 100_000   # of one run, which are listed before the first is drawn
 
 Masks = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture to draw: `strength` is lambda, or None for the fine-tuned model without DCI."""
+    """One image to draw: `strength` is lambda, or None for the fine-tuned model without DCI."""
 
     prompt: str
     seed: int
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A drawn picture and everything needed to draw it again.
+    """A drawn image and everything needed to draw it again.
 
     Where it was watched, `masks` are each integration's layer name and masks (2, 1, H, h, w), in order of time.
     """
@@ -106,10 +106,10 @@ def check_settings(settings: SampleConfig) -> None:
     for name in ("n_samples", "n_iter", "batch_size", "steps"):
         if getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; give at least 1.")
-    if settings.n_samples * settings.n_iter > MAX_PICTURES:
-        raise UserError(f"n_samples {settings.n_samples} times n_iter {settings.n_iter} are too many pictures; a run "
-                        f"draws up to {MAX_PICTURES:,}.")
-    check_seed("seed", settings.seed, MAX_SEED - settings.n_samples * settings.n_iter)    # every picture adds 1 to it
+    if settings.n_samples * settings.n_iter > MAX_IMAGES:
+        raise UserError(f"n_samples {settings.n_samples} times n_iter {settings.n_iter} are too many images; a run "
+                        f"draws up to {MAX_IMAGES:,}.")
+    check_seed("seed", settings.seed, MAX_SEED - settings.n_samples * settings.n_iter)    # every image adds 1 to it
 
 
 def cost_matched_steps(steps: int, agg_time: float, separate: bool, guided: bool = True) -> int:
@@ -122,7 +122,7 @@ def cost_matched_steps(steps: int, agg_time: float, separate: bool, guided: bool
 
 
 def dci_steps(settings: SampleConfig) -> int:
-    """Returns how many steps a DCI picture takes."""
+    """Returns how many steps a DCI image takes."""
     if not settings.dci.match_cost:
         return settings.steps
     separate = settings.dci.guidance == "separate"
@@ -136,20 +136,20 @@ def layer_size(pixels: int, height: int, width: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _memory_for(pictures: int) -> Iterator[None]:
-    """Turns memory that runs out while so many pictures are drawn at once into advice."""
+def _memory_for(images: int) -> Iterator[None]:
+    """Turns memory that runs out while so many images are drawn at once into advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        fewer = "batch_size=1, then " if pictures > 1 else ""
-        raise UserError(f"the memory does not hold {pictures} picture(s) at once; try {fewer}--precision bf16, then a "
+        fewer = "batch_size=1, then " if images > 1 else ""
+        raise UserError(f"the memory does not hold {images} image(s) at once; try {fewer}--precision bf16, then a "
                         "smaller --H and --W.") from error
 
 
 class Generator:
-    """Draws pictures with a base model and, if one is loaded, a concept. One thread draws at a time.
+    """Draws images with a base model and, if one is loaded, a concept. One thread draws at a time.
 
     On a model without weights (`empty_model`) it plans and refuses, but cannot draw.
 
@@ -195,10 +195,10 @@ class Generator:
         Raises:
             UserError: a side is no multiple of what the network needs.
         """
-        return picture_side(self.model, "H", settings.height), picture_side(self.model, "W", settings.width)
+        return image_side(self.model, "H", settings.height), image_side(self.model, "W", settings.width)
 
     def plan(self, prompts: Sequence[str], settings: SampleConfig) -> list[Row]:
-        """Lists the pictures of a run: for each prompt and seed, the plain one, then one per strength.
+        """Lists the images of a run: for each prompt and seed, the plain one, then one per strength.
 
         Raises:
             UserError: a setting is out of range, DCI would have no step with two branches, or a prompt has an unknown
@@ -223,14 +223,14 @@ class Generator:
             for prompt in prompts if settings.dci.use else ():
                 self.token_sets([prompt], settings.dci)
         count = settings.n_samples * settings.n_iter
-        if count * len(prompts) * len(strengths) > MAX_PICTURES:
+        if count * len(prompts) * len(strengths) > MAX_IMAGES:
             raise UserError(f"{len(prompts)} prompts with {count} samples and {len(strengths)} strengths each are too "
-                            f"many pictures; a run draws up to {MAX_PICTURES:,}.")
+                            f"many images; a run draws up to {MAX_IMAGES:,}.")
         return [Row(prompt, settings.seed + index, strength)
                 for prompt in prompts for index in range(count) for strength in strengths]
 
     def _check_phase(self, settings: SampleConfig) -> None:
-        """Refuses DCI without any step with two branches: it would draw plain pictures under another name."""
+        """Refuses DCI without any step with two branches: it would draw plain images under another name."""
         steps, total, share = dci_steps(settings), self.model.num_timesteps, settings.dci.agg_time
         if not any(has_two_branches(t, total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
             raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
@@ -249,7 +249,7 @@ class Generator:
         """Returns the prompts of the concept and of the auxiliary branch with their token sets S^c and S^a (Eq 3)."""
         if self.concept is None:
             raise UserError("DCI needs a concept; give one with --delta_ckpt.")
-        made = {prompt: self._token_sets(prompt, dci) for prompt in dict.fromkeys(prompts)}   # one for many pictures
+        made = {prompt: self._token_sets(prompt, dci) for prompt in dict.fromkeys(prompts)}   # one for many images
         concept, auxiliary = zip(*(made[prompt] for prompt in prompts), strict=True)
         return tokens.stack(concept), tokens.stack(auxiliary)
 
@@ -287,13 +287,13 @@ class Generator:
 
     def generate(self, prompts: Sequence[str], settings: SampleConfig,
                  progress: Callable[[int], None] | None = None, watched: Collection[Row] = ()) -> Iterator[Sample]:
-        """Draws all pictures of `plan`, in its order within each way of sampling: first the plain ones.
+        """Draws all images of `plan`, in its order within each way of sampling: first the plain ones.
 
         Args:
             prompts: texts in which {} or "V noun" stands for the concept; in each, DCI is for the first concept of the
                 file that it mentions.
-            progress: called with the number of pictures after each batch.
-            watched: DCI's pictures whose masks are wanted.
+            progress: called with the number of images after each batch.
+            watched: DCI's images whose masks are wanted.
 
         Raises:
             UserError: as `plan` does, before any work; or the memory does not hold a batch.
@@ -324,7 +324,7 @@ class Generator:
 
     @contextlib.contextmanager
     def _watching(self, places: Sequence[int]) -> Iterator[Masks]:
-        """Records the masks (2, B, H, N) of these B pictures of a batch, uncompiled, as only that can be watched."""
+        """Records the masks (2, B, H, N) of these B images of a batch, uncompiled, as only that can be watched."""
         record: Masks = []
         if not places:
             yield record
@@ -333,7 +333,7 @@ class Generator:
             yield record
 
     def _texts_of(self, rows: Sequence[Row], settings: SampleConfig) -> list[dict[str, str]]:
-        """Returns what each branch was told, for the pictures' settings."""
+        """Returns what each branch was told, for the images' settings."""
         prompts = [row.prompt for row in rows]
         if rows[0].strength is None:
             return [{"text": text} for text in self.texts(prompts)]
@@ -391,9 +391,9 @@ class Generator:
         return torch.stack([self._texts[text, kind] for text in texts])
 
     def masks(self, row: Row, settings: SampleConfig) -> tuple[Image.Image, Masks]:
-        """Draws one DCI row; returns the picture and its masks, as `Sample` has them."""
-        (picture,), masks = self._draw([row], settings, [row])
-        return picture, masks[row]
+        """Draws one DCI row; returns the image and its masks, as `Sample` has them."""
+        (image,), masks = self._draw([row], settings, [row])
+        return image, masks[row]
 
     def _shape(self, settings: SampleConfig) -> tuple[int, int, int]:
         factor = self.model.first_stage_model.encoder.reduction
@@ -408,7 +408,7 @@ class Generator:
             return contextlib.nullcontext()
         if self.precision != "full":
             raise UserError(f"these weights are in {self.precision} and cannot draw in precision {wanted}; load the "
-                            "model anew.")
+                            "model again.")
         half = self.model.model.diffusion_model.dtype
         if wanted == "autocast" and half == torch.float32:
             half = torch.bfloat16 if device.type == "cpu" else torch.float16
@@ -417,7 +417,7 @@ class Generator:
 
 def _record(settings: SampleConfig, size: tuple[int, int], identity: dict[str, str],
             concept: Concept | None, prompt: str) -> dict[str, Any]:
-    """Returns the settings that decide a prompt's picture, without any path."""
+    """Returns the settings that decide a prompt's image, without any path."""
     record = {name: getattr(settings, name) for name in ("sampler", "steps", "eta", "scale", "precision")}
     record |= {"height": size[0], "width": size[1], "base": dict(identity)}
     if concept is not None:

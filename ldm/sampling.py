@@ -1,4 +1,4 @@
-"""One sampling run from configuration to files: pictures with their settings inside, sheets, mask panels."""
+"""One sampling run from configuration to files: images with their settings inside, sheets, mask panels."""
 from __future__ import annotations
 
 import itertools
@@ -20,9 +20,9 @@ from ldm.data.images import Unusable, decode
 from ldm.device import FORMATS, choose_device, supported_precision
 from ldm.embedded import warn_of_words
 from ldm.files import NameTaken
-from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Generator, Row, Sample, check_settings
 from ldm.progress import progress
+from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError
 
 HEAD_LENGTH = 200      # letters of a configuration file that are read for the numbers it claims
@@ -33,7 +33,7 @@ class Written:
     """What a run wrote."""
 
     folder: Path
-    pictures: int
+    images: int
     sheets: list[Path]
     files: list[Path]
 
@@ -43,7 +43,7 @@ def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts
     """Plans a run without the base's weights, and returns a generator that can tell of it but cannot draw.
 
     Raises:
-        UserError: what `Generator.plan` refuses, a concept that does not fit the model, no picture whose masks to draw.
+        UserError: what `Generator.plan` refuses, a concept that does not fit the model, no image whose masks to draw.
     """
     generator = Generator(empty_model(config.model), dict(concept.base) if concept else {}, "meta")
     generator.load(concept)
@@ -87,7 +87,7 @@ def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, wo
 
 
 def file_name(number: int, sample: Sample, first_seed: int) -> str:
-    """Names a picture: prompt number, picture number, the prompt's words, plain or lambda (in full past two places)."""
+    """Names an image: prompt number, image number, the prompt's words, plain or lambda (in full past two places)."""
     words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]*>|[{}]", "", sample.row.prompt.lower())).strip("-")[:40]
     strength, way = sample.row.strength, "plain"
     if strength is not None:
@@ -110,7 +110,7 @@ def claim_names(outdir: Path, config: SampleConfig | DictConfig, count: int) -> 
     while True:
         tail = free_tail(outdir)
         first = first_free_number(outdir)
-        head = f"# The pictures of this run are numbered {first:03d} to {first + count - 1:03d}.\n"
+        head = f"# The images of this run are numbered {first:03d} to {first + count - 1:03d}.\n"
         try:
             save_config(config, outdir / f"config{tail}.yaml", head, new=True)
         except NameTaken:
@@ -126,7 +126,7 @@ def free_tail(outdir: Path) -> str:
 
 
 def first_free_number(outdir: Path) -> int:
-    """Returns the first prompt number that no picture in a folder has and no run into it has claimed."""
+    """Returns the first prompt number that no image in a folder has and no run into it has claimed."""
     taken = [-1]
     for path in (outdir / "samples").glob("*.png"):
         if match := re.match(r"(\d{3,})[-.]", path.name):
@@ -134,7 +134,7 @@ def first_free_number(outdir: Path) -> int:
     for path in outdir.glob("config*.yaml"):
         with path.open(encoding="utf-8", errors="replace") as file:
             head = file.readline(HEAD_LENGTH)
-        if match := re.match(r"# The pictures of this run are numbered \d+ to (\d+)", head):
+        if match := re.match(r"# The (?:images|pictures) of this run are numbered \d+ to (\d+)", head):
             taken.append(int(match[1]))
     return max(taken) + 1
 
@@ -143,7 +143,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
              concept_path: Path | None = None, grid: bool = True, masks: bool = False) -> Written:
     """Draws all prompts into `outdir`/samples and lays them out as sheets.
 
-    Every picture is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
+    Every image is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
     the folder is replaced, whoever else draws into it: prompts are numbered on, and grid-0001.png and config-0001.yaml
     stand beside earlier ones.
     """
@@ -151,15 +151,15 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     rows = generator.plan(prompts, config)
     warn_of_words(generator.identity, generator.texts(prompts))
     watched = watched_rows(rows) if masks else []
-    references = reference_pictures(concept_path) if grid else []
+    references = reference_images(concept_path) if grid else []
     first, tail = claim_names(outdir, config, len(prompts))
     if first:
-        print(f"'{outdir}' holds pictures already; those of this run are numbered from {first:03d}", flush=True)
+        print(f"'{outdir}' holds images already; those of this run are numbered from {first:03d}", flush=True)
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
     print_auxiliary(generator, config, rows)
     drawn: dict[Row, Image.Image] = {}
     files, panels = [], []
-    with progress(total=len(rows), desc="sampling", unit="picture") as bar:
+    with progress(total=len(rows), desc="sampling", unit="image") as bar:
         for sample in generator.generate(prompts, config, bar.update, watched):
             name = file_name(number[sample.row.prompt], sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
@@ -174,14 +174,14 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
 
 
 def watched_rows(rows: Sequence[Row]) -> list[Row]:
-    """Returns the first DCI picture of each prompt, whose masks are drawn.
+    """Returns the first DCI image of each prompt, whose masks are drawn.
 
     Raises:
-        UserError: no picture uses DCI.
+        UserError: no image uses DCI.
     """
     first = {row.prompt: row for row in reversed(rows) if row.strength is not None}
     if not first:
-        raise UserError("there are no masks to draw: no picture uses DCI; set dci.use to true.")
+        raise UserError("there are no masks to draw: no image uses DCI; set dci.use to true.")
     return list(first.values())
 
 
@@ -195,8 +195,8 @@ def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, row
         print(f"auxiliary noun: {', '.join(told)}", flush=True)
 
 
-def reference_pictures(concept_path: Path | None) -> list[Image.Image]:
-    """Returns the reference pictures beside a run's concept file, as training saved them; none for other files.
+def reference_images(concept_path: Path | None) -> list[Image.Image]:
+    """Returns the reference images beside a run's concept file, as training saved them; none for other files.
 
     They only stand beside what is drawn, so one that cannot be read is named and left out.
     """
@@ -208,13 +208,13 @@ def reference_pictures(concept_path: Path | None) -> list[Image.Image]:
         try:
             found.append(decode(path).image)
         except Unusable as problem:
-            print(f"warning: reference picture '{path}' {problem}; the sheet goes without it", flush=True)
+            print(f"warning: reference image '{path}' {problem}; the sheet goes without it", flush=True)
     return found
 
 
 def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str],
                      drawn: dict[Row, Image.Image], references: Sequence[Image.Image], title: str = "") -> Image.Image:
-    """Lays pictures out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed.
+    """Lays images out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed.
 
     A row's caption names the noun that stood for the concept in DCI's second branch.
     """
@@ -234,7 +234,7 @@ def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, pr
 
 
 def draw_masks(generator: Generator, sample: Sample, path: Path) -> Path:
-    """Draws DBIM's masks of a picture that was watched."""
+    """Draws DBIM's masks of an image that was watched."""
     row = sample.row
     title = f"{generator.texts([row.prompt])[0]} (seed {row.seed}, lambda {row.strength:g})"
     return save_png(mask_panel(sample.image, sample.masks, title), path)

@@ -18,7 +18,7 @@ NAME_BYTES = 120       # of a folder's name; file systems take 255, and time and
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message is one sentence: what, where, what to do."""
+    """An error the user can fix; its message is one sentence: what, where, what to do."""
 
 
 def exists(value: object) -> bool:

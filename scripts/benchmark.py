@@ -50,8 +50,8 @@ def check(options, rows: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     import torch
+    from benchmarks.cases import ROWS, make_bench, needed_memory
     from benchmarks.measure import claim, save, table
-    from benchmarks.rows import ROWS, make_bench, needed_memory
 
     from ldm.device import available_memory, choose_device, supported_precision
     check(options, list(ROWS))

@@ -1,7 +1,7 @@
 """Prints the Python that runs this checkout: this one if it holds what pyproject.toml asks for, else .venv's.
 
-.venv is made from requirements.txt where it is missing and mended where it is incomplete: with uv where that is on the
-PATH, else with pip. This file runs before anything is installed, so it uses the standard library alone.
+.venv is made from requirements.txt where it is missing and repaired where it is incomplete, with uv where that is on
+the PATH, else with pip. This file runs before anything is installed, so it uses the standard library alone.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures pictures, of a folder or drawn with a concept file: JSON rows, CSV, a table with intervals, a sheet."""
+"""Measures images, of a folder or drawn with a concept file: JSON rows, CSV, a table with intervals, a sheet."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ PROMPTS = "configs/prompts/evaluation.txt"
 def parser() -> cli.Parser:
     """Makes the parser."""
     parser = cli.Parser(__doc__, schema=SampleConfig, shipped={"": EMBEDDED})
-    parser.add_argument("--pictures", type=Path, help="folder of pictures, any known layout")
-    parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per picture")
+    parser.add_argument("--images", "--pictures", type=Path, help="folder of images, any known layout")
+    parser.add_argument("--prompts", type=Path, help="their prompts: JSON {name: prompt}, or a line per image")
     parser.add_argument("--delta_ckpt", type=Path, help="concept file to draw and measure instead")
     parser.add_argument("--from-file", "--from_file", type=Path, help="what to draw with it, a prompt per line; "
                         f"CustomConcept101's files fit; default: {PROMPTS}")
     parser.add_base()
-    parser.add_argument("--n_samples", type=int, help="pictures per prompt, by seeds (n_samples)")
+    parser.add_argument("--n_samples", type=int, help="images per prompt, by seeds (n_samples)")
     parser.add_argument("--seed", type=int, help="(seed)")
-    parser.add_argument("--references", type=Path, help="the concept's pictures; default: beside the concept file")
-    parser.add_argument("--class_noun", default="", help="what the thing is, where pictures do not say it")
-    parser.add_argument("--kid_references", type=Path, help="real pictures for KID; default: the references")
+    parser.add_argument("--references", type=Path, help="the concept's images; default: beside the concept file")
+    parser.add_argument("--class_noun", default="", help="what the thing is, where images do not say it")
+    parser.add_argument("--kid_references", type=Path, help="real images for KID; default: the references")
     parser.add_argument("--metrics", nargs="+", help="small_clip efficientnet clip_b32 clip_l14 dino judge kid; "
                         "default: all that can be loaded")
     parser.add_argument("--metric_weights", nargs="+", default=[], metavar="METRIC=FILE",
@@ -35,31 +35,31 @@ def parser() -> cli.Parser:
 
 
 def draw(options, config: SampleConfig) -> list:
-    """Draws with the concept file into the output folder and returns the pictures."""
+    """Draws with the concept file into the output folder and returns the images."""
     from ldm.evaluation.evaluate import claim
-    from ldm.evaluation.layouts import drawn_pictures, read_prompts
+    from ldm.evaluation.image_sets import drawn_images, read_prompts
     from ldm.sampling import draw_run, load_generator
     prompts = read_prompts(options.from_file or Path(PROMPTS))
     generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun, prompts=prompts)
     claim(options.outdir)       # measuring comes last, and drawing takes hours
-    return drawn_pictures(draw_run(generator, config, prompts, options.outdir, grid=False).files)
+    return drawn_images(draw_run(generator, config, prompts, options.outdir, grid=False).files)
 
 
 def check(options) -> None:
-    """Refuses options that would be ignored, and folders that hold no pictures, before any work."""
-    if (options.pictures is None) == (options.delta_ckpt is None):
-        raise UserError("give either --pictures FOLDER or --delta_ckpt FILE.")
+    """Refuses options that would be ignored, and folders that hold no images, before any work."""
+    if (options.images is None) == (options.delta_ckpt is None):
+        raise UserError("give either --images FOLDER or --delta_ckpt FILE.")
     drawing = {"--from_file": options.from_file, "--ckpt": options.ckpt, "--vae": options.vae,
                "--any_base": options.any_base, "--n_samples": options.n_samples,
                "--seed": options.seed, "-b": options.base, **{item: item for item in options.overrides}}
     unused = [name for name, value in drawing.items() if value is not None]
-    if options.pictures and unused:
-        raise UserError(f"'{unused[0]}' changes how pictures are drawn, but --pictures are drawn already.")
+    if options.images and unused:
+        raise UserError(f"'{unused[0]}' changes how images are drawn, but --images are drawn already.")
     if options.delta_ckpt and options.prompts:
-        raise UserError("--prompts belongs to --pictures; name the file of what to draw with --from_file.")
+        raise UserError("--prompts belongs to --images; name the file of what to draw with --from_file.")
     if options.kid_references and options.metrics and "kid" not in options.metrics:
         raise UserError("--kid_references is given, but --metrics leaves kid out; name kid too.")
-    from ldm.data.layouts import captioned
+    from ldm.data.captions import captioned
     for folder in filter(None, (options.references, options.kid_references)):
         for item in captioned(folder, captions=False).skipped:
             print(f"skipped {item}")
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str]) -> None:
     check(options)
     from ldm.device import choose_device
     from ldm.evaluation.evaluate import evaluate  # torch loads only when there is work for it
-    from ldm.evaluation.layouts import read_pictures
+    from ldm.evaluation.image_sets import read_images
     from ldm.evaluation.scoring import load_scorer, read_weights
-    found = read_pictures(options.pictures, options.prompts) if options.pictures else []
+    found = read_images(options.images, options.prompts) if options.images else []
     flags = cli.set_options(**cli.base_options(options), n_samples=options.n_samples, seed=options.seed)
     config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
     scorer = load_scorer(options.metrics, read_weights(options.metric_weights), choose_device(config.device))

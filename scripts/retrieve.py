@@ -1,4 +1,4 @@
-"""Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own pictures.
+"""Fills real_reg/samples_<class> from a clip-retrieval server; `index` and `serve` make one of your own images.
 
 `setup` makes an environment with clip-retrieval, in which `index`, `serve` and OpenAI's CLIPs run where this has none.
 """
@@ -20,12 +20,12 @@ def retrieval_parser() -> cli.Parser:
     """Makes the parser of plain retrieval."""
     parser = cli.Parser(__doc__, configured=False, prog="retrieve.py")
     parser.add_argument("--class_noun", "--target_name", required=True, help="what to retrieve, e.g. 'tortoise plushy'")
-    parser.add_argument("--num", "--num_class_images", type=int, default=200, help="pictures wanted")
+    parser.add_argument("--num", "--num_class_images", type=int, default=200, help="images wanted")
     parser.add_argument("--out", "--outpath", type=Path, help="folder of the set; default real_reg/samples_<class>")
     parser.add_argument("--url", help="the clip-retrieval server, e.g. http://127.0.0.1:1234; none is assumed")
     parser.add_argument("--index", help="the server's index; default its first")
     parser.add_argument("--text", help="what to ask for, where it is not the class noun")
-    parser.add_argument("--oversample", type=float, default=2.0, help="candidates asked for per picture")
+    parser.add_argument("--oversample", type=float, default=2.0, help="candidates asked for per image")
     parser.add_argument("--clip", help="CLIP that compares captions: ViT-B/32, or open_clip:NAME/FILE; default none")
     parser.add_argument("--threshold", type=float, default=0.85, help="cosine a caption needs, with --clip")
     parser.add_argument("--deduplicate", type=cli.yes_or_no, default=True, help="let the server leave out look-alikes")
@@ -46,8 +46,8 @@ def command_parser(command: str) -> cli.Parser:
     if command == "setup":
         return cli.Parser("Makes .venv-retrieval, an environment with clip-retrieval.", False, "retrieve.py setup")
     if command == "index":
-        parser = cli.Parser("Builds a clip-retrieval index of your own pictures.", False, "retrieve.py index")
-        parser.add_argument("source", help="folder of pictures (captions beside them are kept), or list of addresses")
+        parser = cli.Parser("Builds a clip-retrieval index of your own images.", False, "retrieve.py index")
+        parser.add_argument("source", help="folder of images (captions beside them are kept), or list of addresses")
         parser.add_argument("--out", type=Path, default=Path("outputs/index"), help="folder of the index")
         parser.add_argument("--clip", required=True, help="CLIP to see with: ViT-B/32, or open_clip:NAME/FILE")
         add_download_options(parser)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         built = index.build_index(options.source, options.out, options.clip, downloader)
         for line in built.skipped:
             print(f"skipped {line}")
-        print(f"index: {built.pictures} pictures in {built.folder}")
+        print(f"index: {built.images} images in {built.folder}")
         return print(f"next:  python {from_here('scripts/retrieve.py')} serve {shlex.quote(str(built.folder))}")
     query = client.Query(options.class_noun, options.num, options.url, options.index, options.text,
                          options.oversample, options.clip, options.threshold, options.deduplicate)
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     found = image_set.retrieve(folder, query, downloader, options.workers)
     for reason, count in found.refused.items():
         print(f"left out: {count} ({reason})")
-    print(f"regularisation set: {found.pictures} of {options.num} pictures in {found.folder}")
+    print(f"regularization set: {found.images} of {options.num} images in {found.folder}")
     flags = shlex.join(["--class_noun", options.class_noun, "--reg_datapath", str(found.folder)])
     print(f"next: python {from_here('scripts/train.py')} ... {flags}")
 

@@ -1,4 +1,4 @@
-"""Draws prompts with a concept, plain and with DCI: parse, build, draw, save pictures and a labelled sheet."""
+"""Draws prompts with a concept, plain and with DCI: parse, build, draw, save images and a labeled sheet."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
     parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where pictures go")
+    parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where images go")
     for flag, kind, key in (("ddim_steps", int, "steps"), ("ddim_eta", float, "eta"), ("scale", float, "scale"),
                             ("n_samples", int, "n_samples"), ("n_iter", int, "n_iter"), ("H", int, "height"),
                             ("W", int, "width"), ("seed", int, "seed"), ("precision", str, "precision")):
@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--share_guidance", type=cli.yes_or_no,
                         help="one unconditional prediction for both branches, true or false (dci.guidance)")
     parser.add_argument("--skip_grid", action="store_true", help="write no sheet")
-    parser.add_argument("--save_masks", action="store_true", help="draw DBIM's masks of each prompt's first picture")
+    parser.add_argument("--save_masks", action="store_true", help="draw DBIM's masks of each prompt's first image")
     parser.add_argument("--show_tokens", action="store_true", help="print tokens, ids and roles, and stop")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and stop")
     return parser
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     generator = load_generator(*run, masks=options.save_masks)
     written = draw_run(generator, config, prompts, options.outdir, options.delta_ckpt,
                        grid=not options.skip_grid, masks=options.save_masks)
-    print(f"pictures: {written.pictures} in {written.folder / 'samples'}")
+    print(f"images: {written.images} in {written.folder / 'samples'}")
     for path in written.sheets:
         print(f"sheet:    {path}")
 

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     words = [item for item in (*options.overrides, *(options.base or ())) if item == "claim" or "=" not in item]
     names, files = read_words(words, options.base)
     from experiments.claims import SWEEP, find_claims
-    from experiments.plan import BASE, Job, SweepConfig
+    from experiments.jobs import BASE, Job, SweepConfig
     from experiments.plots import check_plots
 
     from ldm.evaluation.scoring import load_scorer, read_weights

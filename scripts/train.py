@@ -28,7 +28,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--reg_mode", help="folder, generate or none (data.reg.mode)")
     parser.add_argument("--concepts_list", type=Path, help="concept_list.json, dataset.json, or a folder of subjects")
     parser.add_argument("--subject", nargs="+", default=[], help="which of --concepts_list to learn, together")
-    parser.add_argument("--reg_caption", help="of class pictures, or a file (concepts.0.regularization_caption)")
+    parser.add_argument("--reg_caption", help="of class images, or a file (concepts.0.regularization_caption)")
     parser.add_argument("--caption", help="caption of the references with words and noun, e.g. 'photo of a <new1> cat'")
     parser.add_argument("--class_noun", help="what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun)")
     parser.add_argument("--modifier_token", help="concept words joined by +, e.g. '<new1>+<new2>' (method.words)")
@@ -36,7 +36,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--ctx_end_init", help="words the suffix contexts start from (method.suffix)")
     parser.add_argument("-n", "--name", help="of the run; left out, the first concept's (name)")
     parser.add_argument("-r", "--resume", type=Path, help="run folder (or its last.ckpt) to go on with")
-    parser.add_argument("--insist", action="store_true", help="with -r: although base, concepts or pictures are others")
+    parser.add_argument("--insist", action="store_true", help="with -r: although base, concepts or images are others")
     parser.add_argument("-l", "--logdir", help="where run folders go (trainer.logdir)")
     parser.add_argument("-s", "--seed", type=int, help="(trainer.seed)")
     parser.add_argument("--gpus", help="GPUs, as '0,' or '0,1,' or their number")
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         return inspect_run(config, options.inspect)
     from ldm.training.run import fine_tune  # Lightning and the model code load only when there is work
     run = fine_tune(config, folder, options.insist)
-    print(f"concept file: {run.concept}\npictures:     {run.preview or run.folder / 'images'}")
+    print(f"concept file: {run.concept}\nimages:     {run.preview or run.folder / 'images'}")
     base = f"CKPT={shlex.quote(config.base.ckpt)} " if config.base.ckpt else ""
     print(f"next:         {base}CONCEPT={shlex.quote(str(run.concept))} bash {from_here('inference.sh')}")
 

@@ -83,7 +83,7 @@ class SmallWorld:
         return [self.folder / f"{name}.yaml" for name in ("model", "sampling")]
 
     def train_config(self, logdir: Path, *overrides: str) -> DictConfig:
-        """Merges the configuration of a training run without pictures to watch it by."""
+        """Merges the configuration of a training run without images to watch it by."""
         overrides = ("preview.prompts=[]", *overrides, f"trainer.logdir={logdir}")
         return merge(TrainConfig, self.training_files, overrides)
 
@@ -92,7 +92,7 @@ class SmallWorld:
         return merge(SampleConfig, self.sampling_files, overrides)
 
     def build(self) -> tuple[LatentDiffusion, dict[str, str]]:
-        """Builds the model anew, with its identity."""
+        """Builds the model again, with its identity."""
         config = self.sample_config()
         return build_model(config.model, config.base)
 
@@ -120,10 +120,10 @@ def random_weights(model: LatentDiffusion, seed: int) -> None:
 
 
 def write_photos(folder: Path, count: int, seed: int) -> None:
-    """Writes colourful photos of 40 x 32 px, no two alike."""
+    """Writes colorful photos of 40 x 32 px, no two alike."""
     folder.mkdir()
-    for index, colours in enumerate(np.random.default_rng(seed).integers(0, 256, (count, 4, 5, 3), np.uint8)):
-        Image.fromarray(colours).resize((40, 32), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    for index, colors in enumerate(np.random.default_rng(seed).integers(0, 256, (count, 4, 5, 3), np.uint8)):
+        Image.fromarray(colors).resize((40, 32), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +132,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
 
 
 def make_small_world(folder: Path) -> SmallWorld:
-    """Fills a folder with a model, pictures and configurations."""
+    """Fills a folder with a model, images and configurations."""
     world = SmallWorld(folder)
     config = small_model_config()
     torch.manual_seed(11)

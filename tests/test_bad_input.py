@@ -34,7 +34,7 @@ def bad(small_world: SmallWorld, small_run: Run, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("bad")
     for name in ("empty", "unreadable", "one_good", "torn_run", "malicious_run"):
         (folder / name).mkdir()
-    (folder / "unreadable" / "a.png").write_bytes(b"no picture")
+    (folder / "unreadable" / "a.png").write_bytes(b"no image")
     (folder / "unreadable" / "b.jpg").write_bytes(b"")
     shutil.copy(small_world.photos / "0.png", folder / "one_good" / "good.png")
     (folder / "one_good" / "broken.jpg").write_bytes((small_world.photos / "0.png").read_bytes()[:200])
@@ -60,8 +60,8 @@ def bad(small_world: SmallWorld, small_run: Run, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["concepts.0.images=BAD/none"], "image folder 'BAD/none' does not exist"),
-    (["concepts.0.images=BAD/empty"], "holds no usable picture (it is empty)"),
-    (["concepts.0.images=BAD/unreadable"], "'a.png' is not a readable picture; 'b.jpg' is empty"),
+    (["concepts.0.images=BAD/empty"], "holds no usable image (it is empty)"),
+    (["concepts.0.images=BAD/unreadable"], "'a.png' is not a readable image; 'b.jpg' is empty"),
     (["concepts.0.regularization=BAD/none"], "'BAD/none' does not exist"),
     (["--datapath", "BAD/one_good"], "concepts.0.class_noun is not set"),
     (["concepts=[]"], "no concept is configured"),
@@ -163,7 +163,7 @@ def test_bad_input_in_sampling(call_script: Call, small_world: SmallWorld, small
     (["--prompt", "snow " * 80 + "{}"], "the concept '<new1> <new2> cat' is cut off"),
     (["--prompt", "{}", "--ddim_steps", "1001"], "ddim takes at most 1000"),
     (["--prompt", "{}", "--ddim_steps", "1"], "with steps=1 and agg_time=0.5 no step has two branches"),
-    (["--prompt", "{}", "--save_masks", "--use_dci", "false"], "there are no masks to draw: no picture uses DCI"),
+    (["--prompt", "{}", "--save_masks", "--use_dci", "false"], "there are no masks to draw: no image uses DCI"),
     (["--prompt", "{}", "--replace_noun", "auto", "--prompt", "a dog", "--show_tokens"], "'a dog' does not mention"),
     (["--prompt", "{}", "-b", "configs/model/tiny.yaml"], "for the base 'small' and does not fit this model")])
 def test_cheap_mistakes_are_told_before_weights_are_read(call_script: Call, small_world: SmallWorld, small_run: Run,
@@ -251,13 +251,13 @@ def test_training_asks_for_the_device_that_sampling_would(small_world: SmallWorl
     assert asked == [device]
 
 
-def test_unreadable_pictures_are_named_and_the_rest_used(call_script: Call, small_world: SmallWorld, bad: Path,
+def test_unreadable_images_are_named_and_the_rest_used(call_script: Call, small_world: SmallWorld, bad: Path,
                                                          tmp_path: Path) -> None:
     outcome = call_script("train", "-b", *small_world.training_files, f"concepts.0.images={bad / 'one_good'}",
                           "method.steps=1", "preview.prompts=[]", "-l", tmp_path)
     assert outcome.status == 0, outcome.err
     assert "thing: skipped 'broken.jpg' is truncated or cannot be read" in outcome.out
-    assert "references: 1, regularisation pictures: 3" in outcome.out
+    assert "references: 1, regularization images: 3" in outcome.out
 
 
 def full_disk(*arguments: object, **named: object) -> None:

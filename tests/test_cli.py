@@ -29,7 +29,7 @@ def fail_with(error: BaseException) -> Callable[[object], None]:
     (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space, or"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", b"caf\xe9"), "'caf\\udce9': Is a directory; give a file."),
     (OSError(errno.EBADF, "Bad file descriptor", 3), "'3': Bad file descriptor; check it"),
-    (OSError(errno.ELOOP, "Too many levels of symbolic links", "d"), "'d': Too many levels of symbolic links; mend"),
+    (OSError(errno.ELOOP, "Too many levels of symbolic links", "d"), "'d': Too many levels of symbolic links; fix"),
     (OSError("words of a library"), "words of a library; check it"), (OSError(), "OSError; check it"),
     (MemoryError(), "memory ran out; close other programs"), (ValueError("embedded null byte"), "a path holds a NUL"),
     (UserError("a name like \x1b[31m\n\u202e is shown"), "a name like \\x1b[31m\\n\\u202e is shown"),

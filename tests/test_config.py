@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from experiments.plan import SweepConfig, subjects
+from experiments.jobs import SweepConfig, subjects
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from ldm.cli import set_options
 from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
-from ldm.data.layouts import captioned
+from ldm.data.captions import captioned
 from ldm.data.regularization import read_regularization
 from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
 
@@ -280,13 +280,13 @@ def test_what_keys_mean_stands_in_their_margin(schema: type) -> None:
 
 def test_a_margin_may_hold_any_sign() -> None:
     assert meanings(TrainConfig)["data.background"].endswith("padded; or '#rrggbb'")
-    assert meanings(SampleConfig)["dci.agg_lambda"] == "strengths, one picture each; about -2 to 2"
+    assert meanings(SampleConfig)["dci.agg_lambda"] == "strengths, one image each; about -2 to 2"
 
 
 # Paths and names.
 
 def test_what_ships_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configuration files, the paths inside them, and lists of pictures and prompts; the user's own come first."""
+    """Configuration files, the paths inside them, and lists of images and prompts; the user's own come first."""
     monkeypatch.chdir(ROOT)
     here = [len(subject.prompts) for subject in subjects(merge(SweepConfig, ["configs/sweep/tiny.yaml"]))]
     assert from_here("train.sh") == "train.sh"

@@ -1,4 +1,4 @@
-"""Tests of the Generator: switches that change nothing, batches that do not matter, options, pictures' settings."""
+"""Tests of the Generator: switches that change nothing, batches that do not matter, options, images' settings."""
 from __future__ import annotations
 
 import dataclasses
@@ -17,16 +17,16 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from ldm import pictures
+from ldm import sheets
 from ldm.config import SampleConfig, merge
-from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
+from ldm.customization.ico import PromptScheme
 from ldm.customization.tokens import TokenSets
 from ldm.device import choose_device
 from ldm.modules.attention import SpatialTransformer
-from ldm.pictures import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
 from ldm.pipeline import Generator, Row, cost_matched_steps
 from ldm.sampling import draw_run
+from ldm.sheets import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -80,7 +80,7 @@ def test_a_very_negative_strength_is_plain_sampling(small_world: SmallWorld, sma
                draw(small_generator, config, Row(PROMPT, 5, None))) < 1e-5
 
 
-def test_plan_lists_pictures_in_order(small_world: SmallWorld, small_generator: Generator) -> None:
+def test_plan_lists_images_in_order(small_world: SmallWorld, small_generator: Generator) -> None:
     config = small_world.sample_config("n_samples=2", "seed=9", "dci.agg_lambda=[0.0,1.5]")
     assert small_generator.plan([PROMPT, "{}"], config) == [
         Row(prompt, seed, strength)
@@ -177,7 +177,7 @@ def test_the_second_concept_is_drawn_alone_and_among_others(small_world: SmallWo
 # Batches.
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 1.0), ("plms", 0.0)])
-def test_a_picture_does_not_depend_on_its_batch(small_world: SmallWorld, small_generator: Generator, sampler: str,
+def test_a_image_does_not_depend_on_its_batch(small_world: SmallWorld, small_generator: Generator, sampler: str,
                                                 eta: float) -> None:
     """Different prompts, seeds and strengths side by side equal separate runs."""
     config = small_world.sample_config(f"sampler={sampler}", f"eta={eta}")
@@ -189,7 +189,7 @@ def test_a_picture_does_not_depend_on_its_batch(small_world: SmallWorld, small_g
         assert gap(first, second) > 1e-3
 
 
-def test_seeds_count_pictures_not_batches(small_world: SmallWorld, small_generator: Generator) -> None:
+def test_seeds_count_images_not_batches(small_world: SmallWorld, small_generator: Generator) -> None:
     whole, single, repeated = (
         images(small_generator, small_world.sample_config("eta=1.0", *overrides))
         for overrides in (("n_samples=3", "batch_size=4"), ("n_samples=3", "batch_size=1"), ("n_iter=3",)))
@@ -213,7 +213,7 @@ def test_sampling_without_guidance(small_world: SmallWorld, small_generator: Gen
         assert gap(first, second) > 1e-3
 
 
-def test_every_option_changes_the_picture(small_world: SmallWorld, small_generator: Generator) -> None:
+def test_every_option_changes_the_image(small_world: SmallWorld, small_generator: Generator) -> None:
     options = [[f"dci.guidance={guidance}", f"dci.noise={noise}"]
                for guidance in ("separate", "shared") for noise in ("independent", "common")]
     options += [[f"dci.ablation={name}"] for name in ("no_mask", "no_full_prompt", "last_layer", "base_weights")]
@@ -307,7 +307,7 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_generator.model.model.diffusion_model
     layers = sum(isinstance(module, SpatialTransformer) for module in network.modules())
-    picture, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
+    image, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
     assert len(record) == 2 * layers == 20                     # half of four steps are joint
     assert [name for name, _ in record[:layers]] == [name for name, _ in record[layers:]]
     sizes = [tuple(masks.shape[-2:]) for _, masks in record[:layers]]
@@ -315,34 +315,34 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
     for _, masks in record:
         assert masks.shape[:2] == (2, 1) and torch.allclose(masks.sum(dim=0), torch.ones(()))
     (drawn,) = small_generator.generate([PROMPT], small_world.sample_config("plain=false"))
-    assert (drawn.row.seed, drawn.row.strength) == (5, 1.0) and picture == drawn.image
-    short, panel = (mask_panel(picture, record, title, cell=48) for title in ("a cat", "a cat " * 20))
+    assert (drawn.row.seed, drawn.row.strength) == (5, 1.0) and image == drawn.image
+    short, panel = (mask_panel(image, record, title, cell=48) for title in ("a cat", "a cat " * 20))
     assert panel.width == 3 * (48 + 8) + 8 and panel.height > short.height          # the title has room
-    monkeypatch.setattr(pictures, "sheet", lambda *given: given)
-    columns, rows, _, title = mask_panel(picture, record, "a cat in the snow", cell=48)
-    assert columns == ["picture", "step 1", "step 2"] and title.endswith(": a cat in the snow")
-    assert len(rows) == 3 and all(cells[0] is picture and len(cells) == 3 for _, cells in rows)
+    monkeypatch.setattr(sheets, "sheet", lambda *given: given)
+    columns, rows, _, title = mask_panel(image, record, "a cat in the snow", cell=48)
+    assert columns == ["image", "step 1", "step 2"] and title.endswith(": a cat in the snow")
+    assert len(rows) == 3 and all(cells[0] is image and len(cells) == 3 for _, cells in rows)
     _, none = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0"))
     with pytest.raises(UserError, match="no masks to draw: agg_time"):
-        mask_panel(picture, none, "a cat")
+        mask_panel(image, none, "a cat")
 
 
-def test_masks_of_pictures_that_are_not_square(small_world: SmallWorld, small_generator: Generator,
+def test_masks_of_images_that_are_not_square(small_world: SmallWorld, small_generator: Generator,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    picture, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
-    assert picture.size == (96, 32) and {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
+    image, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
+    assert image.size == (96, 32) and {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
     first = record[0][1]
-    monkeypatch.setattr(pictures, "sheet", lambda *given: given)
-    _, rows, *_ = mask_panel(picture, [("layer", first), ("below", first[..., ::2, ::2])], "a cat", cell=48)
+    monkeypatch.setattr(sheets, "sheet", lambda *given: given)
+    _, rows, *_ = mask_panel(image, [("layer", first), ("below", first[..., ::2, ::2])], "a cat", cell=48)
     shades = (255 * first[0].mean(dim=(0, 1)).clip(0, 1)).to(torch.uint8)
     expected = shades.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
     assert rows[0][0].startswith("8 x 24: ") and rows[0][1][1].size == rows[1][1][1].size == (48, 16)
     assert np.array_equal(rows[0][1][1], expected)
 
 
-def test_watched_pictures_are_drawn_once_and_unchanged(small_world: SmallWorld, small_generator: Generator,
+def test_watched_images_are_drawn_once_and_unchanged(small_world: SmallWorld, small_generator: Generator,
                                                        tmp_path: Path) -> None:
-    """Masks come from the pass that draws the picture, each from its own row of the batch."""
+    """Masks come from the pass that draws the image, each from its own row of the batch."""
     config = small_world.sample_config("dci.agg_lambda=[0.0,1.0]", "n_samples=2", "batch_size=3")
     calls: list[int] = []
     handle = small_generator.model.model.diffusion_model.register_forward_hook(
@@ -424,10 +424,10 @@ def test_memory_that_runs_out_is_told_in_a_sentence(small_world: SmallWorld, sma
         raise error
 
     monkeypatch.setattr(small_generator, "latents", fail)
-    many = "memory does not hold 3 picture\\(s\\) at once; try batch_size=1, then --precision bf16"
+    many = "memory does not hold 3 image\\(s\\) at once; try batch_size=1, then --precision bf16"
     with pytest.raises(UserError, match=many):
         next(small_generator.generate([PROMPT], small_world.sample_config("n_samples=3")))
-    with pytest.raises(UserError, match="memory does not hold 1 picture\\(s\\) at once; try --precision bf16"):
+    with pytest.raises(UserError, match="memory does not hold 1 image\\(s\\) at once; try --precision bf16"):
         small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
     error = RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -490,12 +490,12 @@ def test_other_sizes(small_world: SmallWorld, small_generator: Generator) -> Non
 
 # Files.
 
-def test_a_picture_can_be_drawn_again_from_its_settings(small_world: SmallWorld, small_generator: Generator,
+def test_a_image_can_be_drawn_again_from_its_settings(small_world: SmallWorld, small_generator: Generator,
                                                        tmp_path: Path) -> None:
     config = small_world.sample_config("eta=1.0", "dci.guidance=shared", "dci.noise=common", "dci.match_cost=true",
                                        "dci.replace_noun=dog", "dci.token_gain=9.0", "scale=2.5")
     for sample in small_generator.generate([PROMPT], config):
-        path = save_png(sample.image, tmp_path / "picture.png", sample.settings)
+        path = save_png(sample.image, tmp_path / "image.png", sample.settings)
         settings = read_settings(path)
         assert settings == sample.settings
         names = ("sampler", "steps", "eta", "scale", "height", "width", "precision", "dci")
@@ -509,10 +509,10 @@ def test_a_picture_can_be_drawn_again_from_its_settings(small_world: SmallWorld,
         assert settings["base"] == small_generator.identity
         assert settings["text"] == "a <new1> <new2> cat in the snow"
         assert settings.get("auxiliary_text") == (None if row.strength is None else "a dog in the snow")
-        with Image.open(path) as picture:
-            text = json.dumps(picture.text)
+        with Image.open(path) as image:
+            text = json.dumps(image.text)
         assert str(tmp_path.parent) not in text and str(small_world.folder) not in text
-        assert picture.text["parameters"].startswith("a <new1> <new2> cat in the snow\nSteps: 4, Sampler: ddim")
+        assert image.text["parameters"].startswith("a <new1> <new2> cat in the snow\nSteps: 4, Sampler: ddim")
     (tmp_path / "plain.png").write_bytes(b"")
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     assert read_settings(tmp_path / "plain.png") == {}
@@ -533,9 +533,9 @@ def test_sheet_sizes() -> None:
 @pytest.mark.parametrize(("sizes", "columns", "rows", "side"), [
     ([64, 64, 64], 3, 1, 160), ([512, 512, 512], 3, 1, 512), ([512] * 9, 9, 1, 436), ([512] * 9, 9, 60, 192),
     ([512] * 9, 9, 90, 160), ([3000, 64, 64], 3, 1, 160), ([3000, 512, 512], 3, 1, 512), ([], 3, 1, 160)])
-def test_a_sheet_shows_pictures_in_their_own_size_while_the_page_has_room(sizes: list[int], columns: int, rows: int,
+def test_a_sheet_shows_images_in_their_own_size_while_the_page_has_room(sizes: list[int], columns: int, rows: int,
                                                                           side: int) -> None:
-    # Room is 4000 / columns - 8 across and 12000 / rows - 8 down; the median picture decides; 160 is the least.
+    # Room is 4000 / columns - 8 across and 12000 / rows - 8 down; the median image decides; 160 is the least.
     assert cell_side([None, *(Image.new("L", (side, side // 2)) for side in sizes)], columns, rows, 160) == side
 
 
@@ -556,12 +556,12 @@ def test_lines_fit_whatever_the_words() -> None:
     assert max(map(face.getlength, lines)) <= 100 and "".join(lines).replace(" ", "") == words.replace(" ", "")
 
 
-def test_draw_run_writes_every_picture_and_a_sheet(small_world: SmallWorld, small_run: Run,
+def test_draw_run_writes_every_image_and_a_sheet(small_world: SmallWorld, small_run: Run,
                                                    small_generator: Generator, tmp_path: Path) -> None:
     config = small_world.sample_config("n_samples=2", "dci.agg_lambda=[0.0,1.0]")
     written = draw_run(small_generator, config, [PROMPT, "{}", PROMPT], tmp_path, small_run.concept, masks=True)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert written.pictures == len(names) == 2 * 2 * 3 and "000-01-a-in-the-snow-lambda+1.00.png" in names
+    assert written.images == len(names) == 2 * 2 * 3 and "000-01-a-in-the-snow-lambda+1.00.png" in names
     assert [path.relative_to(tmp_path).as_posix() for path in written.sheets] == \
         ["grid.png", "masks/000.png", "masks/001.png"]
     with Image.open(tmp_path / "grid.png") as page:            # reference | fine-tuned | two strengths; four rows
@@ -598,7 +598,7 @@ def test_a_second_run_into_a_folder_replaces_nothing(small_world: SmallWorld, sm
     before = contents(tmp_path)
     assert before.keys() >= {"grid.png", "config.yaml", "masks/001.png"}
     draw_run(small_generator, other, [PROMPT], tmp_path, masks=True)
-    assert f"'{tmp_path}' holds pictures already; those of this run are numbered from 002" in capsys.readouterr().out
+    assert f"'{tmp_path}' holds images already; those of this run are numbered from 002" in capsys.readouterr().out
     draw_run(small_generator, other, ["{}"], tmp_path, grid=False)
     after = contents(tmp_path)
     assert after.items() >= before.items() and after.keys() - before.keys() == {

@@ -78,7 +78,7 @@ def text_to_images(model, sampler, prompts: list[str], n_samples: int, scale: fl
     torch.manual_seed(seed)
     shape = [4, 8, 8]
     start_code = torch.randn([n_samples, *shape]) if start else None
-    pictures = []
+    images = []
     with torch.no_grad(), nullcontext("no autocast on the CPU"), model.ema_scope():
         for batch in chunk(prompts, n_samples):
             uc = model.get_learned_conditioning(n_samples * [""]) if scale != 1.0 else None
@@ -87,8 +87,8 @@ def text_to_images(model, sampler, prompts: list[str], n_samples: int, scale: fl
                                              unconditional_guidance_scale=scale, unconditional_conditioning=uc,
                                              eta=0.0, x_T=start_code)
             x_samples_ddim = model.decode_first_stage(samples_ddim)
-            pictures.append(torch.clamp((x_samples_ddim + 1.0) / 2.0, min=0.0, max=1.0))
-    return torch.cat(pictures)
+            images.append(torch.clamp((x_samples_ddim + 1.0) / 2.0, min=0.0, max=1.0))
+    return torch.cat(images)
 
 
 @pytest.mark.parametrize("scale", [7.5, 1.0])
@@ -144,7 +144,7 @@ def test_a_foreign_image_to_image_script_runs(released, small_world):
 
 
 def test_a_foreign_script_may_average_and_train(released):
-    """CompVis's objective through its own doors: a batch of pictures and captions, a loss with gradients."""
+    """CompVis's objective through its own doors: a batch of images and captions, a loss with gradients."""
     config = OmegaConf.load(released[0])
     config.model.params.use_ema = True
     model = instantiate_from_config(config.model)
@@ -395,11 +395,11 @@ MAY_IMPORT = {                                             # room → the rooms 
     "device": {"models", "util"},
     "base": {"device", "customization", "models", "config", "recognize", "embedded", "checkpoint", "util"},
     "pipeline": {"base", "device", "customization", "models", "modules", "data", "config", "util"},
-    "sampling": {"pipeline", "base", "device", "pictures", "customization", "data", "config", "recognize", "embedded",
+    "sampling": {"pipeline", "base", "device", "sheets", "customization", "data", "config", "recognize", "embedded",
                  "progress", "files", "checkpoint", "util"},
-    "training": {"sampling", "pipeline", "base", "device", "pictures", "customization", "models", "modules", "data",
+    "training": {"sampling", "pipeline", "base", "device", "sheets", "customization", "models", "modules", "data",
                  "config", "embedded", "progress", "signals", "records", "text", "files", "checkpoint", "util"},
-    "evaluation": {"sampling", "pipeline", "base", "device", "pictures", "customization", "modules", "data", "config",
+    "evaluation": {"sampling", "pipeline", "base", "device", "sheets", "customization", "modules", "data", "config",
                    "progress", "records", "text", "files", "checkpoint", "util"},
 }
 NOT_DEEPER = {"models", "modules"}                   # what scripts and evaluation reach through the pipeline only
@@ -445,7 +445,7 @@ def calls_of(path: Path, name: str) -> list[int]:
     return [call.lineno for call in calls if ast.unparse(call.func) == name]
 
 
-def test_pictures_are_opened_by_the_loader_alone():
+def test_images_are_opened_by_the_loader_alone():
     """Pillow starts Ghostscript for a file that begins as PostScript does, whatever it is called."""
     opened = {path.relative_to(ROOT).as_posix(): lines for folder in ("ldm", "scripts")
               for path in ROOT.glob(f"{folder}/**/*.py") if (lines := calls_of(path, "Image.open"))}

@@ -75,7 +75,7 @@ def test_what_has_no_place_is_left_out_and_named(small_world, state, tmp_path, c
     ({UNET + "out.2.bias": torch.ones(5)}, r"1 of another shape"),
     ({UNET + "output_blocks.99.0.bias": torch.ones(5)}, r"1 unexpected"),      # a larger network than the model's
     ({f"{TEXT}encoder.layers.7.mlp.fc1.bias": torch.ones(5)}, r"1 unexpected")])
-def test_what_protects_the_picture_is_still_demanded(small_world, state, tmp_path, change, message) -> None:
+def test_what_protects_the_image_is_still_demanded(small_world, state, tmp_path, change, message) -> None:
     changed = {name: value for name, value in {**state, **change}.items() if value is not None}
     torch.save(changed, tmp_path / "model.ckpt")
     with pytest.raises(UserError, match=f"does not fit this architecture: {message}"):
@@ -181,7 +181,7 @@ def test_an_autoencoder_that_is_none_is_refused(small_world, state, tmp_path) ->
 
 
 def test_flags_choose_autoencoder_and_base(small_world, small_run, state, tmp_path, call_script: Call) -> None:
-    """Another decoder makes another picture of the same base; another U-Net is refused, and drawn with on request."""
+    """Another decoder makes another image of the same base; another U-Net is refused, and drawn with on request."""
     save_file(vae_of(state, ""), tmp_path / "vae.safetensors")
     torch.save({name: value * 1.1 + 0.01 if name.startswith(UNET) else value for name, value in state.items()},
                tmp_path / "tuned.ckpt")
@@ -190,16 +190,16 @@ def test_flags_choose_autoencoder_and_base(small_world, small_run, state, tmp_pa
         return call_script("sample", "-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, "--prompt",
                            "{}", "--use_dci", "false", "--outdir", tmp_path / name, *flags)
 
-    def picture(name: str) -> bytes:
+    def image(name: str) -> bytes:
         (path,) = (tmp_path / name / "samples").glob("*.png")
         return path.read_bytes()
 
     assert draw("plain").status == 0 and draw("vae", "--vae", tmp_path / "vae.safetensors").status == 0
-    assert picture("plain") != picture("vae")
+    assert image("plain") != image("vae")
     assert "--any_base" in draw("other", "--ckpt", tmp_path / "tuned.ckpt").error
     with pytest.warns(UserWarning, match="it is used all the same"):
         assert draw("other", "--ckpt", tmp_path / "tuned.ckpt", "--any_base").status == 0
-    assert picture("other") != picture("plain")
+    assert image("other") != image("plain")
     many = call_script("sample", "-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, "--print_config",
                        "--class_noun", "cat", "dog", "steps=7")
     assert many.status == 0 and "steps: 7" in many.out       # an override after several nouns is none of them

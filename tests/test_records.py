@@ -25,7 +25,7 @@ from ldm.util import UserError
 
 OWN_JSON = {"scripts/retrieval/answer.py",    # entries of a stream of unknown length, halves of letters and all
             "ldm/checkpoint.py",              # the header it has just written
-            "scripts/benchmarks/rows.py"}         # what its own child printed
+            "scripts/benchmarks/cases.py"}         # what its own child printed
 
 
 class Thing(Record):
@@ -72,11 +72,11 @@ def test_what_is_of_a_form_is_read_and_further_entries_are_passed_over() -> None
 def test_files_of_records_are_read_or_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"name": "a"}', encoding="utf-8-sig")
-    assert load_record(Thing, path, "thing", "make it anew").name == "a" and is_record(Thing, path)
+    assert load_record(Thing, path, "thing", "make it again").name == "a" and is_record(Thing, path)
     assert load_json(path, "thing") == {"name": "a"}
     path.write_text('{"name": 7}')
-    with pytest.raises(UserError, match=r"^thing '.*' is damaged \('name' should be a valid string\); make it anew.$"):
-        load_record(Thing, path, "thing", "make it anew")
+    with pytest.raises(UserError, match=r"^thing '.*' is damaged \('name' should be a valid string\); make it again.$"):
+        load_record(Thing, path, "thing", "make it again")
     assert not is_record(Thing, path) and not is_record(Thing, tmp_path / "absent.json")
     path.write_text("{")
     with pytest.raises(UserError, match=r"^thing '.*a.json' is no JSON \(EOF .*\); correct it.$"):

@@ -17,10 +17,10 @@ from ldm.util import UserError
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
-    ({"n_samples": 10 ** 9}, "too many pictures"), ({"n_iter": 10 ** 9}, "too many pictures"),
-    ({"n_samples": 1000, "n_iter": 99}, "too many pictures"), ({"height": 102400}, "H is 102400 px"),
+    ({"n_samples": 10 ** 9}, "too many images"), ({"n_iter": 10 ** 9}, "too many images"),
+    ({"n_samples": 1000, "n_iter": 99}, "too many images"), ({"height": 102400}, "H is 102400 px"),
     ({"width": 10 ** 18}, "W is 1000000000000000000 px")])
-def test_pictures_without_number_or_measure(small_world: SmallWorld, settings: dict[str, int], sentence: str) -> None:
+def test_images_without_number_or_measure(small_world: SmallWorld, settings: dict[str, int], sentence: str) -> None:
     generator = Generator(*small_world.build())
     config = small_world.sample_config(*(f"{name}={value}" for name, value in settings.items()))
     with pytest.raises(UserError, match=sentence):

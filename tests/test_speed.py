@@ -172,14 +172,14 @@ def test_prompts_are_encoded_once_and_by_themselves(small_world: SmallWorld, sma
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_memory_formats_agree_and_stay(embedded: LatentDiffusion, layout) -> None:
     model, text = embedded, embedded.get_learned_conditioning(["a cat", "a red ball"])
-    x, t, picture = drawn(2, 4, 16, 16, seed=3), torch.tensor([10, 900]), drawn(1, 3, 64, 64, seed=5)
-    expected = [model.apply_model(x, t, text), model.decode_first_stage(x), model.encode_first_stage(picture).mean]
+    x, t, image = drawn(2, 4, 16, 16, seed=3), torch.tensor([10, 900]), drawn(1, 3, 64, 64, seed=5)
+    expected = [model.apply_model(x, t, text), model.decode_first_stage(x), model.encode_first_stage(image).mean]
     for part in (model.model, model.first_stage_model):
         part.to(memory_format=layout)
     made: list[Tensor] = []
     model.model.diffusion_model.output_blocks[-1].register_forward_hook(lambda *args: made.append(args[-1]))
     found = [model.apply_model(x.to(memory_format=layout), t, text), model.decode_first_stage(x),
-             model.encode_first_stage(picture).mean]
+             model.encode_first_stage(image).mean]
     assert all(relative(one, other) < 1e-5 for one, other in zip(found, expected, strict=True))
     assert made[0].is_contiguous(memory_format=layout)
 
@@ -254,10 +254,10 @@ def test_weights_in_half_do_not_draw_in_full(small_world: SmallWorld, monkeypatc
 
 def test_decoding_in_parts_changes_nothing(model: LatentDiffusion) -> None:
     latents = drawn(3, 4, 8, 8, seed=6)
-    picture = 8 * 8 * 32 * 32 * 8                    # copies of 8 channels of 32 x 32 float64
-    sizes = [decode_at_once(model, latents, memory) for memory in (None, 1, 4 * picture, 100 * picture)]
+    image = 8 * 8 * 32 * 32 * 8                    # copies of 8 channels of 32 x 32 float64
+    sizes = [decode_at_once(model, latents, memory) for memory in (None, 1, 4 * image, 100 * image)]
     assert sizes == [3, 1, 2, 3]
-    whole = decode_latents(model, latents, memory=100 * picture)
+    whole = decode_latents(model, latents, memory=100 * image)
     assert relative(decode_latents(model, latents, memory=1), whole) < 1e-5
     assert torch.equal(whole, model.decode_first_stage(latents))
 

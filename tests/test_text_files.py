@@ -8,8 +8,8 @@ import pytest
 from conftest import Call, SmallWorld
 from PIL import Image
 
-from ldm.data.layouts import read_subjects
-from ldm.evaluation.layouts import read_dataset, read_pictures, read_prompts
+from ldm.data.captions import read_subjects
+from ldm.evaluation.image_sets import read_dataset, read_images, read_prompts
 from ldm.records import load_json
 from ldm.text import read_lines, read_text
 from ldm.training.run import Run
@@ -79,7 +79,7 @@ def test_a_marked_prompt_file_gives_the_tokens_of_a_plain_one(small_world: Small
     assert "is not UTF-8 text; save it as plain text in UTF-8" in refused.error
 
 
-def test_a_marked_file_of_prompts_belongs_to_its_pictures(tmp_path: Path) -> None:
+def test_a_marked_file_of_prompts_belongs_to_its_images(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "prompts.json").write_bytes(MARK + b'{"a": "a cat"}')
-    assert read_pictures(tmp_path)[0].prompt == "a cat"
+    assert read_images(tmp_path)[0].prompt == "a cat"

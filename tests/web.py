@@ -1,4 +1,4 @@
-"""A picture host and a stand-in for a clip-retrieval server on loopback, which misbehave as they are told.
+"""An image host and a stand-in for a clip-retrieval server on loopback, which misbehave as they are told.
 
 `HOSTILE` holds, by name, what a clip-retrieval server may do instead of answering; a campaign sets `Web.answer` or
 `Web.indices` to one of them and runs a retrieval against it.
@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 
-def picture_bytes(seed: int, size: tuple[int, int] = (48, 40), kind: str = "JPEG") -> bytes:
-    """Returns a file of a colourful picture, no two alike."""
-    colours = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+def image_bytes(seed: int, size: tuple[int, int] = (48, 40), kind: str = "JPEG") -> bytes:
+    """Returns a file of a colorful image, no two alike."""
+    colors = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     file = BytesIO()
-    Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC).save(file, kind)
+    Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC).save(file, kind)
     return file.getvalue()
 
 
@@ -210,8 +210,8 @@ as_sent("wrong_types", entries(id={"a": [None]}, url=["x"], caption={"b": 1}, im
 as_sent("strange_addresses", json.dumps([{"id": number, "url": url, "caption": "cat"} for number, url in enumerate(
     ("file:///etc/hosts", "http://", "http://[", "//a", "javascript:1", "http://127.0.0.1:99999/", "x" * 70_000,
      "http://" + "a" * 300 + "/", "http://a..b/", "http://127.0.0.1:9/\r\nX: y", "gopher://127.0.0.1:9/"))]).encode())
-as_sent("no_picture", entries(url="", image="!!!"))
-as_sent("text_for_picture", entries(url="", image=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()))
+as_sent("no_image", entries(url="", image="!!!"))
+as_sent("text_for_image", entries(url="", image=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()))
 as_sent("same_entry_ten_thousand_times", b"[" + b",".join([entries()[1:-1]] * 10_000) + b"]")
 as_sent("empty_tables", b"[" + b",".join([b"{}"] * 100_000) + b"]")
 
@@ -284,9 +284,9 @@ class Web:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def offer(self, count: int, start: int = 0) -> None:
-        """Puts `count` pictures on the host and into the knn service's answer."""
+        """Puts `count` images on the host and into the knn service's answer."""
         for number in range(start, start + count):
-            self.pages[f"/{number}.jpg"] = picture_bytes(number)
+            self.pages[f"/{number}.jpg"] = image_bytes(number)
             self.answer.append({"id": number, "url": f"{self.url}/{number}.jpg", "caption": f"a cat, number {number}",
                                 "similarity": 0.3})
 

@@ -59,7 +59,7 @@ def to_half(key: str, value: Tensor) -> Tensor:
     """Returns a floating tensor as float16, any other as it is.
 
     Raises:
-        UserError: a value has no float16, so that the picture would be lost.
+        UserError: a value has no float16, so that the image would be lost.
     """
     if not value.is_floating_point() or value.dtype == torch.float16:
         return value

@@ -23,8 +23,8 @@ from ldm.checkpoint import (
     refuse_non_finite,
     save_safetensors,
 )
-from ldm.customization.contexts import PromptScheme
 from ldm.customization.foreign import read_delta, schemes_of
+from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.recognize import say_left_out

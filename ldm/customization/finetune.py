@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.config import MethodConfig
-from ldm.customization import contexts
-from ldm.customization.constants import CaptionFeatures, Posteriors, cast_frozen
-from ldm.customization.contexts import PromptScheme
+from ldm.customization import ico
 from ldm.customization.delta import Concept
+from ldm.customization.feature_cache import CaptionFeatures, Posteriors, cast_frozen
+from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import stopped_first_token, trained_parameters
-from ldm.data.concept import TrainingPlan, TrainingRows
+from ldm.data.batches import TrainingPlan, TrainingRows
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError
@@ -30,8 +30,8 @@ def make_scheme(model: LatentDiffusion, method: MethodConfig, class_noun: str, w
     if not words:
         raise UserError("a concept has no words to learn; give at least one with --modifier_token.")
     return PromptScheme(tuple(words), class_noun.strip(),
-                        contexts.context_length(embedder, method.prefix, method.prefix_length, "prefix"),
-                        contexts.context_length(embedder, method.suffix, method.suffix_length, "suffix"),
+                        ico.context_length(embedder, method.prefix, method.prefix_length, "prefix"),
+                        ico.context_length(embedder, method.suffix, method.suffix_length, "suffix"),
                         method.template, index)
 
 
@@ -39,7 +39,7 @@ def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
     """Returns each row's mean (B,) of an error (B, C, h, w) over the latent pixels that count.
 
     Args:
-        masks: (B, H, W) in [0, 1] at the pictures' size, averaged down to the latents'; None counts everything.
+        masks: (B, H, W) in [0, 1] at the images' size, averaged down to the latents'; None counts everything.
     """
     if masks is None:
         return error.mean(dim=(1, 2, 3))
@@ -53,12 +53,12 @@ class ConceptFinetune(pl.LightningModule):
     Args:
         model: the base; everything in it is frozen but for what `method.train` selects.
         method: learning rates and all other choices.
-        schemes: one per concept; `image_counts` says how many reference pictures each has.
+        schemes: one per concept; `image_counts` says how many reference images each has.
         base: name and hash of the base, for concept files.
         learning_rate: the effective rate of K/V and concept words.
         seed: of random initial vectors.
         info: configuration and versions, for concept files.
-        templates: in place of the method's template, one per reference picture, concept after concept; None keeps it.
+        templates: in place of the method's template, one per reference image, concept after concept; None keeps it.
     """
 
     def __init__(self, model: LatentDiffusion, method: MethodConfig, schemes: Sequence[PromptScheme],
@@ -73,10 +73,10 @@ class ConceptFinetune(pl.LightningModule):
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.word_blocks: list[nn.Parameter] = []       # one per concept
-        self.context_blocks: list[nn.Parameter] = []    # one per reference picture, concept after concept
-        self.captions: list[str] = []                   # P_i of each reference picture (Eq 2)
-        self._seen: frozenset[int] = frozenset()        # reference pictures since the last optimizer step
-        self.posteriors: Posteriors | None = None       # of all pictures, where they are kept
+        self.context_blocks: list[nn.Parameter] = []    # one per reference image, concept after concept
+        self.captions: list[str] = []                   # P_i of each reference image (Eq 2)
+        self._seen: frozenset[int] = frozenset()        # reference images since the last optimizer step
+        self.posteriors: Posteriors | None = None       # of all images, where they are kept
         self.text: Callable[[Sequence[str]], Tensor] = model.cond_stage_model.encode
         self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
 
@@ -85,7 +85,7 @@ class ConceptFinetune(pl.LightningModule):
         """Gives every concept word and every context its row and first value."""
         embedder, method = self.model.cond_stage_model, self.method
         for scheme in self.schemes:
-            vectors = contexts.initial_words(embedder, len(scheme.words), method.initial_words, generator)
+            vectors = ico.initial_words(embedder, len(scheme.words), method.initial_words, generator)
             self.word_blocks.append(embedder.add_words(dict(zip(scheme.words, vectors, strict=True))))
         for scheme, count in zip(self.schemes, image_counts, strict=True):
             for image in range(count):
@@ -93,7 +93,7 @@ class ConceptFinetune(pl.LightningModule):
                 self.captions.append((replace(scheme, template=template) if template else scheme).caption(image))
                 names = scheme.context_words(image)
                 if names:
-                    vectors = contexts.initial_contexts(embedder, method.prefix, method.suffix, scheme, generator)
+                    vectors = ico.initial_contexts(embedder, method.prefix, method.suffix, scheme, generator)
                     self.context_blocks.append(embedder.add_words(dict(zip(names, vectors, strict=True))))
         embedder.tokenize(self.captions, strict=True)   # a caption that does not fit is refused before training
 
@@ -118,7 +118,7 @@ class ConceptFinetune(pl.LightningModule):
             quiet: shows no progress.
             last: the micro-step the plan ends before; None: it does not end.
         """
-        self.posteriors = Posteriors(plan.pictures(last), plan.image, lambda image: self._moments(image[None])[0],
+        self.posteriors = Posteriors(plan.seen_images(last), plan.load, lambda image: self._moments(image[None])[0],
                                      quiet)
         self.text = CaptionFeatures(self.text)
         self.model.first_stage_model.release(decoder)
@@ -140,7 +140,7 @@ class ConceptFinetune(pl.LightningModule):
     def _noised_inputs(self, batch: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
         """Draws latents, time steps and noise, each row from its own seed, whatever the device and the batch."""
         moments = self._moments(batch.images) if self.posteriors is None else \
-            self.posteriors.moments(batch.pictures).to(self.device)                      # (B, 2C, h, w)
+            self.posteriors.moments(batch.seen).to(self.device)                      # (B, 2C, h, w)
         latents, steps, noise = [], [], []
         for row, seed in zip(moments, batch.seeds, strict=True):
             rng = torch.Generator().manual_seed(seed)
@@ -153,21 +153,21 @@ class ConceptFinetune(pl.LightningModule):
 
     @torch.no_grad()
     def _moments(self, images: Tensor) -> Tensor:
-        """Encodes pictures (B, H, W, 3) to mean and log-variance (B, 2C, h, w)."""
+        """Encodes images (B, H, W, 3) to mean and log-variance (B, 2C, h, w)."""
         return self.model.encode_first_stage(images.to(self.device).permute(0, 3, 1, 2)).parameters
 
     def transfer_batch_to_device(self, batch: TrainingRows, device: torch.device, dataloader_idx: int) -> TrainingRows:
         return batch       # frozen; the training step moves what it needs
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves the contexts of absent pictures alone: with a zero gradient, Adam's momentum would move them."""
+        """Leaves the contexts of absent images alone: with a zero gradient, Adam's momentum would move them."""
         for image, block in enumerate(self.context_blocks):
             if image not in self._seen:
                 block.grad = None
         self._seen = frozenset()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
+        """Returns what is trained, with learning rate and weight decay: weights, words, ico."""
         lr = self.effective_learning_rate
         groups = [{"params": list(self.trained.values()), "lr": lr, "weight_decay": self.method.weight_decay},
                   {"params": self.word_blocks, "lr": lr, "weight_decay": 0.0},
@@ -195,7 +195,7 @@ class ConceptFinetune(pl.LightningModule):
         """Returns the trained tensors only: that is all a run needs beside its base."""
         tensors = {f"trained.{name}": parameter for name, parameter in self.trained.items()}
         tensors |= {f"words.{index}": block for index, block in enumerate(self.word_blocks)}
-        tensors |= {f"contexts.{index}": block for index, block in enumerate(self.context_blocks)}
+        tensors |= {f"ico.{index}": block for index, block in enumerate(self.context_blocks)}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class ConceptFinetune(pl.LightningModule):
         """
         own = self.state_dict()
         if own.keys() != state_dict.keys() or any(own[key].shape != state_dict[key].shape for key in own):
-            raise UserError("the run to resume trained other tensors or other pictures than this configuration says; "
+            raise UserError("the run to resume trained other tensors or other images than this configuration says; "
                             "resume with the configuration saved beside it.")
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import named, refuse_non_finite, unwrapped
-from ldm.customization.contexts import PromptScheme
+from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
 from ldm.recognize import AS_CONCEPT, kind_of
 from ldm.util import UserError

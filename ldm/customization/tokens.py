@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.customization.contexts import PLACEHOLDER, PromptScheme
+from ldm.customization.ico import PLACEHOLDER, PromptScheme
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
 from ldm.util import UserError

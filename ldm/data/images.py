@@ -23,19 +23,19 @@ T = TypeVar("T")
 # Pillow knows far more; some of those start other programs (EPS) or accept nearly any bytes (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-# White of the deep grey modes is the smallest entry no pixel exceeds: files of floats follow several customs.
+# White of the deep gray modes is the smallest entry no pixel exceeds: files of floats follow several customs.
 _WHITES: dict[str, tuple[float, ...]] = {"I": (65535,), "F": (1, 255, 65535)}
 _MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
           "I": "32-bit grey", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
 CROPS = ("center", "pad")
 WORKERS = 2     # decoding threads
 BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
-# Phones take pictures of 200 megapixels. Pillow refuses twice as many by a file's header alone; what is decoded whole
+# Phones take images of 200 megapixels. Pillow refuses twice as many by a file's header alone; what is decoded whole
 # must keep to this number.
 Image.MAX_IMAGE_PIXELS = 200_000_000
 SHRINK_FROM = 50_000_000    # pixels from which a JPEG is made smaller while it is decoded
 SHRINK_TO = 2048            # px that its shorter side keeps at least
-SAME = 3                    # 8-bit levels by which a colour profile may differ from sRGB and still be called that
+SAME = 3                    # 8-bit levels by which a color profile may differ from sRGB and still be called that
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 
 
@@ -51,7 +51,7 @@ class Skipped:
 
 
 class Unusable(Exception):
-    """Why a file gives no picture, worded as `Skipped.reason` is."""
+    """Why a file gives no image, worded as `Skipped.reason` is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +70,14 @@ class DecodedImage:
 
 
 def list_images(folder: Path, check: Callable[[Path], str | None] | None = None) -> tuple[list[Path], list[Skipped]]:
-    """Finds the usable pictures of a folder (in natural order), of a list file (in its order), or one file.
+    """Finds the usable images of a folder (in natural order), of a list file (in its order), or one file.
 
     What a file holds decides, not its suffix: each is decoded whole. A list file is UTF-8 text with one path
     per line, seen from the list's folder, that folder's parent, or the current one. `check` says why a file is
     unusable, in place of `why_unusable`; it is called from several threads.
 
     Raises:
-        UserError: nothing is there, or nothing there is a usable picture.
+        UserError: nothing is there, or nothing there is a usable image.
     """
     folder, check = Path(folder), check or why_unusable
     if folder.is_dir():
@@ -89,9 +89,9 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
         try:
             candidates = [find_listed(line, folder) for line in read_lines(folder, "list") if line]
         except UserError as error:
-            raise UserError(f"'{folder}' {problem}; give a folder of pictures or a list of them.") from error
+            raise UserError(f"'{folder}' {problem}; give a folder of images or a list of them.") from error
     else:
-        raise UserError(f"image folder '{folder}' does not exist; give a folder of pictures or a list of them.")
+        raise UserError(f"image folder '{folder}' does not exist; give a folder of images or a list of them.")
     hidden = [folder.is_dir() and path.name.startswith(".") for path in candidates]
     with ThreadPoolExecutor(WORKERS) as pool:      # Pillow decodes outside the interpreter's lock
         unusable = pool.map(lambda path, hide: None if hide else check(path), candidates, hidden)
@@ -99,7 +99,7 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
     paths = [path for path, reason in zip(candidates, reasons, strict=True) if reason is None]
     skipped = [Skipped(path, reason) for path, reason in zip(candidates, reasons, strict=True) if reason]
     if not paths:
-        raise UserError(f"'{folder}' holds no usable picture ({some_skipped(skipped) or 'it is empty'}); "
+        raise UserError(f"'{folder}' holds no usable image ({some_skipped(skipped) or 'it is empty'}); "
                         "put at least one JPEG, PNG or WebP there.")
     return paths, skipped
 
@@ -136,7 +136,7 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 def why_unusable(path: Path) -> str | None:
-    """Says why `open_picture` would refuse a file, or None where it would not."""
+    """Says why `load_decoded` would refuse a file, or None where it would not."""
     try:
         decode(path)
     except Unusable as problem:
@@ -145,30 +145,30 @@ def why_unusable(path: Path) -> str | None:
 
 
 def open_image(path: Path, background: str = "white") -> Image.Image:
-    """Reads a picture of any depth and kind as upright 8-bit RGB, what is transparent being `background`.
+    """Reads an image of any depth and kind as upright 8-bit RGB, what is transparent being `background`.
 
     Raises:
-        UserError: the file is missing, empty, truncated, no picture, or of absurdly many pixels.
+        UserError: the file is missing, empty, truncated, no image, or of absurdly many pixels.
     """
-    return open_picture(path, background).image
+    return load_decoded(path, background).image
 
 
-def open_picture(path: Path, background: str = "white") -> DecodedImage:
-    """Reads a picture as `open_image` does, with what is known of its transparency.
+def load_decoded(path: Path, background: str = "white") -> DecodedImage:
+    """Reads an image as `open_image` does, with what is known of its transparency.
 
     Raises:
         UserError: as `open_image` does.
     """
-    return read_picture(path, partial(_picture, background=background))
+    return read_image_file(path, partial(_image, background=background))
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Reads a picture's width and height in px, as they are stored, off its header.
+    """Reads an image's width and height in px, as they are stored, off its header.
 
     Raises:
-        UserError: the file is missing, empty or no picture.
+        UserError: the file is missing, empty or no image.
     """
-    return read_picture(path, lambda image: image.size)
+    return read_image_file(path, lambda image: image.size)
 
 
 def texts_of(path: Path) -> dict[str, str]:
@@ -177,11 +177,11 @@ def texts_of(path: Path) -> dict[str, str]:
     Raises:
         UserError: as `open_image` does.
     """
-    return read_picture(path, _texts)
+    return read_image_file(path, _texts)
 
 
-def read_picture(path: Path, read: Callable[[Image.Image], T]) -> T:
-    """Opens a picture file and returns what `read` makes of it.
+def read_image_file(path: Path, read: Callable[[Image.Image], T]) -> T:
+    """Opens an image file and returns what `read` makes of it.
 
     Raises:
         UserError: as `open_image` does.
@@ -189,16 +189,16 @@ def read_picture(path: Path, read: Callable[[Image.Image], T]) -> T:
     try:
         return _guarded(Path(path), read)
     except Unusable as problem:
-        raise UserError(f"picture '{path}' {problem}; replace it or take it out.") from problem
+        raise UserError(f"image '{path}' {problem}; replace it or take it out.") from problem
 
 
 def decode(source: Path | bytes, background: str = "white") -> DecodedImage:
     """Decodes a whole file, or the bytes of one.
 
     Raises:
-        Unusable: it gives no picture.
+        Unusable: it gives no image.
     """
-    return _guarded(source, partial(_picture, background=background))
+    return _guarded(source, partial(_image, background=background))
 
 
 def _guarded(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
@@ -271,19 +271,19 @@ def _shrink(image: Image.Image) -> str | None:
     return f"{width} x {height} px made smaller" if image.size != (width, height) else None
 
 
-def _picture(image: Image.Image, background: str) -> DecodedImage:
+def _image(image: Image.Image, background: str) -> DecodedImage:
     """Decodes an opened file, turns it upright and flat, and notes what was done."""
     shrunk = _shrink(image)
     image.load()
     try:
         turned = image.getexif().get(0x0112, 1) in range(2, 9)     # EXIF's orientation
         image, notes = ImageOps.exif_transpose(image), ["turned upright"] if turned else []
-    except Exception:     # a camera's damaged notes are no reason to refuse its picture
+    except Exception:     # a camera's damaged notes are no reason to refuse its image
         notes = ["orientation unreadable"]
     if image.mode not in ("RGB", "RGBA"):
         notes.append(f"was {_MODES.get(image.mode, image.mode)}")
-    image, recoloured = to_srgb(image)
-    notes += filter(None, (recoloured, shrunk))
+    image, recolored = to_srgb(image)
+    notes += filter(None, (recolored, shrunk))
     alpha = alpha_of(image)
     if alpha is not None:
         notes.append("transparent in part")
@@ -291,7 +291,7 @@ def _picture(image: Image.Image, background: str) -> DecodedImage:
 
 
 def _why_unknown(source: Path | bytes) -> str:
-    """Says of a file Pillow does not know whether it is a phone's HEIC photo or no picture at all."""
+    """Says of a file Pillow does not know whether it is a phone's HEIC photo or no image at all."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             start = file.read(12)
@@ -299,7 +299,7 @@ def _why_unknown(source: Path | bytes) -> str:
         start = source[:12]
     if start[4:8] == b"ftyp" and start[8:] in _HEIC_BRANDS:
         return "is a HEIC photo (install pillow_heif to read it, or save it as JPEG)"
-    return "is not a readable picture"
+    return "is not a readable image"
 
 
 @cache
@@ -315,7 +315,7 @@ def _formats() -> list[str]:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scales the deep grey modes to 8 bits, leaving all others alone."""
+    """Scales the deep gray modes to 8 bits, leaving all others alone."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0)                         # (H, W)
@@ -324,27 +324,27 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """Converts a picture with another colour profile to 8-bit sRGB, transparency kept, and notes what was done."""
+    """Converts an image with another color profile to 8-bit sRGB, transparency kept, and notes what was done."""
     data = image.info.get("icc_profile")
     if not data:
         return image, None
     try:
         converted = _converted(image, ImageCms.ImageCmsProfile(BytesIO(data)))
-    except Exception:     # a damaged profile is no reason to refuse a picture
-        return image, "colour profile unreadable"
-    return (image, None) if converted is None else (converted, "colours converted to sRGB")
+    except Exception:     # a damaged profile is no reason to refuse an image
+        return image, "color profile unreadable"
+    return (image, None) if converted is None else (converted, "colors converted to sRGB")
 
 
 def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image | None:
-    """Returns a picture with its colours in sRGB; None where they are.
+    """Returns an image with its colors in sRGB; None where they are.
 
     Raises:
-        ValueError: the profile is not for this kind of picture.
+        ValueError: the profile is not for this kind of image.
     """
     mode = {"GRAY": "L", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip(), "RGB")
     flat = _eight_bit(image)
     if (flat.mode == "CMYK") != (mode == "CMYK") or (mode == "L" and flat.mode not in ("1", "L", "LA")):
-        raise ValueError(f"a {mode} profile in a picture of mode {flat.mode}")
+        raise ValueError(f"a {mode} profile in an image of mode {flat.mode}")
     transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB",
                                         ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION)
     if _is_srgb(transform, mode):
@@ -356,7 +356,7 @@ def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.I
 
 
 def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Says whether a transform to sRGB leaves colours as they are, whatever its profile is called."""
+    """Says whether a transform to sRGB leaves colors as they are, whatever its profile is called."""
     if mode == "CMYK":
         return False
     levels = np.linspace(0, 255, 9).astype(np.uint8)
@@ -369,7 +369,7 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Makes a picture of any mode 8-bit RGB; alpha is laid on `background`, so colours hidden under it stay hidden."""
+    """Makes an image of any mode 8-bit RGB; alpha is laid on `background`, so colors hidden under it stay hidden."""
     image = _eight_bit(image)
     if has_alpha(image):
         image = image.convert("RGBA")
@@ -378,36 +378,36 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Says whether a picture can be transparent anywhere."""
+    """Says whether an image can be transparent anywhere."""
     return image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
-    """Returns a picture's opacity as 8-bit grey, 255 where opaque; None where all of it is."""
+    """Returns an image's opacity as 8-bit grey, 255 where opaque; None where all of it is."""
     if not has_alpha(image):
         return None
     alpha = image.convert("RGBA").getchannel("A")
     return None if alpha.getextrema()[0] == 255 else alpha
 
 
-def check_colour(name: str) -> str:
-    """Returns a colour Pillow knows, by name ("white") or as #rrggbb.
+def check_color(name: str) -> str:
+    """Returns a color Pillow knows, by name ("white") or as #rrggbb.
 
     Raises:
-        UserError: there is no such colour.
+        UserError: there is no such color.
     """
     try:
         ImageColor.getrgb(name)
     except ValueError as error:
-        raise UserError(f"colour '{name}' is unknown; give a name such as white or grey, or #rrggbb.") from error
+        raise UserError(f"color '{name}' is unknown; give a name such as white or grey, or #rrggbb.") from error
     return name
 
 
 def square(image: Image.Image, size: int, crop: str = "center", fill: int | str = "white") -> Image.Image:
-    """Resizes a picture to `size` pixels a side without squashing it, smoothing as it shrinks.
+    """Resizes an image to `size` pixels a side without squashing it, smoothing as it shrinks.
 
     Args:
-        crop: "center" cuts the largest centred square out; "pad" keeps all of it on a square of colour `fill`.
+        crop: "center" cuts the largest centered square out; "pad" keeps all of it on a square of color `fill`.
     """
     if crop == "pad":
         scale = size / max(image.size)
@@ -433,23 +433,23 @@ def bars_advice(trim: bool) -> str:
     return f"black bars, which would be learned too; {way}"
 
 
-def trim_bars(picture: DecodedImage) -> DecodedImage:
-    """Crops black bars on two opposite sides off a picture, as letterboxed and pillarboxed photos have them.
+def trim_bars(decoded: DecodedImage) -> DecodedImage:
+    """Crops black bars on two opposite sides off an image, as letterboxed and pillarboxed photos have them.
 
-    Sure signs are wanted: both bars are black from end to end, no broader than two fifths of the picture, and end
+    Sure signs are wanted: both bars are black from end to end, no broader than two fifths of the image, and end
     sharply in a line that is lit for the most part. So a night's sky, a dark floor and a thing on black cloth stay.
     """
-    pixels = np.asarray(picture.image).max(axis=2)                                                  # (H, W)
+    pixels = np.asarray(decoded.image).max(axis=2)                                                  # (H, W)
     top, bottom = _between_bars(pixels)
     left, right = _between_bars(pixels[top:bottom].T)
     if (top, bottom) == (0, len(pixels)):       # bars at the sides may have kept those above and below from ending lit
         top, bottom = _between_bars(pixels[:, left:right])
     box = (left, top, right, bottom)
-    if box == (0, 0, *picture.image.size):
-        return picture
-    alpha = picture.alpha.crop(box) if picture.alpha is not None else None
+    if box == (0, 0, *decoded.image.size):
+        return decoded
+    alpha = decoded.alpha.crop(box) if decoded.alpha is not None else None
     note = f"black bars cropped off: {right - left} x {bottom - top} px are left"
-    return DecodedImage(picture.image.crop(box), alpha, (*picture.notes, note))
+    return DecodedImage(decoded.image.crop(box), alpha, (*decoded.notes, note))
 
 
 def _between_bars(pixels: np.ndarray) -> tuple[int, int]:
@@ -478,12 +478,12 @@ def _end_of_bar(dark: np.ndarray, lit: np.ndarray, count: int) -> int | None:
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures of any shape become squares of one size.
+    """How images of any shape become squares of one size.
 
     Attributes:
         size: side in px.
-        crop: "center" cuts the largest centred square out, "pad" keeps everything and fills up with `background`.
-        background: colour behind what is transparent, and beside what is padded.
+        crop: "center" cuts the largest centered square out, "pad" keeps everything and fills up with `background`.
+        background: color behind what is transparent, and beside what is padded.
         alpha_mask: leaves transparent pixels out of the loss.
         trim_bars: crops black bars off first.
     """
@@ -494,28 +494,28 @@ class Framing:
     alpha_mask: bool = False
     trim_bars: bool = False
 
-    def frame(self, picture: DecodedImage) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a picture as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
+    def frame(self, decoded: DecodedImage) -> tuple[np.ndarray, np.ndarray]:
+        """Returns an image as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
         if self.trim_bars:
-            picture = trim_bars(picture)
-        image = square(picture.image, self.size, self.crop, self.background)
-        opacity = picture.alpha if self.alpha_mask else None
+            decoded = trim_bars(decoded)
+        image = square(decoded.image, self.size, self.crop, self.background)
+        opacity = decoded.alpha if self.alpha_mask else None
         if opacity is None and self.crop == "center":
             return np.asarray(image), np.full((self.size, self.size), 255, np.uint8)
         if opacity is None:
-            opacity = Image.new("L", picture.image.size, 255)
+            opacity = Image.new("L", decoded.image.size, 255)
         return np.asarray(image), np.asarray(square(opacity, self.size, self.crop, 0))
 
 
 def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor | None]:
-    """Reads pictures as squares.
+    """Reads images as squares.
 
     Returns:
-        Pictures (N, size, size, 3) uint8 and their loss masks (N, size, size) uint8, 255 where a pixel counts; None
-        in place of masks where every pixel of every picture does.
+        Images (N, size, size, 3) uint8 and their loss masks (N, size, size) uint8, 255 where a pixel counts; None
+        in place of masks where every pixel of every image does.
 
     Raises:
-        UserError: a picture cannot be read, or nothing of it would count.
+        UserError: an image cannot be read, or nothing of it would count.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
         framed = list(pool.map(partial(_open_framed, framing=framing), paths))
@@ -524,27 +524,27 @@ def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor
 
 
 def _open_framed(path: Path, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
-    image, mask = framing.frame(open_picture(path, framing.background))
+    image, mask = framing.frame(load_decoded(path, framing.background))
     if not mask.any():
-        raise UserError(f"picture '{path}' is transparent all over, so nothing of it would be learned; take it out, or "
+        raise UserError(f"image '{path}' is transparent all over, so nothing of it would be learned; take it out, or "
                         "set data.alpha_mask to false.")
     return image, mask
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Turns an RGB picture into (H, W, 3) float32 in [-1, 1]."""
+    """Turns an RGB image into (H, W, 3) float32 in [-1, 1]."""
     if image.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, got mode {image.mode}")
+        raise ValueError(f"expected an RGB image, got mode {image.mode}")
     return torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1                          # (H, W, 3)
 
 
 def to_images(x: Tensor) -> list[Image.Image]:
-    """Turns decoded pictures (B, 3, H, W), in [-1, 1] but for overshoot, into 8-bit RGB pictures.
+    """Turns decoded images (B, 3, H, W), in [-1, 1] but for overshoot, into 8-bit RGB images.
 
     Raises:
-        UserError: a value is not finite, so the picture would be noise or black.
+        UserError: a value is not finite, so the image would be noise or black.
     """
     if not torch.isfinite(x).all():
-        raise UserError("the decoded picture holds values that are not finite numbers; run in full precision.")
+        raise UserError("the decoded image holds values that are not finite numbers; run in full precision.")
     x = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)                    # (B, 3, H, W)
     return [Image.fromarray(pixels) for pixels in x.permute(0, 2, 3, 1).cpu().numpy()]              # (H, W, 3) each

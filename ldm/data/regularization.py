@@ -1,4 +1,4 @@
-"""Reads a regularisation set: a real_reg folder, or any folder of pictures."""
+"""Reads a regularization set: a real_reg folder, or any folder of images."""
 from __future__ import annotations
 
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm.data.captions import CAPTIONS, IMAGES, captioned, read_captions
 from ldm.data.images import Skipped, find_listed, some_skipped, to_rgb, why_unusable
-from ldm.data.layouts import CAPTIONS, IMAGES, captioned, read_captions
 from ldm.files import write_atomically
 from ldm.text import read_lines
 from ldm.util import UserError, folder_name, shipped
@@ -23,7 +23,7 @@ _TAKES_AN = re.compile(r"(?!uni|use|uku|eu|one\b)[aeiou]|hour|heir|honest", re.I
 
 @dataclass(frozen=True)
 class RegularizationSet:
-    """Pictures of the class with one caption each, a sentence for the log, and what was passed over."""
+    """Images of the class with one caption each, a sentence for the log, and what was passed over."""
 
     paths: list[Path]
     captions: list[str]
@@ -32,33 +32,33 @@ class RegularizationSet:
 
 
 def class_caption(class_noun: str) -> str:
-    """Words the caption of a picture about which only the class is known."""
+    """Words the caption of an image about which only the class is known."""
     return f"a photo of {'an' if _TAKES_AN.match(class_noun) else 'a'} {class_noun}"
 
 
 def read_regularization(path: Path, class_noun: str, caption: str | None = None) -> RegularizationSet:
-    """Reads the pictures and captions of a real_reg folder, of an images.txt, or of a folder of pictures.
+    """Reads the images and captions of a real_reg folder, of an images.txt, or of a folder of images.
 
-    `caption` is one text for every picture, or the path of a text file with a caption per line of images.txt.
-    Without it a list takes its captions from the caption.txt beside it, a plain folder those beside its pictures
+    `caption` is one text for every image, or the path of a text file with a caption per line of images.txt.
+    Without it a list takes its captions from the caption.txt beside it, a plain folder those beside its images
     (a.txt, metadata.jsonl, metadata.csv), else "a photo of a <noun>".
 
     Raises:
-        UserError: something is missing, the lists do not match, or no picture is usable.
+        UserError: something is missing, the lists do not match, or no image is usable.
     """
     path = shipped(path)
     if not os.path.exists(path):
-        raise UserError(f"regularisation folder '{path}' does not exist; give one with pictures of the class, fill "
+        raise UserError(f"regularization folder '{path}' does not exist; give one with images of the class, fill "
                         f"one with scripts/retrieve.py --class_noun '{class_noun}', or use --reg_mode generate.")
     caption_file = _caption_file(caption)
     if path.is_dir() and (path / IMAGES).exists():
         path = path / IMAGES
     if path.is_file():
         return _read_listed(path, None if caption_file else caption, caption_file or path.with_name(CAPTIONS))
-    lonely = caption_file or (path / CAPTIONS if (path / CAPTIONS).exists() else None)
-    if lonely:
-        raise UserError(f"the captions of '{lonely}' cannot be matched to pictures: '{path}' has no {IMAGES}; "
-                        "write one, with one picture per line in the order of the captions.")
+    unmatched = caption_file or (path / CAPTIONS if (path / CAPTIONS).exists() else None)
+    if unmatched:
+        raise UserError(f"the captions of '{unmatched}' cannot be matched to images: '{path}' has no {IMAGES}; "
+                        "write one, with one image per line in the order of the captions.")
     found, text = captioned(path, captions=not caption), caption or class_caption(class_noun)
     captions = [text if caption else own or text for own in found.captions]
     own = 0 if caption else sum(map(bool, found.captions))
@@ -71,16 +71,16 @@ def _caption_file(caption: str | None) -> Path | None:
     """Returns the file `caption` names; None where it is a caption itself, or none was given."""
     if caption is None or not (os.path.isfile(caption) or caption.endswith(".txt")):
         return None
-    if not os.path.isfile(caption):  # else its path would be learned as if it described the pictures
+    if not os.path.isfile(caption):  # else its path would be learned as if it described the images
         raise UserError(f"caption file '{caption}' does not exist; give its path, or a caption in words.")
     return Path(caption)
 
 
 def _read_listed(images: Path, caption: str | None, caption_file: Path) -> RegularizationSet:
-    """Reads the pictures a list names, with `caption` for all; damaged ones are skipped with their captions."""
-    lines = read_lines(images, "list of pictures")
+    """Reads the images a list names, with `caption` for all; damaged ones are skipped with their captions."""
+    lines = read_lines(images, "list of images")
     if not lines:
-        raise UserError(f"list '{images}' names no picture; write one path per line.")
+        raise UserError(f"list '{images}' names no image; write one path per line.")
     if caption:
         captions, kind = [caption] * len(lines), f"each captioned '{caption}'"
     else:
@@ -90,33 +90,33 @@ def _read_listed(images: Path, caption: str | None, caption_file: Path) -> Regul
     skipped = [Skipped(path, reason) for path, _, reason in rows if reason]
     kept = [(path, text) for path, text, reason in rows if not reason]
     if not kept:
-        raise UserError(f"list '{images}' names no usable picture ({some_skipped(skipped)}); replace its pictures.")
+        raise UserError(f"list '{images}' names no usable image ({some_skipped(skipped)}); replace its images.")
     return _as_set([path for path, _ in kept], [text for _, text in kept], skipped, f"listed in '{images}', {kind}")
 
 
 def _find(line: str, number: int, images: Path) -> Path:
-    """Finds the picture of one line, seen from the list's folder, that folder's parent, or the current one."""
+    """Finds the image of one line, seen from the list's folder, that folder's parent, or the current one."""
     path = find_listed(line, images)
     if line and path.is_file():
         return path
     raise UserError(f"line {number} of '{images}' names '{line}', which is neither below the list's folder, its "
-                    "parent, nor the current directory; correct the line or put the picture there.")
+                    "parent, nor the current directory; correct the line or put the image there.")
 
 
 def _as_set(paths: list[Path], captions: list[str], skipped: list[Skipped], origin: str) -> RegularizationSet:
-    source = f"regularisation: {len(paths)} picture(s) {origin}; {len(skipped)} file(s) skipped."
+    source = f"regularization: {len(paths)} image(s) {origin}; {len(skipped)} file(s) skipped."
     return RegularizationSet(paths, captions, source, skipped)
 
 
 def write_regularization(folder: Path, class_noun: str,
                          images: Iterable[tuple[Image.Image, str, str]]) -> list[Path]:
-    """Writes (picture, caption, url or "") triples as a real_reg folder and returns the paths of the pictures.
+    """Writes (image, caption, url or "") triples as a real_reg folder and returns the paths of the images.
 
-    An empty caption becomes "a photo of a <noun>". Pictures get numbers no earlier one has and the lists come
+    An empty caption becomes "a photo of a <noun>". Images get numbers no earlier one has and the lists come
     last, so a run that is cut short leaves an earlier set whole.
 
     Raises:
-        UserError: there is no picture to write, or the disk refuses.
+        UserError: there is no image to write, or the disk refuses.
     """
     folder, name = Path(folder), folder_name(class_noun)
     taken = [int(path.stem) for path in (folder / name).glob("*.jpg") if path.stem.isdecimal()]
@@ -125,7 +125,7 @@ def write_regularization(folder: Path, class_noun: str,
         paths.append(save_jpeg(to_rgb(image), folder / name / f"{number:05d}.jpg"))
         rows.append((f"{name}/{number:05d}.jpg", caption.strip() or class_caption(class_noun), url))
     if not paths:
-        raise UserError(f"there is no picture to write to '{folder}'; a regularisation set needs at least one.")
+        raise UserError(f"there is no image to write to '{folder}'; a regularization set needs at least one.")
     write_lists(folder, rows)
     return paths
 
@@ -154,7 +154,7 @@ def holds(path: Path, text: str) -> bool:
 
 
 def save_jpeg(image: Image.Image, path: Path, new: bool = False) -> Path:
-    """Writes an RGB picture as a JPEG of high quality, as `ldm.files.write_atomically` does."""
+    """Writes an RGB image as a JPEG of high quality, as `ldm.files.write_atomically` does."""
     return write_atomically(path, partial(image.save, format="JPEG", quality=95, subsampling=0), new)
 
 

@@ -1,4 +1,4 @@
-"""Feature extractors of evaluations, each from local files: pictures and texts to vectors."""
+"""Feature extractors of evaluations, each from local files: images and texts to vectors."""
 from __future__ import annotations
 
 import importlib
@@ -17,7 +17,7 @@ from ldm.evaluation.open_clip_file import read_open_clip
 from ldm.evaluation.small_clip import SIDE, embedded, load_small_clip, text_vectors
 from ldm.util import UserError
 
-BATCH = 4           # pictures: more fall out of a CPU's cache, and a GPU waits for their preparation anyway
+BATCH = 4           # images: more fall out of a CPU's cache, and a GPU waits for their preparation anyway
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -32,12 +32,12 @@ class WeightsNotGiven(MissingWeights):
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """One network that turns pictures, and for CLIPs texts, into vectors.
+    """One network that turns images, and for CLIPs texts, into vectors.
 
     Attributes:
         name: under which its metrics appear, as <name>_i and <name>_t.
         title: what it is, for tables.
-        prepare: a picture to an input (3, h, w).
+        prepare: an image to an input (3, h, w).
         encode_images: inputs (B, 3, h, w) to vectors (B, D).
         encode_texts: texts to vectors (N, D), for a CLIP.
         record: weights and preprocessing in words, for files of results.
@@ -51,12 +51,13 @@ class Extractor:
     record: Mapping[str, Any]
 
     @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Returns vectors (N, D) float32 on the CPU."""
-        parts = [self.encode_images(torch.stack([self.prepare(picture.convert("RGB")) for picture in
-                                                 pictures[first:first + BATCH]])).float().cpu()
-                 for first in range(0, len(pictures), BATCH)]
-        return torch.cat(parts)
+        vectors = []
+        for first in range(0, len(images), BATCH):
+            batch = [self.prepare(image.convert("RGB")) for image in images[first:first + BATCH]]
+            vectors.append(self.encode_images(torch.stack(batch)).float().cpu())
+        return torch.cat(vectors)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -72,10 +73,10 @@ def load_small(path: Path | None, device: torch.device) -> Extractor:
     model, embedder = load_small_clip(path, embedded("model.safetensors"))
     model = model.to(device)       # the embedder shares the text tower
     return Extractor(
-        "small_clip", "small CLIP", lambda picture: to_tensor(square(picture, SIDE)).permute(2, 0, 1),
+        "small_clip", "small CLIP", lambda image: to_tensor(square(image, SIDE)).permute(2, 0, 1),
         lambda x: model.encode_image(x.to(device)), lambda texts: text_vectors(model, embedder, texts),
         {"weights": f"{path.name} {weights_hash(model.state_dict())}",
-         "preprocessing": f"centre square, bicubic to {SIDE}, [-1, 1]"})
+         "preprocessing": f"center square, bicubic to {SIDE}, [-1, 1]"})
 
 
 def load_efficientnet(path: Path | None, device: torch.device) -> Extractor:
@@ -122,7 +123,7 @@ def load_open_clip(name: str, architecture: str, title: str) -> Callable[[Path |
                          lambda x: model.encode_image(x.to(device)),
                          lambda texts: model.encode_text(open_clip.tokenize(texts).to(device)),
                          {"weights": f"{path.name} {weights_hash(model.state_dict())}", "architecture": architecture,
-                          "preprocessing": "bicubic 224, centre crop 224"})
+                          "preprocessing": "bicubic 224, center crop 224"})
     return load
 
 
@@ -143,7 +144,7 @@ def _timm_model(architecture: str, metric: str) -> nn.Module:
 
 
 def _transform(resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Image.Image], Tensor]:
-    """Makes the usual preprocessing: shorter side to `resize`, centre crop, normalisation."""
+    """Makes the usual preprocessing: shorter side to `resize`, center crop, normalization."""
     from torchvision import transforms
     return transforms.Compose([
         transforms.Resize(resize, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(crop),
@@ -152,11 +153,11 @@ def _transform(resize: int, crop: int, mean: Sequence[float], std: Sequence[floa
 
 def _vision(name: str, title: str, model: nn.Module, path: Path, resize: int, crop: int, mean: Sequence[float],
             std: Sequence[float]) -> Extractor:
-    """Wraps a network that sees pictures only."""
+    """Wraps a network that sees images only."""
     device = next(model.parameters()).device
     return Extractor(name, title, _transform(resize, crop, mean, std), lambda x: model(x.to(device)), None,
                      {"weights": f"{path.name} {weights_hash(model.state_dict())}",
-                      "preprocessing": f"bicubic {resize}, centre crop {crop}"})
+                      "preprocessing": f"bicubic {resize}, center crop {crop}"})
 
 
 LOADERS: dict[str, Callable[[Path | None, torch.device], Extractor]] = {

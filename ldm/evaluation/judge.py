@@ -1,4 +1,4 @@
-"""The judge: a classifier of the small world that says which noun, scene, style and colour a picture shows."""
+"""The judge: a classifier of the small world that says which noun, scene, style and color an image shows."""
 from __future__ import annotations
 
 import re
@@ -59,7 +59,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({head: nn.Linear(2 * channels, len(names)) for head, names in self.labels.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Returns logits (B, labels) per head of pictures (B, 3, 64, 64) in [-1, 1]."""
+        """Returns logits (B, labels) per head of images (B, 3, 64, 64) in [-1, 1]."""
         h = self.body(x)                                                            # (B, C, 4, 4)
         # A small object is lost in the mean, a texture in the maximum.
         h = self.norm(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1))   # (B, 2C)
@@ -67,17 +67,17 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, x: Tensor) -> dict[str, Tensor]:
-        """Returns logits like `forward`, the mean over each picture and its mirror image, which is a little surer."""
+        """Returns logits like `forward`, the mean over each image and its mirror image, which is a little surer."""
         seen, mirrored = self(x), self(x.flip(3))
         return {head: (seen[head] + mirrored[head]) / 2 for head in seen}
 
     @torch.no_grad()
-    def ranked(self, pictures: Sequence[Image.Image], batch: int = 64) -> list[dict[str, list[str]]]:
-        """Returns, per picture and head, the labels from the likeliest to the least likely."""
+    def ranked(self, images: Sequence[Image.Image], batch: int = 64) -> list[dict[str, list[str]]]:
+        """Returns, per image and head, the labels from the likeliest to the least likely."""
         device, found = next(self.parameters()).device, []
-        for first in range(0, len(pictures), batch):
-            x = torch.stack([to_tensor(square(picture.convert("RGB"), SIDE))
-                             for picture in pictures[first:first + batch]])         # (B, 64, 64, 3)
+        for first in range(0, len(images), batch):
+            x = torch.stack([to_tensor(square(image.convert("RGB"), SIDE))
+                             for image in images[first:first + batch]])         # (B, 64, 64, 3)
             orders = {head: logits.argsort(dim=1, descending=True).tolist()
                       for head, logits in self.read(x.permute(0, 3, 1, 2).to(device)).items()}
             found += [{head: [self.labels[head][label] for label in order[row]] for head, order in orders.items()}
@@ -87,7 +87,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class Wish:
-    """What a prompt asks for: acceptable scenes and styles, and all colours that must be there; empty where silent."""
+    """What a prompt asks for: acceptable scenes and styles, and all colors that must be there; empty where silent."""
 
     scene: frozenset[str] = frozenset()
     style: frozenset[str] = frozenset()
@@ -95,7 +95,7 @@ class Wish:
 
 
 def read_wish(prompt: str, phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> Wish:
-    """Finds in a prompt the phrases by which the world's captions name scenes, styles and colours.
+    """Finds in a prompt the phrases by which the world's captions name scenes, styles and colors.
 
     Args:
         phrases: per kind and label the wordings that ask for it, such as {"scene": {"beach": ["on the beach"]}}.
@@ -110,10 +110,10 @@ def read_wish(prompt: str, phrases: Mapping[str, Mapping[str, Sequence[str]]]) -
 
 
 def grant(wish: Wish, ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Says for each kind the prompt speaks of whether the picture shows it: 1.0 or 0.0.
+    """Says for each kind the prompt speaks of whether the image shows it: 1.0 or 0.0.
 
-    A scene or style is right where the likeliest label is a wished one. Colours are right where the wished ones, and no
-    others, are the likeliest: two colours are asked of a two-coloured thing.
+    A scene or style is right where the likeliest label is a wished one. Colors are right where the wished ones, and no
+    others, are the likeliest: two colors are asked of a two-coloured thing.
     """
     verdict = {kind: float(ranked[kind][0] in asked)
                for kind, asked in (("scene", wish.scene), ("style", wish.style)) if asked}
@@ -138,14 +138,14 @@ class Court:
     held_out: int
 
     def wishes(self, prompt: str) -> bool:
-        """Whether a prompt asks for a scene, style or colour that the judge knows."""
+        """Whether a prompt asks for a scene, style or color that the judge knows."""
         return any(vars(read_wish(prompt, self.phrases)).values())
 
-    def rows(self, pictures: Sequence[Image.Image], prompts: Sequence[str], class_noun: str) -> list[dict[str, Any]]:
-        """Judges pictures: `judge_edit` is the share of the prompt's scene, style and colour that came true (None where
-        it asks for none), `judge_noun` whether the class noun is recognised (None for a noun the world lacks)."""
+    def rows(self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str) -> list[dict[str, Any]]:
+        """Judges images: `judge_edit` is the share of the prompt's scene, style and color that came true (None where
+        it asks for none), `judge_noun` whether the class noun is recognized (None for a noun the world lacks)."""
         rows = []
-        for ranked, prompt in zip(self.judge.ranked(pictures), prompts, strict=True):
+        for ranked, prompt in zip(self.judge.ranked(images), prompts, strict=True):
             verdict = grant(read_wish(prompt, self.phrases), ranked)
             known = class_noun in self.judge.labels["noun"]
             row: dict[str, Any] = {f"judge_{kind}": verdict.get(kind) for kind in EDITS}

@@ -10,8 +10,8 @@ from torch import Tensor
 SCALES = {"cosine": lambda cosine: cosine,
           "2.5 max(cosine, 0)": lambda cosine: 2.5 * max(cosine, 0.0),
           "100 max(cosine, 0)": lambda cosine: 100.0 * max(cosine, 0.0)}
-PER_PICTURE = ("2.5 max(cosine, 0)",)     # clipped before the mean; torchmetrics clips the mean
-KID_LEAST = 50      # pictures on each side; below, the estimate is mostly noise
+PER_IMAGE = ("2.5 max(cosine, 0)",)     # clipped before the mean; torchmetrics clips the mean
+KID_LEAST = 50      # images on each side; below, the estimate is mostly noise
 
 
 def text_alignment(images: Tensor, texts: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def unit(features: Tensor) -> Tensor:
 
 
 def diversity(images: Tensor) -> float | None:
-    """Mean of 1 - cosine over all pairs of features (N, D): 0 where all pictures are alike; None for one picture."""
+    """Mean of 1 - cosine over all pairs of features (N, D): 0 where all images are alike; None for one image."""
     if len(images) < 2:
         return None
     cosines = unit(images) @ unit(images).T                                         # (N, N)

@@ -1,4 +1,4 @@
-"""Results on disk and on screen: JSON rows, CSV, tables with intervals, sheets of pictures."""
+"""Results on disk and on screen: JSON rows, CSV, tables with intervals, sheets of images."""
 from __future__ import annotations
 
 import csv
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.evaluation.metrics import PER_PICTURE, SCALES
+from ldm.evaluation.metrics import PER_IMAGE, SCALES
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 from ldm.files import claim_results, write_text
 from ldm.records import Record, is_record
@@ -19,12 +19,12 @@ CLIPPED = "_clipped"        # column name's end: cosines below zero counted as z
 
 
 def units_of(rows: Rows) -> list[object]:
-    """Names what is resampled: concepts and prompts; pictures where there are no two of these."""
+    """Names what is resampled: concepts and prompts; images where there are no two of these."""
     units = [(row.get("concept"), row.get("prompt")) for row in rows]
     return units if len(set(units)) > 1 else list(range(len(rows)))
 
 
-def summarise(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
+def summarize(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
     """Means with bootstrap intervals of the columns that hold numbers; of CLIP-T also with negative cosines as zero."""
     units, found = units_of(rows), {}
     for column in columns:
@@ -38,16 +38,16 @@ def summarise(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
 
 
 def way(settings: Mapping[str, Any]) -> str:
-    """How a picture was drawn by its own settings, as headings say it."""
+    """How an image was drawn by its own settings, as headings say it."""
     if "strength" not in settings:
-        return "pictures"
+        return "images"
     if settings["strength"] is not None:
         return f"DCI, lambda {settings['strength']:g}"
     return "fine-tuned" if "concept" in settings else "base model"
 
 
 def place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
-    """Where the column of such pictures stands: plain ones first, base before fine-tuned, then by rising lambda."""
+    """Where the column of such images stands: plain ones first, base before fine-tuned, then by rising lambda."""
     strength = settings.get("strength")
     return strength is not None, strength or 0.0, "concept" in settings
 
@@ -60,7 +60,7 @@ def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str
     for name in names:
         for scale in scales if name.endswith("_t") else ("cosine",):
             title = titles[name] + (f", {scale}" if name.endswith(("_t", "_i")) else "")
-            key = name + CLIPPED if scale in PER_PICTURE else name
+            key = name + CLIPPED if scale in PER_IMAGE else name
             cells = [str(_scaled(group[key], scale)) if key in group else "-" for group in groups.values()]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -69,10 +69,10 @@ def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str
 def meaning(titles: Mapping[str, str]) -> str:
     """Says in a few sentences what the numbers of a table are and which are good."""
     parts = ["Higher is better in every line"]
-    parts += ["'right' is the share of pictures that the judge found to show what was asked, 1 is all"] * (
+    parts += ["'right' is the share of images that the judge found to show what was asked, 1 is all"] * (
         "judge_edit" in titles)
     parts += ["CLIP-T is likeness to the prompt"] * any(name.endswith("_t") for name in titles)
-    parts += ["CLIP-I and image similarity are likeness to the concept's own pictures"] * any(
+    parts += ["CLIP-I and image similarity are likeness to the concept's own images"] * any(
         name.endswith("_i") for name in titles)
     return ("; ".join(parts) + ". Numbers compare within a line only, and columns whose intervals overlap widely may "
             "differ by chance.")
@@ -108,7 +108,7 @@ def is_earlier(folder: Path) -> bool:
 
 
 def write_rows(rows: Rows, folder: Path) -> None:
-    """Writes rows.jsonl, a JSON object per picture, and the same as rows.csv."""
+    """Writes rows.jsonl, a JSON object per image, and the same as rows.csv."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO()

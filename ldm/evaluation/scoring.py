@@ -1,4 +1,4 @@
-"""All metrics of a set of pictures: one row of numbers per picture, and numbers of the whole set."""
+"""All metrics of a set of images: one row of numbers per image, and numbers of the whole set."""
 from __future__ import annotations
 
 import re
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import weights_hash
-from ldm.customization.contexts import PLACEHOLDER
+from ldm.customization.ico import PLACEHOLDER
 from ldm.customization.tokens import join_pieces
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights, WeightsNotGiven
 from ldm.evaluation.judge import Court, load_court
@@ -51,8 +51,8 @@ class Scorer:
         """What each column of `rows` is, in words, in the order of tables."""
         titles: dict[str, str] = {}
         if self.court:
-            titles |= {"judge_edit": "prompt's scene, style, colour right", "judge_scene": "scene right",
-                       "judge_style": "style right", "judge_colour": "colour right", "judge_noun": "class noun right"}
+            titles |= {"judge_edit": "prompt's scene, style, color right", "judge_scene": "scene right",
+                       "judge_style": "style right", "judge_colour": "color right", "judge_noun": "class noun right"}
         titles |= {f"{extractor.name}_t": f"CLIP-T, {extractor.title}" for extractor in self.extractors
                    if extractor.encode_texts}
         return titles | {f"{extractor.name}_i": f"CLIP-I, {extractor.title}" if extractor.encode_texts else
@@ -85,25 +85,25 @@ class Scorer:
         best = next((name for name in ("dino", "efficientnet", "clip_l14", "clip_b32") if name in names), None)
         return f"{best or names[0]}_i" if names else None
 
-    def features(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Vectors (N, D) of pictures by extractor."""
-        return {extractor.name: extractor.images(pictures) for extractor in self.extractors}
+    def features(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Vectors (N, D) of images by extractor."""
+        return {extractor.name: extractor.images(images) for extractor in self.extractors}
 
-    def rows(self, pictures: Sequence[Image.Image], prompts: Sequence[str | None], class_noun: str,
+    def rows(self, images: Sequence[Image.Image], prompts: Sequence[str | None], class_noun: str,
              references: Mapping[str, Tensor] | None,
              features: Mapping[str, Tensor] | None = None) -> list[dict[str, Any]]:
-        """Measures pictures one by one; what cannot be measured (no prompt, no references) is None.
+        """Measures images one by one; what cannot be measured (no prompt, no references) is None.
 
         Args:
             prompts: with {} or concept words; the words are taken out.
-            references: features of the reference pictures, as `features` gives them.
-            features: the pictures' own, where they are known already.
+            references: features of the reference images, as `features` gives them.
+            features: the images' own, where they are known already.
         """
-        features = features or self.features(pictures)
+        features = features or self.features(images)
         texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
         spoken = [index for index, text in enumerate(texts) if text is not None]
         unique = {text: place for place, text in enumerate(dict.fromkeys(texts[index] for index in spoken))}
-        rows: list[dict[str, Any]] = [{} for _ in pictures]
+        rows: list[dict[str, Any]] = [{} for _ in images]
         for extractor in self.extractors:
             own = features[extractor.name]                                          # (N, D)
             if extractor.encode_texts:
@@ -114,12 +114,12 @@ class Scorer:
                 alignment = image_alignment(own, references[extractor.name])
                 _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
         if self.court:
-            verdicts = self.court.rows(pictures, [text or "" for text in texts], class_noun)
+            verdicts = self.court.rows(images, [text or "" for text in texts], class_noun)
             rows = [{**row, **verdict} for row, verdict in zip(rows, verdicts, strict=True)]
         return [{name: row.get(name) for name in (*self.titles, *row)} for row in rows]
 
     def of_set(self, features: Mapping[str, Tensor], real: Mapping[str, Tensor] | None) -> dict[str, Any]:
-        """Measures a set of pictures by its features: diversity, and KID against real ones' where both are enough."""
+        """Measures a set of images by its features: diversity, and KID against real ones' where both are enough."""
         values: dict[str, Any] = {}
         for name, own in features.items():
             values[f"diversity_{name}"] = diversity(own)
@@ -127,11 +127,11 @@ class Scorer:
                 values[f"kid_{name}"] = kid(own, real[name])
         return values
 
-    def why_no_kid(self, pictures: int, real: int) -> str | None:
+    def why_no_kid(self, images: int, real: int) -> str | None:
         """Says why `of_set` gives no KID, or None where it does."""
-        if not self.kid or min(pictures, real) >= KID_LEAST:
+        if not self.kid or min(images, real) >= KID_LEAST:
             return None
-        return f"kid: needs {KID_LEAST} pictures on each side, here are {pictures} drawn and {real} to compare with"
+        return f"kid: needs {KID_LEAST} images on each side, here are {images} drawn and {real} to compare with"
 
 
 def _fill(rows: list[dict[str, Any]], name: str, indices: Sequence[int], values: Tensor) -> None:

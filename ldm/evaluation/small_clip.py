@@ -47,7 +47,7 @@ class _ClipMetadata(Record):
 
 
 class ImageTower(nn.Sequential):
-    """Strided convolutions from a 64x64 picture to one vector."""
+    """Strided convolutions from a 64x64 image to one vector."""
 
     def __init__(self, dim: int, width: int = 32):
         layers: list[nn.Module] = []
@@ -74,9 +74,9 @@ class SmallCLIP(nn.Module):
         states = self.text(ids).last_hidden_state                                   # (B, T, D)
         return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
 
-    def encode_image(self, pictures: Tensor) -> Tensor:
-        """Unit vectors (B, dim) of pictures (B, 3, 64, 64) in [-1, 1]."""
-        return F.normalize(self.image(pictures), dim=-1)
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, dim) of images (B, 3, 64, 64) in [-1, 1]."""
+        return F.normalize(self.image(images), dim=-1)
 
 
 def embedded(name: str) -> Path:

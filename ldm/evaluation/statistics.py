@@ -31,7 +31,7 @@ def resamplings(units: Sequence[object], draws: int = DRAWS, seed: int = 0) -> n
     """Weights (draws, U) of bootstrap resamplings of named units; each draw's sum to one.
 
     A unit that is a tuple, a concept's prompt, counts as often as its concept times as often as its prompt was drawn:
-    a concept's pictures share one fine-tuned model and a prompt's share its difficulty, so that drawing the pairs one
+    a concept's images share one fine-tuned model and a prompt's share its difficulty, so that drawing the pairs one
     by one would promise too much (the pigeonhole bootstrap: McCullagh 2000, Owen 2007). Others are drawn one by one.
     """
     rng = np.random.default_rng(seed)
@@ -53,8 +53,8 @@ def interval(statistics: np.ndarray, level: float = LEVEL) -> tuple[float, float
 def unit_means(values: Sequence[float | None], units: Sequence[object]) -> dict[object, float]:
     """Means of the values of each unit, in order of appearance; values that are None are left out.
 
-    Pictures of one prompt differ by their seed only, so that they are no independent witnesses: the unit that is
-    resampled is the prompt of a concept, not the picture.
+    Images of one prompt differ by their seed only, so that they are no independent witnesses: the unit that is
+    resampled is the prompt of a concept, not the image.
     """
     groups: dict[object, list[float]] = {}
     for value, name in zip(values, units, strict=True):

@@ -1,4 +1,4 @@
-"""AutoencoderKL: pictures to latents and back, and its training."""
+"""AutoencoderKL: images to latents and back, and its training."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class AutoencoderKL(pl.LightningModule):
         lossconfig: `target`/`params` of the training loss; `torch.nn.Identity` in files for inference.
         embed_dim: channels of the latents.
         ckpt_path: weights to start from.
-        image_key: where the picture (B, H, W, 3) in [-1, 1] stands in a batch.
+        image_key: where the image (B, H, W, 3) in [-1, 1] stands in a batch.
         monitor: the quantity by which a training run keeps its best checkpoint.
     """
 
@@ -59,16 +59,16 @@ class AutoencoderKL(pl.LightningModule):
 
     @property
     def format(self) -> torch.dtype:
-        """The number format the weights are in; pictures and latents keep theirs."""
+        """The number format the weights are in; images and latents keep theirs."""
         return self.post_quant_conv.weight.dtype
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Returns the posterior over latents (B, embed_dim, H/f, W/f) of pictures (B, 3, H, W) in [-1, 1]."""
+        """Returns the posterior over latents (B, embed_dim, H/f, W/f) of images (B, 3, H, W) in [-1, 1]."""
         moments = self.quant_conv(self.encoder(x.to(self.format)))
         return DiagonalGaussianDistribution(moments.to(x.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Returns pictures (B, 3, f*h, f*w), about [-1, 1], of latents (B, embed_dim, h, w)."""
+        """Returns images (B, 3, f*h, f*w), about [-1, 1], of latents (B, embed_dim, h, w)."""
         return self.decoder(self.post_quant_conv(z.to(self.format))).to(z.dtype)
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
@@ -81,7 +81,7 @@ class AutoencoderKL(pl.LightningModule):
         return self.decoder.conv_out.weight
 
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
-        """Returns the batch's pictures as (B, 3, H, W) float32."""
+        """Returns the batch's images as (B, 3, H, W) float32."""
         return batch[k].permute(0, 3, 1, 2).contiguous().float()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

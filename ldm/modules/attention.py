@@ -242,7 +242,7 @@ def record_masks(network: nn.Module, record: list[tuple[str, Tensor]],
                  rows: Sequence[int] | slice = slice(None)) -> Iterator[None]:
     """Appends (layer name, masks (2, B, H, N)) to `record` whenever a layer of `network` integrates branches.
 
-    `rows` are the pictures of the batch, B of them, that are watched.
+    `rows` are the images of the batch, B of them, that are watched.
     """
     def hook(name: str):
         return lambda module, args, output: record.append((name, output[:, rows].detach().cpu()))

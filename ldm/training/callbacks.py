@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ldm.checkpoint import refuse_non_finite
 from ldm.config import DCIConfig, PreviewConfig, SampleConfig
-from ldm.pictures import save_png
 from ldm.pipeline import Generator
 from ldm.progress import progress
 from ldm.sampling import comparison_sheet
+from ldm.sheets import save_png
 from ldm.signals import Interrupt, Signals
 from ldm.training.resume import state_tensors
 from ldm.util import UserError

@@ -11,23 +11,23 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
 from ldm.config import require
+from ldm.data.captions import Captioned, captioned
 from ldm.data.images import (
     CROPS,
     Framing,
     Unusable,
     bars_advice,
-    check_colour,
+    check_color,
     decode,
     has_black_bars,
     trim_bars,
 )
-from ldm.data.layouts import Captioned, captioned
 from ldm.files import claim_results, write_text
-from ldm.pictures import fit, font, save_png, sheet
+from ldm.sheets import fit, font, save_png, sheet
 from ldm.util import UserError
 
 COLUMNS, PER_PAGE = 6, 48
-CELL, LABEL = 176, 24     # px of a picture's longer side, and of its name below it
+CELL, LABEL = 176, 24     # px of an image's longer side, and of its name below it
 SIDE = 512     # of SD v1, where the model's configuration does not tell
 ALARMS = ("enlarged", *(bars_advice(trim) for trim in (False, True)))     # how notes end that a reader must not miss
 TABLE = "files.tsv"
@@ -47,7 +47,7 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """One usable picture as the network sees it, and as it would were its black bars left: (S, S, 3) uint8.
+    """One usable image as the network sees it, and as it would were its black bars left: (S, S, 3) uint8.
 
     The mask is (S, S) uint8; where no bars were cropped off, `barred` is None.
     """
@@ -66,16 +66,16 @@ class _Reader:
         self.framing, self.seen, self._lock = framing, {}, Lock()
 
     def __call__(self, path: Path) -> str | None:
-        """Says why a file is unusable, or remembers its picture."""
+        """Says why a file is unusable, or remembers its image."""
         try:
-            picture = decode(path, self.framing.background)
+            image = decode(path, self.framing.background)
         except Unusable as problem:
             return str(problem)
-        kept = trim_bars(picture) if self.framing.trim_bars else picture
+        kept = trim_bars(image) if self.framing.trim_bars else image
         pixels, mask = self.framing.frame(kept)
         if not mask.any():
             return "is transparent all over"
-        barred = None if kept is picture else replace(self.framing, trim_bars=False).frame(picture)[0]
+        barred = None if kept is image else replace(self.framing, trim_bars=False).frame(image)[0]
         notes = list(kept.notes)
         width, height = kept.image.size
         if width != height:
@@ -85,20 +85,20 @@ class _Reader:
         if has_black_bars(pixels):
             notes.append(f"has {bars_advice(self.framing.trim_bars)}")
         with self._lock:
-            self.seen[path] = _Seen(pixels, mask, picture.image.size, tuple(notes), barred)
+            self.seen[path] = _Seen(pixels, mask, image.image.size, tuple(notes), barred)
         return None
 
 
 def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folder: Path, flip: bool = True) -> Report:
-    """Writes files.tsv and sheet-*.png about named sets of pictures into `folder`.
+    """Writes files.tsv and sheet-*.png about named sets of images into `folder`.
 
     Args:
-        sets: a name, any layout `ldm.data.layouts.captioned` reads, and whether its captions are used, for each.
-        framing: how training frames pictures.
+        sets: a name, any layout `ldm.data.captions.captioned` reads, and whether its captions are used, for each.
+        framing: how training frames images.
         flip: whether training mirrors them at random; the sheets then show them mirrored too.
 
     Raises:
-        UserError: a set is missing or has no usable picture, `folder` holds files of these names that were not made
+        UserError: a set is missing or has no usable image, `folder` holds files of these names that were not made
             here, or the disk refuses.
     """
     rows: list[tuple[str, ...]] = []
@@ -108,7 +108,7 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         reader = _Reader(framing)
         found = captioned(source, reader, captions)
         used, skipped = used + len(found.paths), skipped + len(found.skipped)
-        lines.append(f"{name}: {len(found.paths)} pictures used, {len(found.skipped)} files skipped ({found.layout})")
+        lines.append(f"{name}: {len(found.paths)} images used, {len(found.skipped)} files skipped ({found.layout})")
         lines += [f"{name}: skipped {item}" for item in found.skipped]
         lines += [f"{name}: warning: '{path.name}' is {size[0]} x {size[1]} px, {note}" for path in found.paths
                   for size in [reader.seen[path].size] for note in reader.seen[path].notes if note.endswith(ALARMS)]
@@ -136,7 +136,7 @@ def _table_rows(name: str, found: Captioned, reader: _Reader) -> list[tuple[str,
 
 
 def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool, drawn: int) -> list[Path]:
-    """Draws a set as pages of rows: pictures, with their black bars where some were cropped off, mirrored, and their
+    """Draws a set as pages of rows: images, with their black bars where some were cropped off, mirrored, and their
     loss masks where anything is left out.
     """
     masked = any((reader.seen[path].mask < 255).any() for path in found.paths)
@@ -146,19 +146,19 @@ def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip
         for start in range(first, min(first + PER_PAGE, len(found.paths)), COLUMNS):
             paths = found.paths[start:min(start + COLUMNS, first + PER_PAGE)]
             seen = [reader.seen[path] for path in paths]
-            pictures = [Image.fromarray(one.pixels) for one in seen]
+            images = [Image.fromarray(one.pixels) for one in seen]
             if any(one.barred is not None for one in seen):
                 barred = [Image.fromarray(one.pixels if one.barred is None else one.barred) for one in seen]
                 rows.append(("with black bars, before data.trim_bars", list(map(_card, barred))))
             names = [f"{start + place}: {path.name}" for place, path in enumerate(paths)]
-            rows.append(("what is learned", list(map(_card, pictures, names))))
+            rows.append(("what is learned", list(map(_card, images, names))))
             if flip:
-                mirrored = [_card(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for picture in pictures]
+                mirrored = [_card(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for image in images]
                 rows.append(("mirrored, as every second time", mirrored))
             if masked:
                 masks = [_card(Image.fromarray(one.mask)) for one in seen]
                 rows.append(("what counts in the loss (white)", masks))
-        title = f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, pictures {first} to " \
+        title = f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, images {first} to " \
                 f"{min(first + PER_PAGE, len(found.paths)) - 1} of {len(found.paths)}"
         page = sheet([""] * min(COLUMNS, len(found.paths)), rows, CELL + LABEL, title)
         sheet_name = f"sheet-{drawn + len(pages):02d}.png"
@@ -167,10 +167,10 @@ def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip
     return pages
 
 
-def _card(picture: Image.Image, name: str = "") -> Image.Image:
-    """Puts a name below a picture, its middle left out where it is too long for one line."""
+def _card(image: Image.Image, name: str = "") -> Image.Image:
+    """Puts a name below an image, its middle left out where it is too long for one line."""
     card, face = Image.new("RGB", (CELL, CELL + LABEL), "white"), font(14)
-    card.paste(fit(picture, CELL))
+    card.paste(fit(image, CELL))
     shown, half = name, len(name) // 2
     while face.getlength(shown) > CELL and half:
         half -= 1
@@ -180,7 +180,7 @@ def _card(picture: Image.Image, name: str = "") -> Image.Image:
 
 
 def side_of(config: DictConfig) -> int:
-    """Returns the side in px of the pictures a run trains on, read off the model's configuration."""
+    """Returns the side in px of the images a run trains on, read off the model's configuration."""
     if config.trainer.image_size is not None:
         return config.trainer.image_size
     latent = OmegaConf.select(config, "model.params.image_size")
@@ -189,10 +189,10 @@ def side_of(config: DictConfig) -> int:
 
 
 def inspect_run(config: DictConfig, folder: Path) -> None:
-    """Writes contact sheets and the table of files of every concept and its regularisation set, and prints the gist.
+    """Writes contact sheets and the table of files of every concept and its regularization set, and prints the gist.
 
     Raises:
-        UserError: no pictures are configured or usable, or the disk refuses.
+        UserError: no images are configured or usable, or the disk refuses.
     """
     data = config.data
     if data.crop not in CROPS:
@@ -202,11 +202,11 @@ def inspect_run(config: DictConfig, folder: Path) -> None:
         require(concept, index, "images")
         sets.append((concept.name, Path(concept.images), data.captions))
         if concept.regularization is not None and data.reg.mode in (None, "folder"):
-            sets.append((f"{concept.name}, regularisation", Path(concept.regularization),
+            sets.append((f"{concept.name}, regularization", Path(concept.regularization),
                          not concept.regularization_caption))
     if not sets:
         raise UserError("no concept is configured; give DATAPATH for train.sh, or --datapath.")
-    framing = Framing(side_of(config), data.crop, check_colour(data.background), data.alpha_mask, data.trim_bars)
+    framing = Framing(side_of(config), data.crop, check_color(data.background), data.alpha_mask, data.trim_bars)
     report = inspect_sets(sets, framing, folder, config.method.flip)
     for line in report.lines:
         print(line)

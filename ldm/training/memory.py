@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from ldm.customization.constants import cast_frozen, castable
+from ldm.customization.feature_cache import cast_frozen, castable
 from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.selection import trained_parameters
 from ldm.modules.attention import BasicTransformerBlock
@@ -115,7 +115,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: DictConfig, module: ConceptFinetune, size: int) -> MemoryEstimate:
-    """Estimates a run's memory for pictures of `size` px; the VAE is not part of it where `trainer.cache` drops it."""
+    """Estimates a run's memory for images of `size` px; the VAE is not part of it where `trainer.cache` drops it."""
     model, method = module.model, config.method
     unet = model.model.diffusion_model
     side = size // model.first_stage_model.encoder.reduction

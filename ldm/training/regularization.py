@@ -1,4 +1,4 @@
-"""Where each concept's class pictures come from: a folder, the base model itself, or nowhere."""
+"""Where each concept's class images come from: a folder, the base model itself, or nowhere."""
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +11,8 @@ import torch
 from omegaconf import DictConfig
 
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
-from ldm.data.concept import CaptionedImages
+from ldm.data.batches import CaptionedImages
+from ldm.data.folder_lock import turn_in
 from ldm.data.images import Framing, load_framed, why_unusable
 from ldm.data.regularization import (
     IMAGES,
@@ -22,7 +23,6 @@ from ldm.data.regularization import (
     save_jpeg,
     write_lists,
 )
-from ldm.data.turns import turn_in
 from ldm.files import set_aside, write_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Generator
@@ -41,7 +41,7 @@ def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
 
 def make_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
                device: torch.device) -> None:
-    """Draws (on `device`, with `side` px) every concept's class pictures where that is configured.
+    """Draws (on `device`, with `side` px) every concept's class images where that is configured.
 
     Raises:
         UserError: what the base model draws cannot be written.
@@ -53,7 +53,7 @@ def make_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, s
 
 
 def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -> CaptionedImages | None:
-    """Reads every concept's class pictures, saying for each how many there are and from where; None without any.
+    """Reads every concept's class images, saying for each how many there are and from where; None without any.
 
     Raises:
         UserError: a folder is wrong.
@@ -62,13 +62,13 @@ def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -
     for index, concept in enumerate(config.concepts):
         found = prior_set(config, concept, identity, framing.size)
         if found is None:
-            print(f"{concept.name}: no regularisation pictures, so the class may be forgotten (see real_reg/README.md)")
+            print(f"{concept.name}: no regularization images, so the class may be forgotten (see real_reg/README.md)")
             continue
         print(f"{concept.name}: {found.source}")
         for item in found.skipped:
-            print(f"{concept.name}: skipped regularisation picture {item}")
-        pictures, own = load_framed(found.paths, framing)
-        images.append(pictures)
+            print(f"{concept.name}: skipped regularization image {item}")
+        pixels, own = load_framed(found.paths, framing)
+        images.append(pixels)
         masks.append(own)
         captions += [without_tags(caption, concept.class_noun) for caption in found.captions]
         groups += [index] * len(found.paths)
@@ -78,7 +78,7 @@ def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -
 
 
 def without_tags(caption: str, class_noun: str) -> str:
-    """Returns a class picture's caption without <tags>, as web pages leave them: they would be read as new words."""
+    """Returns a class image's caption without <tags>, as web pages leave them: they would be read as new words."""
     return " ".join(NEW_WORD.sub(" ", caption).split()) or class_caption(class_noun)
 
 
@@ -86,13 +86,15 @@ def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | No
     """Puts the loss masks of several sets (N, H, W) behind each other, all-counting where a set has none."""
     if all(own is None for own in masks):
         return None
-    return torch.cat([torch.full(pictures.shape[:3], 255, dtype=torch.uint8) if own is None else own
-                      for pictures, own in zip(images, masks, strict=True)])
+    joined = []
+    for pixels, own in zip(images, masks, strict=True):
+        joined.append(torch.full(pixels.shape[:3], 255, dtype=torch.uint8) if own is None else own)
+    return torch.cat(joined)
 
 
 def prior_set(config: DictConfig, concept: ConceptConfig, identity: dict[str, str],
               side: int) -> RegularizationSet | None:
-    """Returns one concept's class pictures, which are there; None without any."""
+    """Returns one concept's class images, which are there; None without any."""
     settings, mode = config.data.reg, chosen_mode(config.data.reg, concept)
     if mode == "none":
         return None
@@ -108,10 +110,10 @@ def prior_set(config: DictConfig, concept: ConceptConfig, identity: dict[str, st
 
 
 def _first(found: RegularizationSet, count: int) -> RegularizationSet:
-    """Keeps the first pictures of a generated set, which may hold more than are asked for."""
+    """Keeps the first images of a generated set, which may hold more than are asked for."""
     return replace(found, paths=found.paths[:count], captions=found.captions[:count],
-                   source=f"regularisation (generate): {min(count, len(found.paths))} of {len(found.paths)} picture(s),"
-                          f" {found.source.partition('picture(s) ')[2]}")
+                   source=f"regularization (generate): {min(count, len(found.paths))} of {len(found.paths)} image(s),"
+                          f" {found.source.partition('image(s) ')[2]}")
 
 
 def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:
@@ -122,7 +124,7 @@ def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:
 
 
 def generated_folder(identity: dict[str, str], class_noun: str, settings: RegularizationConfig, side: int) -> Path:
-    """Names the folder of drawn class pictures after all that decides them: base, prompt, steps, seed and the rest."""
+    """Names the folder of drawn class images after all that decides them: base, prompt, steps, seed and the rest."""
     facts = [identity["hash"], class_prompt(settings, class_noun), settings.steps, settings.scale, settings.eta,
              settings.seed, side]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
@@ -130,9 +132,9 @@ def generated_folder(identity: dict[str, str], class_noun: str, settings: Regula
 
 
 def generate_prior(generator: Generator, class_noun: str, settings: RegularizationConfig, side: int) -> Path:
-    """Draws `settings.num` class pictures in the real_reg format with a base model, or those that are still missing.
+    """Draws `settings.num` class images in the real_reg format with a base model, or those that are still missing.
 
-    Picture i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up, and what is
+    Image i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up, and what is
     damaged is set aside and drawn again. A second process that wants the same set waits.
 
     Raises:
@@ -140,20 +142,20 @@ def generate_prior(generator: Generator, class_noun: str, settings: Regularizati
     """
     folder = generated_folder(generator.identity, class_noun, settings, side)
     with turn_in(folder):
-        pictures = folder / folder_name(class_noun)
-        good = _drawn(pictures, settings.num)
+        images = folder / folder_name(class_noun)
+        good = _drawn(images, settings.num)
         missing = [number for number in range(settings.num) if number not in good]
         if missing:
-            _draw_missing(generator, class_prompt(settings, class_noun), settings, side, pictures, missing)
-        _list_drawn(folder, pictures.name, sorted({*good, *missing}), generator, class_prompt(settings, class_noun),
+            _draw_missing(generator, class_prompt(settings, class_noun), settings, side, images, missing)
+        _list_drawn(folder, images.name, sorted({*good, *missing}), generator, class_prompt(settings, class_noun),
                     settings, side)
     return folder
 
 
-def _drawn(pictures: Path, wanted: int) -> list[int]:
-    """Returns the numbers of the pictures that are there; sets those aside that are damaged and still wanted."""
+def _drawn(images: Path, wanted: int) -> list[int]:
+    """Returns the numbers of the images that are there; sets those aside that are damaged and still wanted."""
     good = []
-    for path in sorted(pictures.glob("[0-9]*.jpg")):
+    for path in sorted(images.glob("[0-9]*.jpg")):
         if not path.stem.isdecimal():
             continue
         problem = why_unusable(path)
@@ -164,18 +166,18 @@ def _drawn(pictures: Path, wanted: int) -> list[int]:
     return good
 
 
-def _draw_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, pictures: Path,
+def _draw_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, images: Path,
           numbers: Sequence[int]) -> None:
-    """Draws the pictures of some numbers, in ascending order, a run of consecutive ones at a time."""
+    """Draws the images of some numbers, in ascending order, a run of consecutive ones at a time."""
     plans = [SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
                           scale=settings.scale, height=side, width=side, n_samples=len(run),
                           batch_size=settings.batch_size, seed=settings.seed + run[0]) for run in _runs(numbers)]
     generator.plan([prompt], plans[0])       # a setting out of range is refused before any work
     with progress(total=settings.num, initial=settings.num - len(numbers), desc=f"drawing '{prompt}'",
-                  unit="picture") as bar:
+                  unit="image") as bar:
         for how in plans:
             for number, sample in enumerate(generator.generate([prompt], how, bar.update), how.seed - settings.seed):
-                save_jpeg(sample.image, pictures / f"{number:05d}.jpg")
+                save_jpeg(sample.image, images / f"{number:05d}.jpg")
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

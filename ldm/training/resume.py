@@ -14,9 +14,9 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from ldm.checkpoint import load_file, refuse_non_finite
-from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import load_concept
-from ldm.data.concept import CaptionedImages
+from ldm.customization.ico import PromptScheme
+from ldm.data.batches import CaptionedImages
 from ldm.files import write_atomically
 from ldm.records import BadRecord, Record, read_record
 from ldm.util import UserError
@@ -34,7 +34,7 @@ class Named:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is about: its base, its concepts' words and nouns, its pictures. None: not known (yet)."""
+    """What a run is about: its base, its concepts' words and nouns, its images. None: not known (yet)."""
 
     base: Named | None = None
     concepts: Named | None = None
@@ -48,15 +48,15 @@ def identify(base: Mapping[str, str], schemes: Sequence[PromptScheme]) -> RunIde
     return RunIdentity(Named(base["hash"], f"'{base['name']}' ({base['hash']})"), Named(concepts, concepts))
 
 
-def name_pictures(pictures: CaptionedImages | None) -> Named:
-    """Names pictures by what the network sees of them."""
-    if pictures is None:
+def name_images(images: CaptionedImages | None) -> Named:
+    """Names images by what the network sees of them."""
+    if images is None:
         return Named("", "none")
-    digest = hashlib.sha256(pictures.images.contiguous().numpy())
-    if pictures.masks is not None:
-        digest.update(pictures.masks.contiguous().numpy())
+    digest = hashlib.sha256(images.images.contiguous().numpy())
+    if images.masks is not None:
+        digest.update(images.masks.contiguous().numpy())
     key = digest.hexdigest()[:16]
-    return Named(key, f"{len(pictures)} ({key})")
+    return Named(key, f"{len(images)} ({key})")
 
 
 @dataclass(frozen=True)

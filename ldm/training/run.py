@@ -1,4 +1,4 @@
-"""One fine-tuning run from configuration to concept file: pictures, model, Lightning trainer, run folder."""
+"""One fine-tuning run from configuration to concept file: images, model, Lightning trainer, run folder."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -31,23 +31,23 @@ from pytorch_lightning.plugins.environments import (
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from ldm.base import build_model, picture_side
+from ldm.base import build_model, image_side
 from ldm.config import require, save_config
-from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.finetune import ConceptFinetune, make_scheme
-from ldm.data.concept import CaptionedImages, TrainingPlan
-from ldm.data.images import CROPS, Framing, bars_advice, check_colour, has_black_bars, load_framed, size_of
-from ldm.data.layouts import Captioned, captioned
+from ldm.customization.ico import PromptScheme, caption_template
+from ldm.data.batches import CaptionedImages, TrainingPlan
+from ldm.data.captions import Captioned, captioned
+from ldm.data.images import CROPS, Framing, bars_advice, check_color, has_black_bars, load_framed, size_of
 from ldm.device import choose_device, out_of_memory
 from ldm.embedded import warn_of_photos
 from ldm.files import NameTaken, take_folder, write_text
-from ldm.pictures import save_png, sheet
 from ldm.pipeline import MAX_SEED, check_seed
+from ldm.sheets import save_png, sheet
 from ldm.signals import Interrupt, Signals, heeded
 from ldm.training.callbacks import KeepConstants, Lighten, Preview, Progress, SaveConcept, concept_file
 from ldm.training.memory import MIXED, advice, check_memory
 from ldm.training.regularization import MODES, join_masks, load_prior, make_prior
-from ldm.training.resume import Named, Resumed, RunIdentity, StateFiles, identify, name_pictures, resume_state
+from ldm.training.resume import Named, Resumed, RunIdentity, StateFiles, identify, name_images, resume_state
 from ldm.training.slurm import COMMAND, command_text, earlier_run, job
 from ldm.util import UserError, folder_name, from_here
 
@@ -68,16 +68,16 @@ class Run:
 
 
 class ConceptData(pl.LightningDataModule):
-    """Gets the class pictures, and hands each device its share of the training plan.
+    """Gets the class images, and hands each device its share of the training plan.
 
     Lightning lets the first process of all `prepare_data` while the others wait, then has everyone `setup`. A plan
     starts at the step a resumed run stands at.
 
     Args:
-        module: what is trained; the class pictures that its base draws are drawn before anything is learned.
-        concept: the reference pictures.
-        identity: what the run is about; `setup` adds the class pictures.
-        ready: called with name and class pictures once these are known.
+        module: what is trained; the class images that its base draws are drawn before anything is learned.
+        concept: the reference images.
+        identity: what the run is about; `setup` adds the class images.
+        ready: called with name and class images once these are known.
     """
 
     def __init__(self, module: ConceptFinetune, concept: CaptionedImages, config: DictConfig, identity: RunIdentity,
@@ -87,14 +87,14 @@ class ConceptData(pl.LightningDataModule):
         self.device, self.ready = device, ready
         self.side = concept.images.shape[1]
         self.regularization: CaptionedImages | None = None
-        self.prepare_data_per_node = False      # the disk is shared: one process makes the pictures for all
+        self.prepare_data_per_node = False      # the disk is shared: one process makes the images for all
 
     def prepare_data(self) -> None:
         make_prior(self.config, self.module.model, self.module.base, self.side, self.device)
 
     def setup(self, stage: str) -> None:
         self.regularization = load_prior(self.config, self.module.base, framing(self.config, self.side))
-        class_pictures = name_pictures(self.regularization)
+        class_pictures = name_images(self.regularization)
         self.identity = replace(self.identity, class_pictures=class_pictures)
         self.ready(class_pictures, self.regularization)
 
@@ -152,19 +152,19 @@ def check_data(config: DictConfig) -> None:
     """Refuses settings of `data` that mean nothing."""
     data = config.data
     if data.reg.mode == "retrieve":
-        raise UserError("data.reg.mode is 'retrieve', and training reads folders only; retrieve pictures first, with "
+        raise UserError("data.reg.mode is 'retrieve', and training reads folders only; retrieve images first, with "
                         "scripts/retrieve.py, and give their folder with --reg_datapath.")
     for name, value, allowed in (("crop", data.crop, CROPS), ("reg.mode", data.reg.mode, (None, *MODES))):
         if value not in allowed:
             raise UserError(f"data.{name} '{value}' is unknown; use one of {', '.join(filter(None, allowed))}.")
-    check_colour(data.background)
+    check_color(data.background)
     for name in ("num", "steps", "batch_size"):
         if data.reg[name] < 1:
             raise UserError(f"data.reg.{name} is {data.reg[name]}; give at least 1.")
 
 
 def framing(config: DictConfig, size: int) -> Framing:
-    """Returns how pictures become squares of `size` px."""
+    """Returns how images become squares of `size` px."""
     data = config.data
     return Framing(size, data.crop, data.background, data.alpha_mask, data.trim_bars)
 
@@ -184,10 +184,10 @@ def concept_words(config: DictConfig) -> list[list[str]]:
 
 
 def read_references(config: DictConfig) -> list[Captioned]:
-    """Finds every concept's reference pictures, naming what is skipped and counting captions where they are wanted.
+    """Finds every concept's reference images, naming what is skipped and counting captions where they are wanted.
 
     Raises:
-        UserError: a concept has none, or no picture has a caption though captions are wanted.
+        UserError: a concept has none, or no image has a caption though captions are wanted.
     """
     wanted = config.data.captions
     found = [captioned(Path(concept.images), captions=wanted) for concept in config.concepts]
@@ -196,21 +196,21 @@ def read_references(config: DictConfig) -> list[Captioned]:
             print(f"{concept.name}: skipped {item}")
         if wanted:
             count = sum(map(bool, references.captions))
-            print(f"{concept.name}: {count} of {len(references.paths)} pictures have a caption")
+            print(f"{concept.name}: {count} of {len(references.paths)} images have a caption")
     if wanted and not any(caption for references in found for caption in references.captions):
-        raise UserError("data.captions is true, but no reference picture has a caption; write a.txt beside a.jpg, or "
-                        "metadata.csv or metadata.jsonl beside the pictures, or set data.captions to false.")
+        raise UserError("data.captions is true, but no reference image has a caption; write a.txt beside a.jpg, or "
+                        "metadata.csv or metadata.jsonl beside the images, or set data.captions to false.")
     return found
 
 
 def caption_templates(found: Sequence[Captioned], schemes: Sequence[PromptScheme]) -> list[str | None]:
-    """Returns the template each reference picture's own caption gives, None where it has none."""
+    """Returns the template each reference image's own caption gives, None where it has none."""
     return [caption_template(caption, scheme) if caption else None
             for references, scheme in zip(found, schemes, strict=True) for caption in references.captions]
 
 
 def load_references(found: Sequence[Captioned], captions: Sequence[str], how: Framing) -> CaptionedImages:
-    """Reads the reference pictures of all concepts, warning of tiny ones and of black bars."""
+    """Reads the reference images of all concepts, warning of tiny ones and of black bars."""
     for path in (path for references in found for path in references.paths):
         width, height = size_of(path)
         if min(width, height) < how.size:
@@ -236,10 +236,10 @@ def fine_tune(config: DictConfig, resume: Path | None = None, insist: bool = Fal
     """Carries out a run, or goes on with the one in folder `resume`; in a job that Slurm started again, with its own.
 
     Args:
-        insist: goes on although base, concepts or pictures are not what they were.
+        insist: goes on although base, concepts or images are not what they were.
 
     Raises:
-        UserError: anything the user can mend, before training where possible.
+        UserError: anything the user can fix, before training where possible.
         Interrupt: a signal ended the run; it says where the run's state is, if a step was made.
     """
     check_config(config)
@@ -271,7 +271,7 @@ def _carry_out(config: DictConfig, device: torch.device, resumed: Resumed | None
     pl.seed_everything(config.trainer.seed, verbose=False)
     print(f"loading {config.base.ckpt or 'the embedded model'}", flush=True)
     model, base = build_model(config.model, config.base)
-    size = picture_side(model, "trainer.image_size", config.trainer.image_size)
+    size = image_side(model, "trainer.image_size", config.trainer.image_size)
     warn_of_photos(base, (path for references in found for path in references.paths), size)
     schemes = [make_scheme(model, config.method, concept.class_noun, words, index)
                for index, (concept, words) in enumerate(zip(config.concepts, concept_words(config), strict=True))]
@@ -286,7 +286,7 @@ def _carry_out(config: DictConfig, device: torch.device, resumed: Resumed | None
     if device.type == "cuda":
         check_memory(config, module, size)
     references = load_references(found, module.captions, framing(config, size))
-    photos = name_pictures(references)
+    photos = name_images(references)
     if resumed:
         resumed.check(RunIdentity(photos=photos), insist)
     first = global_rank(config.trainer.devices) == 0
@@ -461,16 +461,16 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
     method, scheme = config.method, module.schemes[0]
     weights = "of K/V (keys and values, by which the network reads the prompt)"
     counts = {weights if method.train == "crossattn-kv" else "of the network": module.trained.values(),
-              "of the concept's words": module.word_blocks, "of the pictures' contexts": module.context_blocks}
+              "of the concept's words": module.word_blocks, "of the images' contexts": module.context_blocks}
     size = "1 reference" if method.batch_size == 1 else f"{method.batch_size} references"
     print(f"base: {module.base['name']} ({module.base['hash']})")
-    print(f"references: {len(references)}, regularisation pictures: {len(regularization) if regularization else 0}")
+    print(f"references: {len(references)}, regularization images: {len(regularization) if regularization else 0}")
     print(f"method: {method.name}; each step: {size}" + (
-        f" and as many regularisation pictures of weight {method.prior_weight:g}" if regularization else ""))
+        f" and as many regularization images of weight {method.prior_weight:g}" if regularization else ""))
     print(f"concept: {scheme.concept} (words to learn: n = {len(scheme.words)}; then the class noun)")
     if scheme.prefix + scheme.suffix:
         print(f"contexts: p = {scheme.prefix} before and s = {scheme.suffix} after the concept, written <ctx-...>; "
-              "they take up what is one picture's own, and are left out when drawing")
+              "they take up what is one image's own, and are left out when drawing")
     print(f"first training prompt: {module.captions[0]}")
     for concept, further in zip(config.concepts[1:], module.schemes[1:], strict=True):
         print(f"{concept.name}: write {further.concept} in prompts")
@@ -483,12 +483,12 @@ def report(config: DictConfig, module: ConceptFinetune, references: CaptionedIma
 
 def save_references(references: CaptionedImages, counts: Sequence[int], config: DictConfig, folder: Path) -> None:
     """Writes images/references/*.png and a contact sheet of them: exactly what the network sees."""
-    pictures = [Image.fromarray(image.numpy()) for image in references.images]
-    for index, picture in enumerate(pictures):
-        save_png(picture, folder / "images" / "references" / f"{index:03d}.png")
+    images = [Image.fromarray(image.numpy()) for image in references.images]
+    for index, image in enumerate(images):
+        save_png(image, folder / "images" / "references" / f"{index:03d}.png")
     rows, start, columns = [], 0, max(counts)
     for concept, count in zip(config.concepts, counts, strict=True):
-        cells = pictures[start:start + count]
+        cells = images[start:start + count]
         rows.append((f"{concept.name} ({concept.class_noun})", cells + [None] * (columns - count)))
         start += count
     save_png(sheet([str(index) for index in range(columns)], rows, 128), folder / "images" / "references.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from experiments.plan import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
+from experiments.jobs import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
 from ldm.util import UserError
 
 ABLATIONS = {"no masks": "no_mask", "no entire prompt": "no_full_prompt", "no deep aggregation": "last_layer",

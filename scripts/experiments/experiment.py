@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.areas import Areas, compare_areas, difference
 from experiments.claims import Claim, Line
-from experiments.plan import BASE, Job, Subject, spread
+from experiments.jobs import BASE, Job, Subject, spread
 from experiments.plots import Curve, tradeoff_plot
 from experiments.sweep import Sweep, points
 from ldm.data.images import open_image
@@ -24,15 +24,15 @@ from ldm.evaluation.report import (
     claim_results_folder,
     is_earlier,
     meaning,
-    summarise,
+    summarize,
     table,
     write_json,
     write_rows,
 )
 from ldm.evaluation.statistics import Estimate, unit_means
 from ldm.files import claim_results, write_text
-from ldm.pictures import mask_panel, save_png, sheet
 from ldm.pipeline import Row
+from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError, folder_name
 
 Rows = Sequence[Mapping[str, Any]]
@@ -94,7 +94,7 @@ def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
 
 
 def mask_file(subject: str) -> str:
-    """Names the picture of a concept's masks."""
+    """Names the image of a concept's masks."""
     return f"{folder_name(subject)}.png"
 
 
@@ -119,13 +119,13 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     folder = sweep.outdir / claim.name
     write_rows([row for point in dict.fromkeys(job.point for job in jobs) for row in rows[point]], folder)
     titles = sweep.scorer.titles
-    estimates = {_name(line, index): summarise(rows[point], list(titles))
+    estimates = {_name(line, index): summarize(rows[point], list(titles))
                  for line in lines for index, point in enumerate(line.points)}
     drawn = min(len(rows[point]) for line in lines for point in line.points)
     several, minutes = len(estimates) > 1, sweep.seconds(jobs) / 60
     text = "\n\n".join(filter(None, [
         f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
-        "![plot](plot.png)" if several else "", "![pictures](sheet.png)",
+        "![plot](plot.png)" if several else "", "![images](sheet.png)",
         table(estimates, titles, "mean [95 % interval]"), meaning(titles),
         comparison_table(comparisons, titles, axes), area_table(areas), verdict(comparisons, areas, drawn)]))
     if claim.masks:
@@ -236,7 +236,7 @@ def area_table(areas: Areas | None) -> str:
 
 
 def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) -> str:
-    """Says how many of the differences are not decided with so many pictures a point."""
+    """Says how many of the differences are not decided with so many images a point."""
     found = [estimate for item in comparisons for estimate in (item.editability, item.fidelity)]
     found += list(areas.differences.values()) if areas else []
     known = [estimate for estimate in found if estimate.low is not None]
@@ -245,13 +245,13 @@ def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) 
     unclear = sum(not estimate.excludes_zero for estimate in known)
     if not unclear:
         return ""
-    return (f"Not decided with {drawn} pictures a point: {unclear} of {len(known)} differences, whose intervals "
+    return (f"Not decided with {drawn} images a point: {unclear} of {len(known)} differences, whose intervals "
             "include zero; more concepts, prompts or seeds make intervals narrower.")
 
 
 def plot_title(claim: Claim, drawn: int) -> str:
     """Says what a claim's plot shows."""
-    return f"{fill(claim.question, 80)}\n{claim.name} ({claim.source}), {drawn} pictures a point, 95 % intervals"
+    return f"{fill(claim.question, 80)}\n{claim.name} ({claim.source}), {drawn} images a point, 95 % intervals"
 
 
 def _as_json(item: Comparison) -> dict[str, Any]:
@@ -312,9 +312,9 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         generator, settings = sweep.ready(job, jobs), sweep.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
         row = Row(prompt, sweep.config.first_seed, point.strength)
-        picture, record = generator.masks(row, settings)
+        image, record = generator.masks(row, settings)
         title = f"{prompt.replace('{}', '[' + name + ']')} (seed {row.seed}, lambda {row.strength:g})"
-        save_png(mask_panel(picture, record, title), folder / MASKS / mask_file(name))
+        save_png(mask_panel(image, record, title), folder / MASKS / mask_file(name))
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]

@@ -19,7 +19,7 @@ MARK_PLACES = [(x, y) for far in (5, 15, 25) for x, y in ((5, far), (5, -far), (
 
 @dataclass(frozen=True)
 class Curve:
-    """A labelled line of points: editability, fidelity, and a mark that says what the point is."""
+    """A labeled line of points: editability, fidelity, and a mark that says what the point is."""
 
     label: str
     points: Sequence[tuple[Estimate, Estimate, str]]
@@ -57,14 +57,14 @@ def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, ti
     marks = []
     for number, curve in enumerate(curves):
         x, y = [point[0].mean for point in curve.points], [point[1].mean for point in curve.points]
-        colour, shape = f"C{number % 10}", "os^Dv<>pP*"[number % 10]
+        color, shape = f"C{number % 10}", "os^Dv<>pP*"[number % 10]
         sizes = np.linspace(LARGEST, SMALLEST, len(x))[::-1]
         for i, (across, up, mark) in enumerate(curve.points):
-            axes.errorbar(x[i], y[i], xerr=_arms(across), yerr=_arms(up), color=colour, alpha=0.2, linewidth=1)
-            axes.plot(x[i], y[i], color=colour, marker=shape, markersize=sizes[i])
-            marks.append((mark if curve in spoken else "", (x[i], y[i]), colour))
-        axes.plot(x, y, color=colour, linewidth=1.4)
-        axes.plot([], [], color=colour, label=fill(curve.label, 80), marker=shape, markersize=6, linewidth=1.4)
+            axes.errorbar(x[i], y[i], xerr=_arms(across), yerr=_arms(up), color=color, alpha=0.2, linewidth=1)
+            axes.plot(x[i], y[i], color=color, marker=shape, markersize=sizes[i])
+            marks.append((mark if curve in spoken else "", (x[i], y[i]), color))
+        axes.plot(x, y, color=color, linewidth=1.4)
+        axes.plot([], [], color=color, label=fill(curve.label, 80), marker=shape, markersize=6, linewidth=1.4)
     axes.set(xlabel=f"editability: {editability}", ylabel=f"fidelity: {fidelity}")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
@@ -85,14 +85,14 @@ def _add_legend(figure, title: str | None) -> None:
 
 
 def _write_marks(axes, marks: Sequence[tuple[str, tuple[float, float], str]]) -> None:
-    """Writes marks (text, point, colour) beside their points, where they cover the fewest others and other points."""
+    """Writes marks (text, point, color) beside their points, where they cover the fewest others and other points."""
     from matplotlib.transforms import Bbox
     reach, written = LARGEST * axes.figure.dpi / 72, []                         # px: a marker, and as much around it
     points = [Bbox([spot - reach, spot + reach]) for spot in axes.transData.transform([spot for _, spot, _ in marks])]
-    for index, (mark, spot, colour) in enumerate(marks):
+    for index, (mark, spot, color) in enumerate(marks):
         if not mark:
             continue
-        text = axes.annotate(mark, spot, (0, 0), textcoords="offset points", fontsize=8, color=colour)
+        text = axes.annotate(mark, spot, (0, 0), textcoords="offset points", fontsize=8, color=color)
         others = [*points[:index], *points[index + 1:], *written]
         covered = [_put(text, place).count_overlaps(others) for place in MARK_PLACES]
         written.append(_put(text, MARK_PLACES[int(np.argmin(covered))]))

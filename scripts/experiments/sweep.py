@@ -22,22 +22,22 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.plan import BASE, Job, Subject, SweepConfig, describe, digest, subjects
+from experiments.jobs import BASE, Job, Subject, SweepConfig, describe, digest, subjects
 from ldm.config import DCIConfig
-from ldm.customization.contexts import PLACEHOLDER
 from ldm.customization.delta import load_concept
+from ldm.customization.ico import PLACEHOLDER
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
+from ldm.data.captions import CAPTIONS, IMAGES, captioned
 from ldm.data.images import list_images, open_image, size_of
-from ldm.data.layouts import CAPTIONS, IMAGES, captioned
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.report import write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
 from ldm.files import DAMAGED, set_aside
-from ldm.pictures import save_png
 from ldm.pipeline import Generator, check_settings
 from ldm.progress import progress
 from ldm.records import Record, load_record
 from ldm.sampling import load_generator
+from ldm.sheets import save_png
 from ldm.training.callbacks import concept_file
 from ldm.training.resume import resume_state
 from ldm.training.run import fine_tune
@@ -46,7 +46,7 @@ from ldm.util import UserError, folder_name, shipped
 Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]
 
 INTERRUPTED = "interrupted; the same command goes on where this one stopped."
-VOLATILE = ("device", "batch_size", "compile")      # sampling settings that do not change pictures
+VOLATILE = ("device", "batch_size", "compile")      # sampling settings that do not change images
 
 
 class Stored(Record):
@@ -60,7 +60,7 @@ class Stored(Record):
 class Sweep:
     """A folder of results and what is needed to complete it.
 
-    Layout: runs/ (fine-tuning), pictures/ and points/ (one folder and one JSON file per job).
+    Layout: runs/ (fine-tuning), images/ and points/ (one folder and one JSON file per job).
     """
 
     def __init__(self, config: SweepConfig, outdir: Path, scorer: Scorer):
@@ -71,19 +71,19 @@ class Sweep:
         self._settings: dict[Job, Any] = {}     # merging takes a while, and every path asks
         self._keys: dict[Job, str] = {}
         self._contents: dict[Path, str] = {}
-        self._seen: set[Path] = set()           # folders whose pictures were found usable: that decodes them all
+        self._seen: set[Path] = set()           # folders whose images were found usable: that decodes them all
         self._taught = 0.0                      # seconds that fine-tuning took
 
     @cached_property
     def generator(self) -> Generator:
-        """The base model, built when the first picture is due."""
+        """The base model, built when the first image is due."""
         return load_generator(Job("", BASE, 0).sampling(self.config), None)
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Refuses jobs that cannot be carried out, before any work.
 
         Raises:
-            UserError: a method is unknown, a configuration is wrong, pictures are missing, or a prompt cannot be drawn.
+            UserError: a method is unknown, a configuration is wrong, images are missing, or a prompt cannot be drawn.
         """
         for method in dict.fromkeys(job.method for job in jobs):
             if method != BASE and method not in self.config.methods:
@@ -139,7 +139,7 @@ class Sweep:
         return load_record(Stored, self.path(job), "point", "remove it, and it is made again")
 
     def finished(self, job: Job) -> bool:
-        """Says whether a job's rows and pictures are there; what is damaged is set aside, to be made again."""
+        """Says whether a job's rows and images are there; what is damaged is set aside, to be made again."""
         if not self.path(job).is_file():
             return False
         try:
@@ -148,13 +148,13 @@ class Sweep:
             set_aside(self.path(job), "is damaged")
             return False
         prompts = range(len(self.subjects[job.concept].prompts))
-        drawn = [self.is_drawn(self.picture(job, prompt, sample))
+        drawn = [self.is_drawn(self.image(job, prompt, sample))
                  for prompt in prompts for sample in range(self.config.seeds)]
         return all(drawn)
 
     @staticmethod
     def is_drawn(path: Path) -> bool:
-        """Says whether a picture is there; a damaged one is set aside."""
+        """Says whether an image is there; a damaged one is set aside."""
         if not path.is_file():
             return False
         try:
@@ -175,7 +175,7 @@ class Sweep:
         return self._settings[job.point]
 
     def key(self, job: Job) -> str:
-        """Names a job's pictures by everything that decides them; a setting that is the default's changes nothing."""
+        """Names a job's images by everything that decides them; a setting that is the default's changes nothing."""
         if job not in self._keys:
             self._keys[job] = self._make_key(job)
         return self._keys[job]
@@ -205,7 +205,7 @@ class Sweep:
         return digest([content, self.generator.identity])
 
     def contents(self, path: Path) -> str:
-        """Names a folder or list of pictures by the names and bytes of all files that lie in it or are listed."""
+        """Names a folder or list of images by the names and bytes of all files that lie in it or are listed."""
         path = shipped(path)
         if path not in self._contents:
             found, listing = hashlib.sha256(), path / IMAGES if path.is_dir() else path
@@ -225,23 +225,23 @@ class Sweep:
         return self.outdir / "points" / f"{self.key(job)}-{measured}.json"
 
     def said(self, job: Job) -> list[str]:
-        """What each prompt's pictures should show: its text without concept words, or with what replaces these."""
+        """What each prompt's images should show: its text without concept words, or with what replaces these."""
         subject = self.subjects[job.concept]
         return [plain_text(prompt, subject.class_noun) for prompt in job.prompts(subject)]
 
-    def picture(self, job: Job, prompt: int, sample: int) -> Path:
-        """Where a picture is."""
+    def image(self, job: Job, prompt: int, sample: int) -> Path:
+        """Where an image is."""
         return self.outdir / "pictures" / self.key(job) / f"{prompt:03d}-{sample:02d}.png"
 
     def work(self, job: Job) -> int:
-        """U-Net rows of a job's pictures: guided ones have two a step, joint steps four (three where shared)."""
+        """U-Net rows of a job's images: guided ones have two a step, joint steps four (three where shared)."""
         settings = self.settings(job)
         joint = 0.0 if job.strength is None or settings.dci.match_cost else settings.dci.agg_time
         rows = settings.steps * (2 + joint * (2 if settings.dci.guidance == "separate" else 1))
         return round(rows * self.config.seeds * len(self.subjects[job.concept].prompts))
 
     def shares(self, jobs: Sequence[Job]) -> dict[Job, tuple[int, int]]:
-        """U-Net rows of each job: of the fine-tuning that it is the first to need, and of its pictures."""
+        """U-Net rows of each job: of the fine-tuning that it is the first to need, and of its images."""
         first = {job.taught: job for job in reversed(jobs)}
         return {job: (self.run_work(job, jobs) if first[job.taught] == job else 0, self.work(job)) for job in jobs}
 
@@ -303,9 +303,9 @@ class Sweep:
             set_aside(run, "holds a damaged file")
 
     def draw(self, job: Job, jobs: Sequence[Job], bar: tqdm | None = None) -> list[Image.Image]:
-        """Draws the pictures that are missing; returns all, by prompt and seed."""
+        """Draws the images that are missing; returns all, by prompt and seed."""
         subject, config = self.subjects[job.concept], self.config
-        paths = [[self.picture(job, prompt, sample) for sample in range(config.seeds)]
+        paths = [[self.image(job, prompt, sample) for sample in range(config.seeds)]
                  for prompt in range(len(subject.prompts))]
         missing = [index for index, row in enumerate(paths) if not all([self.is_drawn(path) for path in row])]
         one = 1 / (len(paths) * config.seeds)
@@ -332,17 +332,17 @@ class Sweep:
         return self.generator if job.words is None else Generator(self.generator.model, self.generator.identity,
                                                                   self.generator.model.device)
 
-    def measure(self, job: Job, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        """Measures a job's pictures; a row per picture, with what it is and its seed."""
+    def measure(self, job: Job, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Measures a job's images; a row per image, with what it is and its seed."""
         subject = self.subjects[job.concept]
         if job.concept not in self._references:
             self._references[job.concept] = self.scorer.features(open_references(subject.references))
         prompts = [prompt for prompt in subject.prompts for _ in range(self.config.seeds)]
         seeds = [self.config.first_seed + index for index in range(self.config.seeds)] * len(subject.prompts)
         said = [text for text in self.said(job) for _ in range(self.config.seeds)]
-        values = self.scorer.rows(pictures, said, subject.class_noun, self._references[job.concept])
+        values = self.scorer.rows(images, said, subject.class_noun, self._references[job.concept])
         return [{**describe(job), "class_noun": subject.class_noun, "prompt": prompt, "seed": seed,
-                 "picture": str(self.picture(job, index // self.config.seeds, index % self.config.seeds)
+                 "picture": str(self.image(job, index // self.config.seeds, index % self.config.seeds)
                                 .relative_to(self.outdir)), **row}
                 for index, (prompt, seed, row) in enumerate(zip(prompts, seeds, values, strict=True))]
 

@@ -17,7 +17,7 @@ from ldm.data.regularization import write_regularization
 from ldm.evaluation.judge import load_court
 from ldm.evaluation.small_clip import pack_small_clip
 from ldm.files import write_atomically
-from ldm.pictures import save_png
+from ldm.sheets import save_png
 from ldm.util import instantiate_from_config
 
 # Of the pictures that fidelity is measured on; some references have a scene of these too.

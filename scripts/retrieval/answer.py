@@ -11,7 +11,7 @@ from itertools import islice
 from typing import IO, Any
 
 CHUNK = 1 << 16
-LARGEST = 12_000_000      # bytes of one entry: its picture as text is four thirds of a JPEG file
+LARGEST = 12_000_000      # bytes of one entry: its image as text is four thirds of a JPEG file
 MOST_MARKS = 500          # signs of structure in one entry, which take time, memory and, nested, Python's stack
 MESSAGE = 10_000          # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
@@ -29,13 +29,13 @@ class NoList(ValueError):
 
 @dataclass(frozen=True)
 class Found:
-    """A picture the server names.
+    """An image the server names.
 
     Attributes:
         identity: tells it from the others.
         url: where it is, empty where only the server has it.
         caption: of printable characters.
-        place: first and last byte of its entry in the answer if a picture came with it, else None.
+        place: first and last byte of its entry in the answer if an image came with it, else None.
     """
 
     identity: str
@@ -45,7 +45,7 @@ class Found:
 
 
 class Answer:
-    """A server's list of pictures in a file; use it as a context.
+    """A server's list of images in a file; use it as a context.
 
     Args:
         file: what the server sent.
@@ -62,8 +62,8 @@ class Answer:
             if text := self._text(place):                # else the list is empty
                 self.found.append(_found(_entry(text), place))
 
-    def picture(self, found: Found) -> bytes | None:
-        """Returns the bytes of the picture that came with an entry, no bytes if it is unreadable; None without one."""
+    def image(self, found: Found) -> bytes | None:
+        """Returns the bytes of the image that came with an entry, no bytes if it is unreadable; None without one."""
         if found.place is None:
             return None
         try:

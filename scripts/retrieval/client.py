@@ -1,4 +1,4 @@
-"""Asks a clip-retrieval server for pictures, and says in one sentence what is wrong with it."""
+"""Asks a clip-retrieval server for images, and says in one sentence what is wrong with it."""
 from __future__ import annotations
 
 import importlib.util
@@ -23,11 +23,11 @@ from retrieval.download import AGENT, Deadline, guarded_pool, why_failed
 
 MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
-LARGEST = 1_000_000_000     # bytes of one answer, which waits on the disk: some thousand pictures
+LARGEST = 1_000_000_000     # bytes of one answer, which waits on the disk: some thousand images
 IN_MEMORY = 16_000_000      # bytes of an answer that need no disk
 CONNECT = 10.0              # seconds
 NAMES = 100_000             # bytes of a list of indices
-ALTERNATIVES = ("start one (scripts/retrieve.py index, then serve), name another with --url, draw the pictures "
+ALTERNATIVES = ("start one (scripts/retrieve.py index, then serve), name another with --url, draw the images "
                 "(data.reg.mode=generate), or put some in a folder (data.reg.mode=folder)")
 
 
@@ -57,14 +57,14 @@ class Query:
 
     Attributes:
         class_noun: names the folder, and is asked for unless `text` says otherwise.
-        num: pictures wanted.
+        num: images wanted.
         url: the server, http://host:port or with its /knn-service path.
         index: the server's index; None takes its first.
-        oversample: candidates asked for per picture wanted.
+        oversample: candidates asked for per image wanted.
         clip: a CLIP to compare captions with, as clip-retrieval names them ("ViT-B/32", "open_clip:NAME/FILE");
             None keeps every caption.
         threshold: cosine a caption must have with "a photo of a <noun>" (Custom Diffusion's value).
-        deduplicate: lets the server leave out pictures its CLIP finds alike.
+        deduplicate: lets the server leave out images its CLIP finds alike.
         timeout: seconds the server may take for one answer, with all that has to be asked for it.
     """
 
@@ -92,7 +92,7 @@ class Query:
 
 
 def ask_server(query: Query, count: int) -> Answer:
-    """Returns up to `count` pictures a clip-retrieval server names, best first.
+    """Returns up to `count` images a clip-retrieval server names, best first.
 
     Nothing it sends is inflated, followed or kept in memory beyond one entry; `query.timeout` bounds all of it.
 
@@ -126,7 +126,7 @@ def _read(file: IO[bytes], count: int, url: str) -> Answer:
         if isinstance(other.content, dict) and "message" in other.content:
             raise UserError(f"the server '{url}' answers '{printable(str(other.content['message']), 100)}'; check "
                             f"--index, or {ALTERNATIVES}.") from other
-        raise UserError(f"the server '{url}' answers something that is no list of pictures; {ALTERNATIVES}."
+        raise UserError(f"the server '{url}' answers something that is no list of images; {ALTERNATIVES}."
                         ) from other
     except ValueError as error:
         raise UserError(f"the server '{url}' answers something that is no JSON, or absurdly large; {ALTERNATIVES}."

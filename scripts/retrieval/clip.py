@@ -1,4 +1,4 @@
-"""CLIPs that compare captions and find pictures: named in one of two ways, read without running anything of theirs."""
+"""CLIPs that compare captions and find images: named in one of two ways, read without running anything of theirs."""
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +30,7 @@ class Clip:
     """A CLIP.
 
     Attributes:
-        prepare: a picture to an input (3, h, w).
+        prepare: an image to an input (3, h, w).
         tokenize: texts to tokens (N, L).
     """
 
@@ -47,9 +47,9 @@ class Clip:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
         """Returns unit vectors (N, D) float32."""
-        inputs = torch.stack([self.prepare(picture) for picture in pictures]).to(self.device)      # (N, 3, h, w)
+        inputs = torch.stack([self.prepare(image) for image in images]).to(self.device)      # (N, 3, h, w)
         return self._unit(self.model.encode_image(inputs))
 
     def _unit(self, features: Tensor) -> Tensor:

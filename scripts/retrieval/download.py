@@ -14,7 +14,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError
 from urllib3.util import Retry, Timeout, parse_url
 
-AGENT = "Mozilla/5.0 (compatible; dci-ico)"   # several picture hosts refuse clients that do not name themselves
+AGENT = "Mozilla/5.0 (compatible; dci-ico)"   # several image hosts refuse clients that do not name themselves
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones
 CHUNK = 1 << 16
 

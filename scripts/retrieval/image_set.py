@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from ldm.data.folder_lock import turn_in
 from ldm.data.images import Unusable, decode
 from ldm.data.regularization import CAPTIONS, IMAGES, URLS, class_caption, write_lists
-from ldm.data.turns import turn_in
 from ldm.files import set_aside, write_text
 from ldm.records import BadRecord, Record, read_record
 from ldm.text import read_lines
@@ -24,16 +24,16 @@ from retrieval.answer import Answer, Found
 from retrieval.client import Query, ask_server
 from retrieval.clip import check_clip, text_similarities
 from retrieval.download import Downloader
-from retrieval.picture_store import PictureStore
+from retrieval.image_store import ImageStore
 
 STATE, JOURNAL = ".retrieval.json", ".retrieval.log"
-MOST_ASKED = 10_000   # pictures asked for in one query at most, as Custom Diffusion does
-NEAR = 3.0            # mean difference of 8-bit levels below which two small versions count as the same picture
+MOST_ASKED = 10_000   # images asked for in one query at most, as Custom Diffusion does
+NEAR = 3.0            # mean difference of 8-bit levels below which two small versions count as the same image
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture the server named; `url` is empty where only its server has it, and then it came with the answer."""
+    """An image the server named; `url` is empty where only its server has it, and then it came with the answer."""
 
     identity: str
     url: str
@@ -44,10 +44,10 @@ class State(Record):
     """What a set's folder says of its retrieval.
 
     Attributes:
-        sought: what decided which pictures were found.
-        asked: pictures the last query asked for.
+        sought: what decided which images were found.
+        asked: images the last query asked for.
         reasons: by number, why a candidate is left out.
-        journaled: the journal says which pictures are the set's own; earlier versions noted only refusals there.
+        journaled: the journal says which images are the set's own; earlier versions noted only refusals there.
     """
 
     sought: dict[str, Any]
@@ -59,10 +59,10 @@ class State(Record):
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What a retrieval ended with: the set's folder, how many pictures, how many were left out for which reason."""
+    """What a retrieval ended with: the set's folder, how many images, how many were left out for which reason."""
 
     folder: Path
-    pictures: int
+    images: int
     refused: dict[str, int]
 
 
@@ -73,7 +73,7 @@ class Retrieval:
 
     Args:
         folder: where the set goes, real_reg/samples_<class>.
-        downloader: fetches pictures.
+        downloader: fetches images.
         workers: downloads at a time.
         say: is told about progress, in lines.
 
@@ -84,13 +84,13 @@ class Retrieval:
     def __init__(self, folder: Path, query: Query, downloader: Downloader, workers: int = 8,
                  say: Callable[[str], None] = print):
         self.folder, self.query, self.say = folder, query, say
-        self.store = PictureStore(folder / folder_name(query.class_noun), folder / JOURNAL, downloader, workers, say)
+        self.store = ImageStore(folder / folder_name(query.class_noun), folder / JOURNAL, downloader, workers, say)
         self.candidates: list[Candidate] = []
-        self.asked = 0                                     # pictures the last query asked for
+        self.asked = 0                                     # images the last query asked for
         self._resume()
 
     def run(self) -> Retrieved:
-        """Retrieves until there are enough pictures or no more candidates; the lists are whole after every round.
+        """Retrieves until there are enough images or no more candidates; the lists are whole after every round.
 
         Raises:
             UserError: the server is needed and does not answer, nothing found is usable, or the disk refuses.
@@ -115,7 +115,7 @@ class Retrieval:
         refused = tally(self.store.reasons.values())
         if not accepted:
             why = "; ".join(f"{count} {reason}" for reason, count in list(refused.items())[:3]) or "it named none"
-            raise UserError(f"the server's {len(self.candidates)} pictures for '{self.query.sought}' cannot be used "
+            raise UserError(f"the server's {len(self.candidates)} images for '{self.query.sought}' cannot be used "
                             f"({why}); try another --text, --threshold or server.")
         return Retrieved(self.folder, len(accepted), refused)
 
@@ -126,7 +126,7 @@ class Retrieval:
         except UserError as error:
             if not accepted:
                 raise
-            self.say(f"{len(accepted)} of {self.query.num} pictures: {error}")
+            self.say(f"{len(accepted)} of {self.query.num} images: {error}")
             return False
 
     def _resume(self) -> None:
@@ -164,7 +164,7 @@ class Retrieval:
         return state
 
     def _listed_candidates(self) -> list[Candidate]:
-        """Makes the candidates anew from the set's lists; those between them are not known any more."""
+        """Makes the candidates again from the set's lists; those between them are not known any more."""
         try:
             columns = [read_lines(self.folder / name, "list") for name in (IMAGES, CAPTIONS, URLS)]
         except UserError:
@@ -177,7 +177,7 @@ class Retrieval:
         return [listed.get(number, Candidate(f"lost {number}", "", "")) for number in range(count)]
 
     def _key(self) -> dict[str, Any]:
-        """What decides which pictures are found; the server's address may change between two starts of it."""
+        """What decides which images are found; the server's address may change between two starts of it."""
         query = self.query
         return {"class_noun": query.class_noun, "text": query.sought, "deduplicate": query.deduplicate,
                 "threshold": query.threshold if query.clip else None}
@@ -199,7 +199,7 @@ class Retrieval:
         self.asked = ask
         self._write_state()
         new = len(self.candidates) - start
-        self.say(f"'{self.query.sought}': the server names {named} pictures, {new} of them new")
+        self.say(f"'{self.query.sought}': the server names {named} images, {new} of them new")
         return new > 0
 
     def _write_state(self) -> None:
@@ -208,7 +208,7 @@ class Retrieval:
         write_text(self.folder / STATE, state.model_dump_json())
 
     def _ask_again(self, numbers: Sequence[int]) -> None:
-        """Asks once more for pictures that only the server has, and that were lost here."""
+        """Asks once more for images that only the server has, and that were lost here."""
         lost = {self.candidates[number].identity: number for number in numbers}
         if not lost:
             return
@@ -222,8 +222,8 @@ class Retrieval:
         self.store.reasons |= dict.fromkeys(lost.values(), "was lost, and its server does not give it again")
 
     def _keep_given(self, number: int, answer: Answer, found: Found) -> None:
-        """Stores a picture that came with the answer, if one did."""
-        content = answer.picture(found)
+        """Stores an image that came with the answer, if one did."""
+        content = answer.image(found)
         if content is None:
             return
         try:
@@ -231,7 +231,7 @@ class Retrieval:
         except Unusable as problem:
             if not found.url:
                 self.store.reasons[number] = str(problem) if os.path.lexists(self.store.path(number)) \
-                    else "came without a readable picture"
+                    else "came without a readable image"
 
     def _drop_unlike(self, numbers: Sequence[int]) -> None:
         """Leaves out candidates whose captions are not about the class, where a text encoder is at hand."""
@@ -245,7 +245,7 @@ class Retrieval:
                 self.store.reasons[number] = f"has a caption unlike '{target}'"
 
     def _is_new(self, number: int, accepted: Sequence[int], shown: list[np.ndarray]) -> bool:
-        """Says whether a fetched picture shows something else than those accepted so far."""
+        """Says whether a fetched image shows something else than those accepted so far."""
         own = small_version(decode(self.store.path(number)).image)
         distances = np.abs(np.stack(shown) - own).mean(axis=(1, 2, 3)) if shown else np.array([np.inf])
         if distances.min() < NEAR:
@@ -265,7 +265,7 @@ class Retrieval:
 
 def retrieve(folder: Path, query: Query, downloader: Downloader, workers: int = 8,
              say: Callable[[str], None] = print) -> Retrieved:
-    """Fills `folder` with pictures of a class in the real_reg format; see `Query` and `Retrieval`.
+    """Fills `folder` with images of a class in the real_reg format; see `Query` and `Retrieval`.
 
     Killed at any moment and started again it ends with the same files, and fetches nothing it has a second time.
 
@@ -286,30 +286,30 @@ def is_retrieved(folder: Path) -> bool:
 
 
 def refuse_foreign(folder: Path, class_noun: str) -> None:
-    """Refuses a folder with pictures or lists that no retrieval put there.
+    """Refuses a folder with images or lists that no retrieval put there.
 
     Raises:
         UserError: it is one.
     """
-    pictures = folder / folder_name(class_noun)
+    images = folder / folder_name(class_noun)
     try:
         if is_retrieved(folder):
             return
         there = [folder / name for name in (IMAGES, CAPTIONS, URLS) if os.path.lexists(folder / name)]
-        there += [path for path in pictures.iterdir() if not path.name.startswith(".")] if pictures.exists() else []
+        there += [path for path in images.iterdir() if not path.name.startswith(".")] if images.exists() else []
     except OSError as error:
-        raise UserError(f"'{pictures}' cannot be used as a folder ({error.strerror}); choose another --out.") from error
+        raise UserError(f"'{images}' cannot be used as a folder ({error.strerror}); choose another --out.") from error
     if there:
         raise UserError(f"'{folder}' holds a set that was not retrieved, '{there[0].name}' for one; choose another "
                         "--out, or use it as it is (data.reg.mode=folder).")
 
 
 def small_version(image: Image.Image) -> np.ndarray:
-    """Returns (8, 8, 3) mean colours, float32 in [0, 255]: nearly equal for copies of any size and compression."""
+    """Returns (8, 8, 3) mean colors, float32 in [0, 255]: nearly equal for copies of any size and compression."""
     return np.asarray(image.convert("RGB").resize((8, 8), Image.Resampling.BOX), dtype=np.float32)
 
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
     """Counts reasons of one kind, the commonest first; details in brackets and names of files make no other kind."""
-    kinds = (re.sub(r"\S+\.jpg$", "another picture", re.sub(r" \([^()]*\)$", "", reason)) for reason in reasons)
+    kinds = (re.sub(r"\S+\.jpg$", "another image", re.sub(r" \([^()]*\)$", "", reason)) for reason in reasons)
     return dict(Counter(kinds).most_common())

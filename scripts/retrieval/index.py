@@ -1,4 +1,4 @@
-"""A clip-retrieval index of your own pictures, built from a folder or a list of addresses."""
+"""A clip-retrieval index of your own images, built from a folder or a list of addresses."""
 from __future__ import annotations
 
 import importlib
@@ -11,28 +11,28 @@ from types import ModuleType
 
 import torch
 
+from ldm.data.captions import captioned
+from ldm.data.folder_lock import LOCK, turn_in
 from ldm.data.images import Unusable, decode
-from ldm.data.layouts import captioned
-from ldm.data.turns import LOCK, turn_in
 from ldm.files import write_atomically, write_text
 from ldm.text import read_lines
 from ldm.util import UserError
 from retrieval.client import MISSING, SETUP
 from retrieval.clip import BATCH, Clip, check_clip, load_clip, quiet
 from retrieval.download import Downloader
-from retrieval.picture_store import PictureStore
+from retrieval.image_store import ImageStore
 
 DESCRIPTION = "index.json"      # written last: a folder without it is unfinished
 BEGUN = ".index-begun"          # written first: a folder with it holds nothing but an index
-PICTURES = "pictures"
+IMAGES = "pictures"
 
 
 @dataclass(frozen=True)
 class Built:
-    """A finished index: its folder, how many pictures it finds, why others were left out."""
+    """A finished index: its folder, how many images it finds, why others were left out."""
 
     folder: Path
-    pictures: int
+    images: int
     skipped: list[str]
 
 
@@ -41,27 +41,27 @@ def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloa
     """Builds a clip-retrieval index that `IndexServer` serves; stopped at any moment, it goes on where it was.
 
     Args:
-        source: any layout `ldm.data.layouts.captioned` reads, or a text file of web addresses, one per line, each
+        source: any layout `ldm.data.captions.captioned` reads, or a text file of web addresses, one per line, each
             with a caption after a tab if there is one.
-        folder: absent, empty or begun by an earlier run; gets pictures/ (copies, small enough to serve), metadata/,
+        folder: absent, empty or begun by an earlier run; gets images/ (copies, small enough to serve), metadata/,
             image.index and index.json.
         clip: a CLIP, as `retrieval.clip.check_clip` takes it.
 
     Raises:
-        UserError: there is no picture, the CLIP cannot be loaded, the folder holds something else, the disk refuses.
+        UserError: there is no image, the CLIP cannot be loaded, the folder holds something else, the disk refuses.
     """
     folder, clip = Path(folder), check_clip(clip)
     _refuse_foreign(folder)
     loaded = load_clip(clip, "cuda" if torch.cuda.is_available() else "cpu")    # a wrong name should cost no time
     with turn_in(folder, say):
         _begin(folder)
-        rows, skipped = _collect(source, folder / PICTURES, downloader, say)
+        rows, skipped = _collect(source, folder / IMAGES, downloader, say)
         if not rows:
-            raise UserError(f"'{source}' gives no usable picture ({'; '.join(skipped[:3]) or 'it is empty'}); name a "
-                            "folder of pictures or a list of web addresses.")
-        say(f"embedding {len(rows)} pictures with {clip.partition('/')[0]}")
+            raise UserError(f"'{source}' gives no usable image ({'; '.join(skipped[:3]) or 'it is empty'}); name a "
+                            "folder of images or a list of web addresses.")
+        say(f"embedding {len(rows)} images with {clip.partition('/')[0]}")
         _write_metadata(folder, rows)
-        _write_faiss(folder, _embed(loaded, [folder / PICTURES / name for name in rows]))
+        _write_faiss(folder, _embed(loaded, [folder / IMAGES / name for name in rows]))
         write_text(folder / DESCRIPTION,
                    json.dumps({"name": folder.name, "clip": clip, "pictures": len(rows)}, indent=1) + "\n")
     return Built(folder, len(rows), skipped)
@@ -88,10 +88,10 @@ def _begin(folder: Path) -> None:
         write_text(folder / BEGUN, "Everything in this folder was made by scripts/retrieve.py index.\n")
 
 
-def _collect(source: str | Path, pictures: Path, downloader: Downloader | None,
+def _collect(source: str | Path, images: Path, downloader: Downloader | None,
              say: Callable[[str], None]) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Copies every usable picture; returns {file name: (caption, url)} and what was left out, in words."""
-    store = PictureStore(pictures, pictures.with_name(".fetched.log"), downloader or Downloader(), say=say)
+    """Copies every usable image; returns {file name: (caption, url)} and what was left out, in words."""
+    store = ImageStore(images, images.with_name(".fetched.log"), downloader or Downloader(), say=say)
     addresses = _addresses(Path(source))
     if addresses:
         store.fetch([(number, url) for number, (url, _) in enumerate(addresses)])
@@ -122,8 +122,8 @@ def _addresses(source: Path) -> list[tuple[str, str]]:
 
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> torch.Tensor:
-    """Returns the unit vectors (N, D) float32 of pictures."""
-    return torch.cat([clip.pictures([decode(path).image for path in paths[start:start + BATCH]])
+    """Returns the unit vectors (N, D) float32 of images."""
+    return torch.cat([clip.images([decode(path).image for path in paths[start:start + BATCH]])
                       for start in range(0, len(paths), BATCH)])
 
 
@@ -131,7 +131,7 @@ def _write_metadata(folder: Path, rows: Mapping[str, tuple[str, str]]) -> None:
     """Writes metadata/: image_path (below the index's folder), caption and url of every vector, in their order."""
     pyarrow = library("pyarrow")
     parquet = library("pyarrow.parquet")
-    table = pyarrow.table({"image_path": [f"{PICTURES}/{name}" for name in rows],
+    table = pyarrow.table({"image_path": [f"{IMAGES}/{name}" for name in rows],
                            "caption": [caption for caption, _ in rows.values()],
                            "url": [url for _, url in rows.values()]})
     write_atomically(folder / "metadata" / "metadata_0.parquet", lambda part: parquet.write_table(table, part))

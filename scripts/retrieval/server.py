@@ -1,4 +1,4 @@
-"""Serves an index of your own pictures in clip-retrieval's protocol: on loopback, to this machine, and nothing else."""
+"""Serves an index of your own images in clip-retrieval's protocol: on loopback, to this machine, and nothing else."""
 from __future__ import annotations
 
 import base64
@@ -28,9 +28,9 @@ KNN, INDICES = "/knn-service", "/indices-list"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MOST_BYTES = 16_000_000      # of a request: a large photo as text
 SECONDS = 10.0               # in which a request must have arrived, and in which a part of the answer must be taken
-MOST_ASKED = 10_000          # pictures in one answer
+MOST_ASKED = 10_000          # images in one answer
 MOST_TEXT = 10_000           # characters of a question
-ANEW = "build the index anew with scripts/retrieve.py index"
+ANEW = "build the index again with scripts/retrieve.py index"
 _FLAT = struct.Struct("<4siqqq?iQ")      # how faiss begins an exact index: kind, width, vectors, -, -, -, -, numbers
 
 
@@ -78,15 +78,15 @@ class Index:
         self.rows = _read_rows(folder / "metadata" / "metadata_0.parquet")
         self.vectors = _read_vectors(folder / "image.index")
         if self.vectors.ntotal != len(self.rows):
-            raise UserError(f"'{folder}' has {self.vectors.ntotal} vectors and {len(self.rows)} pictures; {ANEW}.")
+            raise UserError(f"'{folder}' has {self.vectors.ntotal} vectors and {len(self.rows)} images; {ANEW}.")
         width = self.clip.texts(["a"]).shape[1]
         if self.vectors.d != width:
             raise UserError(f"'{folder}' has vectors of {self.vectors.d} numbers and its CLIP makes {width}; give the "
-                            "CLIP it was built with, or build it anew.")
+                            "CLIP it was built with, or build it again.")
         self._search, self._turn = _search_service(self.vectors), threading.Lock()
 
     def answer(self, question: _Question) -> Iterator[dict[str, Any]]:
-        """Returns the pictures a question finds, best first, each read when it is its turn."""
+        """Returns the images a question finds, best first, each read when it is its turn."""
         with self._turn:
             similarities, numbers = self._search(self._vector(question), min(question.num_images, len(self.rows)),
                                                  bool(question.deduplicate))
@@ -96,8 +96,8 @@ class Index:
     def _entry(self, number: int, similarity: float) -> dict[str, Any]:
         path, caption, url = self.rows[number]
         entry = {"id": number, "similarity": similarity, "caption": caption, "url": url}
-        picture = self._picture(path)
-        return entry | {"image": base64.b64encode(picture).decode()} if picture else entry
+        image = self._image(path)
+        return entry | {"image": base64.b64encode(image).decode()} if image else entry
 
     def _vector(self, question: _Question) -> np.ndarray:
         """Returns what to look for, (1, D) float32."""
@@ -105,16 +105,16 @@ class Index:
             return self.clip.texts([question.text]).numpy()
         if question.image is not None:
             try:
-                return self.clip.pictures([decode(question.image).image]).numpy()
+                return self.clip.images([decode(question.image).image]).numpy()
             except Unusable as problem:
-                raise _Refused(400, f"the picture {problem}") from problem
+                raise _Refused(400, f"the image {problem}") from problem
         vector = np.array([question.embedding_input], dtype=np.float32)
         if vector.shape[1] != self.vectors.d:
             raise _Refused(400, f"embedding_input has {vector.shape[1]} numbers instead of {self.vectors.d}")
         return vector
 
-    def _picture(self, name: str) -> bytes | None:
-        """Returns a picture of the index as a JPEG; None where none is in the folder under that name."""
+    def _image(self, name: str) -> bytes | None:
+        """Returns an image of the index as a JPEG; None where none is in the folder under that name."""
         try:
             path = (self.folder / name).resolve()
             if not path.is_relative_to(self.folder.resolve()):
@@ -137,7 +137,7 @@ def _read_description(folder: Path) -> tuple[str, str]:
 
 
 def _read_rows(path: Path) -> list[tuple[str, str, str]]:
-    """Reads image_path, caption and url of every picture."""
+    """Reads image_path, caption and url of every image."""
     parquet = library("pyarrow.parquet")
     names = ("image_path", "caption", "url")
     try:
@@ -148,7 +148,7 @@ def _read_rows(path: Path) -> list[tuple[str, str, str]]:
     except Exception as error:      # pyarrow raises many kinds for a bad file
         raise UserError(f"'{path}' is damaged ({first_line(error)}); {ANEW}.") from error
     if not all(isinstance(value, str) for row in rows for value in row):
-        raise UserError(f"'{path}' is damaged: a picture's path, caption or url is no text; {ANEW}.")
+        raise UserError(f"'{path}' is damaged: an image's path, caption or url is no text; {ANEW}.")
     return rows
 
 
@@ -184,7 +184,7 @@ class IndexServer:
     """Serves an index to callers on this machine; use it as a context, or `run` it.
 
     Requests that a web page in a browser could send are refused, addresses are not fetched, and of the files only
-    pictures in the index's own folder are given out.
+    images in the index's own folder are given out.
 
     Args:
         folder: what `build_index` made.
@@ -328,7 +328,7 @@ def read_question(body: bytes, name: str) -> _Question:
     except BadRecord as error:
         raise _Refused(400, f"the request is not understood: {error}") from error
     if question.image_url is not None:
-        raise _Refused(400, "image_url is not fetched; send the picture itself as image")
+        raise _Refused(400, "image_url is not fetched; send the image itself as image")
     if question.indice_name not in (None, name):
         raise _Refused(400, f"there is no such index; it is called '{name}'")
     if [question.text or None, question.image, question.embedding_input].count(None) != 2:

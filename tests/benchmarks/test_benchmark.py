@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import rows
+from benchmarks import cases
+from benchmarks.cases import ROWS, Bench, make_bench, needed_memory
 from benchmarks.measure import Contestant, Finding, Peak, claim, interleave, table
-from benchmarks.rows import ROWS, Bench, make_bench, needed_memory
 from conftest import small_model_config
 
 from ldm.files import RECORD
@@ -79,11 +79,11 @@ def test_every_way_to_step_predicts_the_same(bench: Bench, joint: bool) -> None:
     """What each saving leaves out is only work; the release's way differs in rounding alone."""
     bench.model.double()
     try:
-        ways = [rows.Preparing(bench.model), rows.Preparing(bench.model, times=True),
-                rows.Preparing(bench.model, times=True, text=True), bench.model]
-        first, *others = [rows.guided(bench, model, joint)() for model in ways]
-        with rows.as_the_release(CPU, torch.float32):
-            others.append(rows.guided(bench, ways[0], joint)())
+        ways = [cases.Preparing(bench.model), cases.Preparing(bench.model, times=True),
+                cases.Preparing(bench.model, times=True, text=True), bench.model]
+        first, *others = [cases.guided(bench, model, joint)() for model in ways]
+        with cases.as_the_release(CPU, torch.float32):
+            others.append(cases.guided(bench, ways[0], joint)())
     finally:
         bench.model.float()
     assert all(torch.allclose(first, other, rtol=1e-5, atol=1e-5) for other in others) and first.std() > 1e-3
@@ -97,9 +97,9 @@ def test_a_saving_left_out_is_done_in_full(bench: Bench, monkeypatch) -> None:
     layer = unet._cross_attention()[0]
     inner = layer.to_k.register_forward_pre_hook(lambda module, args: projections.append(1))
     counts = {}
-    for name, model in {"nothing": rows.Preparing(bench.model), "text": rows.Preparing(bench.model, text=True),
+    for name, model in {"nothing": cases.Preparing(bench.model), "text": cases.Preparing(bench.model, text=True),
                         "all": bench.model}.items():
-        run = rows.guided(bench, model, joint=True)
+        run = cases.guided(bench, model, joint=True)
         seen.clear(), projections.clear()
         run(), run()
         counts[name] = (seen[0], len(projections))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ldm import checkpoint
 from ldm.checkpoint import load_state, read_metadata, save_safetensors
-from ldm.customization.contexts import PromptScheme
 from ldm.customization.delta import AppliedConcept, Concept, base_identity, load_concept
+from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import trained_parameters
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.checkpoint import read_metadata
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune, make_scheme
-from ldm.data.concept import CaptionedImages, TrainingPlan, TrainingRows
+from ldm.data.batches import CaptionedImages, TrainingPlan, TrainingRows
 from ldm.data.images import Framing, list_images, load_framed
 from ldm.modules.attention import SpatialTransformer
 from ldm.training.run import Run, effective_learning_rate, fine_tune
@@ -39,7 +39,7 @@ def make_module(world: SmallWorld, *overrides: str, files: Sequence[Path] = ()) 
 
 def make_plan(world: SmallWorld, module: ConceptFinetune, prior_weight: float | None = 1.0,
               batch_size: int = 1) -> TrainingPlan:
-    """Plans batches of the small world's photos; `prior_weight` None leaves regularisation out."""
+    """Plans batches of the small world's photos; `prior_weight` None leaves regularization out."""
     photos, others = (load_framed(list_images(folder)[0], Framing(32))[0] for folder in
                       (world.photos, world.folder / "class"))
     photos, others = CaptionedImages(photos, module.captions), CaptionedImages(others, ["a photo of a cat"] * 3)
@@ -118,7 +118,7 @@ def test_optimizer_groups(small_world: SmallWorld) -> None:
     assert [tuple(block.shape) for block in [*words["params"], *contexts["params"]]] == [(2, 32)] * 3
 
 
-def test_contexts_of_absent_pictures_stay(small_world: SmallWorld) -> None:
+def test_contexts_of_absent_images_stay(small_world: SmallWorld) -> None:
     """Adam's momentum would move them with a zero gradient (the release's bug)."""
     module = make_module(small_world)
     optimizer, plan = module.configure_optimizers(), make_plan(small_world, module)
@@ -167,7 +167,7 @@ def test_masked_pixels_do_not_count_in_the_loss(small_world: SmallWorld, monkeyp
 
 
 def test_a_reference_weighs_the_same_whatever_stands_beside_it(small_world: SmallWorld, monkeypatch) -> None:
-    """Of two concepts one has class pictures: errors 1, 2 (references), 8 (class), however the step is divided."""
+    """Of two concepts one has class images: errors 1, 2 (references), 8 (class), however the step is divided."""
     module = make_module(small_world)
     plan = make_plan(small_world, module, batch_size=2)
     plan.concept, plan.regularization = (replace(plan.concept, groups=[0, 1]),
@@ -185,11 +185,11 @@ def test_a_reference_weighs_the_same_whatever_stands_beside_it(small_world: Smal
     assert sum(step(parts[1].rows(part)) for part in (0, 1)) / 2 == pytest.approx((1 + 2 + 8) / 4)
 
 
-def test_prior_weight_is_the_share_of_regularisation_in_the_gradient(small_world: SmallWorld) -> None:
+def test_prior_weight_is_the_share_of_regularization_in_the_gradient(small_world: SmallWorld) -> None:
     module = make_module(small_world)
     alone, none, full, double = (gradients(module, make_plan(small_world, module, weight).rows(0))
                                  for weight in (None, 0.0, 1.0, 2.0))
-    for name in alone:                    # with regularisation pictures, the mean is over twice as many rows
+    for name in alone:                    # with regularization images, the mean is over twice as many rows
         torch.testing.assert_close(none[name], alone[name] / 2, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(double[name] - full[name], full[name] - none[name], rtol=1e-3, atol=1e-6)
     assert tensors_differ(none, full)
@@ -363,7 +363,7 @@ def test_learning_rate_scaling_is_opt_in_and_printed(small_world: SmallWorld, tm
                                         *(f"trained.{name}" for name in make_module(small_world).trained)}
 
 
-def test_resuming_with_other_pictures_is_refused(small_world: SmallWorld, small_run: Run, tmp_path: Path) -> None:
+def test_resuming_with_other_images_is_refused(small_world: SmallWorld, small_run: Run, tmp_path: Path) -> None:
     folder, photos = tmp_path / "run", tmp_path / "photos"
     shutil.copytree(small_run.folder, folder)
     shutil.copytree(small_world.photos, photos)

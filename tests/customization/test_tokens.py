@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.customization import tokens
-from ldm.customization.contexts import (
+from ldm.customization.ico import (
     PromptScheme,
     context_length,
     initial_contexts,

@@ -1,4 +1,4 @@
-"""Tests that pictures arrive upright, flat, centred and named, and that regularisation sets read as written."""
+"""Tests that images arrive upright, flat, centered and named, and that regularization sets read as written."""
 from __future__ import annotations
 
 import os
@@ -26,7 +26,7 @@ STORED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Makes a picture with slopes, edges and grain, as photos have."""
+    """Makes an image with slopes, edges and grain, as photos have."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     slopes = np.stack([x / width * 255, y / height * 255, 128 + 100 * np.sin(x / 37) * np.cos(y / 23)], -1)
     slopes[height // 3:height // 2, width // 4:width // 3] = 20
@@ -81,7 +81,7 @@ def test_a_turned_jpeg_is_turned_once(folder: Path) -> None:
     assert open_image(folder / "a.jpg").getexif().get(0x0112, 1) == 1
 
 
-def test_hidden_colours_under_alpha_do_not_show(folder: Path) -> None:
+def test_hidden_colors_under_alpha_do_not_show(folder: Path) -> None:
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)])
     image.save(folder / "a.png")
@@ -107,7 +107,7 @@ def test_palette_with_transparency(folder: Path, suffix: str) -> None:
     assert [pixel(flat, x) for x in range(3)] == [RED, WHITE, BLUE]
 
 
-def test_rgb_with_one_transparent_colour(folder: Path) -> None:
+def test_rgb_with_one_transparent_color(folder: Path) -> None:
     image = Image.new("RGB", (2, 1), BLUE)
     image.putpixel((0, 0), GREEN)
     image.save(folder / "a.png", transparency=GREEN)
@@ -158,8 +158,8 @@ def test_black_and_black_and_white(folder: Path) -> None:
 def test_cmyk_and_grey_jpegs(folder: Path) -> None:
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
     np.testing.assert_allclose(pixel(open_image(folder / "cmyk.jpg")), RED, atol=3)
-    Image.new("L", (16, 16), 90).save(folder / "grey.jpg", quality=100)
-    np.testing.assert_allclose(pixel(open_image(folder / "grey.jpg")), (90, 90, 90), atol=1)
+    Image.new("L", (16, 16), 90).save(folder / "gray.jpg", quality=100)
+    np.testing.assert_allclose(pixel(open_image(folder / "gray.jpg")), (90, 90, 90), atol=1)
 
 
 @pytest.mark.parametrize("kind", ["webp", "avif", "bmp", "tiff", "ppm"])
@@ -253,16 +253,16 @@ def test_junk_is_skipped_and_named(folder: Path) -> None:
     assert found.keys() == {".DS_Store", "._good.png", "notes.txt", "empty.jpg", "drawing.eps", "more", "gone.png",
                             "phone.heic", "cut.jpg", "cut.png", "cut.webp"}
     assert found[".DS_Store"] == found["._good.png"] == "is hidden"
-    assert found["notes.txt"] == found["drawing.eps"] == "is not a readable picture"
+    assert found["notes.txt"] == found["drawing.eps"] == "is not a readable image"
     assert (found["empty.jpg"], found["more"], found["gone.png"]) == ("is empty", "is a folder", "does not exist")
     assert find_spec("pillow_heif") or found["phone.heic"].startswith("is a HEIC photo (install pillow_heif")
     assert "truncated" in found["cut.jpg"] and "truncated" in found["cut.png"]
 
 
-def test_a_truncated_picture_is_refused_in_one_sentence(folder: Path) -> None:
+def test_a_truncated_image_is_refused_in_one_sentence(folder: Path) -> None:
     photo(300, 200).save(folder / "whole.jpg")
     (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:4000])
-    with pytest.raises(UserError, match=r"^picture '.*cut\.jpg' is truncated .*; replace it or take it out\.$"):
+    with pytest.raises(UserError, match=r"^image '.*cut\.jpg' is truncated .*; replace it or take it out\.$"):
         open_image(folder / "cut.jpg")
     with pytest.raises(UserError, match=r"cut\.jpg' is truncated .*; give a folder"):
         list_images(folder / "cut.jpg")
@@ -271,7 +271,7 @@ def test_a_truncated_picture_is_refused_in_one_sentence(folder: Path) -> None:
 
 
 def test_empty_missing_and_useless_folders(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"set' holds no usable picture \(it is empty\)"):
+    with pytest.raises(UserError, match=r"set' holds no usable image \(it is empty\)"):
         list_images(folder)
     with pytest.raises(UserError, match=r"elsewhere' does not exist"):
         list_images(folder / "elsewhere")
@@ -312,10 +312,10 @@ def test_very_large_jpegs_are_decoded_small_and_others_whole(folder: Path, monke
     np.testing.assert_array_equal(np.array(open_image(folder / "a.jpg")), whole)
     monkeypatch.setattr(images, "SHRINK_FROM", 200_000)
     monkeypatch.setattr(images, "SHRINK_TO", 120)
-    picture = images.open_picture(folder / "a.jpg")
-    assert picture.image.size == (160, 120) and picture.notes == ("640 x 480 px made smaller",)
+    image = images.load_decoded(folder / "a.jpg")
+    assert image.image.size == (160, 120) and image.notes == ("640 x 480 px made smaller",)
     mean = whole.reshape(120, 4, 160, 4, 3).mean(axis=(1, 3))
-    assert np.abs(np.array(picture.image) - mean).mean() < 4
+    assert np.abs(np.array(image.image) - mean).mean() < 4
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 160_000)       # of the header Pillow allows twice as many
     assert images.why_unusable(folder / "a.jpg") is None
     photo(640, 480).save(folder / "a.png")
@@ -326,11 +326,11 @@ def test_very_large_jpegs_are_decoded_small_and_others_whole(folder: Path, monke
 
 def test_a_phones_200_megapixels_are_read(folder: Path) -> None:
     Image.new("L", (16320, 12240), 99).save(folder / "a.jpg")
-    picture = images.open_picture(folder / "a.jpg")
-    assert picture.image.size == (4080, 3060) and pixel(picture.image, 4000, 3000) == (99, 99, 99)
+    image = images.load_decoded(folder / "a.jpg")
+    assert image.image.size == (4080, 3060) and pixel(image.image, 4000, 3000) == (99, 99, 99)
 
 
-def test_one_picture_or_a_list_of_pictures(folder: Path, tmp_path: Path) -> None:
+def test_one_image_or_a_list_of_images(folder: Path, tmp_path: Path) -> None:
     for name in ("b.png", "a.png", "c d.png"):
         photo(4, 4).save(folder / name)
     assert list_images(folder / "b.png") == ([folder / "b.png"], [])
@@ -341,7 +341,7 @@ def test_one_picture_or_a_list_of_pictures(folder: Path, tmp_path: Path) -> None
     assert [str(each) for each in skipped] == ["'gone.png' does not exist"]
 
 
-# ---- regularisation sets
+# ---- regularization sets
 
 
 def three() -> list[tuple[Image.Image, str, str]]:
@@ -352,9 +352,9 @@ def three() -> list[tuple[Image.Image, str, str]]:
 def test_written_sets_read_back(tmp_path: Path) -> None:
     root = tmp_path / "real_reg" / "samples_tabby_cat"
     written = write_regularization(root, "tabby cat", iter(three()))
-    pictures = [f"tabby_cat/0000{n}.jpg" for n in range(3)]
+    images = [f"tabby_cat/0000{n}.jpg" for n in range(3)]
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
-    assert files == ["caption.txt", "images.txt", "tabby_cat", *pictures, "urls.txt"]
+    assert files == ["caption.txt", "images.txt", "tabby_cat", *images, "urls.txt"]
     assert (root / "images.txt").read_text() == "tabby_cat/00000.jpg\ntabby_cat/00001.jpg\ntabby_cat/00002.jpg\n"
     assert (root / "urls.txt").read_text() == "http://x/0\nhttp://x/1\nhttp://x/2\n"
     captions = ["a cat on a chair", "ein Kätzchen", "a photo of a tabby cat"]
@@ -362,12 +362,12 @@ def test_written_sets_read_back(tmp_path: Path) -> None:
     for path in (root, root / "images.txt"):
         found = read_regularization(path, "tabby cat")
         assert (found.paths, found.captions, found.skipped) == (written, captions, [])
-        assert "3 picture(s) listed in" in found.source and "caption.txt" in found.source
+        assert "3 image(s) listed in" in found.source and "caption.txt" in found.source
     for number, path in enumerate(found.paths):
         np.testing.assert_allclose(pixel(open_image(path)), (60 * number, 0, 0), atol=2)
 
 
-def test_writing_again_leaves_no_old_caption_on_a_new_picture(tmp_path: Path) -> None:
+def test_writing_again_leaves_no_old_caption_on_a_new_image(tmp_path: Path) -> None:
     first = write_regularization(tmp_path, "cat", three())
 
     def cut_short():
@@ -400,7 +400,7 @@ def test_a_failing_disk_leaves_the_earlier_lists(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="No space left"):
         write_regularization(tmp_path, "cat", three()[:1])
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    with pytest.raises(UserError, match="no picture to write"):
+    with pytest.raises(UserError, match="no image to write"):
         write_regularization(tmp_path, "cat", [])
 
 
@@ -436,7 +436,7 @@ def test_differing_counts_are_refused_with_both_numbers(tmp_path: Path) -> None:
     assert read_regularization(tmp_path, "cat").captions == ["one", "two\u2028and a half", "three"]
 
 
-def test_a_missing_picture_names_its_line_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
+def test_a_missing_image_names_its_line_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
     paths = write_regularization(tmp_path, "cat", three())
     paths[1].write_bytes(paths[1].read_bytes()[:300])
     found = read_regularization(tmp_path, "cat")
@@ -450,10 +450,10 @@ def test_a_missing_picture_names_its_line_and_a_damaged_one_is_skipped(tmp_path:
     with pytest.raises(UserError, match="line 2 of"):
         read_regularization(tmp_path, "cat")
     (tmp_path / "images.txt").write_text("\n")
-    with pytest.raises(UserError, match="names no picture"):
+    with pytest.raises(UserError, match="names no image"):
         read_regularization(tmp_path, "cat")
     (tmp_path / "images.txt").write_text("cat/00001.jpg\n")
-    with pytest.raises(UserError, match=r"no usable picture \('00001\.jpg' is"):
+    with pytest.raises(UserError, match=r"no usable image \('00001\.jpg' is"):
         read_regularization(tmp_path, "cat", "cat")
 
 
@@ -472,16 +472,16 @@ def test_the_caption_argument_is_words_or_a_file(tmp_path: Path) -> None:
         read_regularization(root / "cat", "cat", str(words))
 
 
-def test_any_folder_of_pictures_gets_the_class_caption(folder: Path) -> None:
+def test_any_folder_of_images_gets_the_class_caption(folder: Path) -> None:
     for name in ("img10.png", "img2.png"):
         photo(4, 4).save(folder / name)
     (folder / "notes.md").write_text("none")
     found = read_regularization(folder, "umbrella")
     assert [path.name for path in found.paths] == ["img2.png", "img10.png"]
     assert found.captions == ["a photo of an umbrella"] * 2
-    assert found.source == (f"regularisation: 2 picture(s) of '{folder}', each captioned 'a photo of an umbrella'; "
+    assert found.source == (f"regularization: 2 image(s) of '{folder}', each captioned 'a photo of an umbrella'; "
                             "1 file(s) skipped.")
-    assert [str(skipped) for skipped in found.skipped] == ["'notes.md' is not a readable picture"]
+    assert [str(skipped) for skipped in found.skipped] == ["'notes.md' is not a readable image"]
     assert read_regularization(folder, "cat", "painting").captions == ["painting"] * 2
     with pytest.raises(UserError, match="does not exist"):
         read_regularization(folder / "no", "cat")
@@ -499,20 +499,20 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpa
 
 
 @pytest.mark.parametrize("read", [size_of, texts_of, open_image])
-def test_no_reader_of_pictures_starts_another_program(tmp_path, monkeypatch, read):
+def test_no_reader_of_images_starts_another_program(tmp_path, monkeypatch, read):
     """An EPS of any name would start Ghostscript, which is what `gs` in the path is."""
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "a.png").write_bytes(EPS)
-    with pytest.raises(UserError, match="picture '.*a.png' is not a readable picture"):
+    with pytest.raises(UserError, match="image '.*a.png' is not a readable image"):
         read(tmp_path / "a.png")
     assert not (tmp_path / "started").exists()
 
 
 def test_size_and_texts_of_a_file(tmp_path):
-    """Texts may stand before the pixels or behind them; one of absurd length leaves none, and a picture."""
+    """Texts may stand before the pixels or behind them; one of absurd length leaves none, and an image."""
     info = PngImagePlugin.PngInfo()
     info.add_text("before", "a", zip=True)
     info.add(b"tEXt", b"after\0b", after_idat=True)
@@ -527,6 +527,6 @@ def test_size_and_texts_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("read", [size_of, texts_of, open_image])
 @pytest.mark.parametrize("name", ["none.png", "x" * 300, "a\0b"])
-def test_a_picture_that_is_not_there_is_a_sentence(tmp_path, read, name):
-    with pytest.raises(UserError, match="^picture '.*' (does not exist|is truncated or cannot be read)"):
+def test_a_image_that_is_not_there_is_a_sentence(tmp_path, read, name):
+    with pytest.raises(UserError, match="^image '.*' (does not exist|is truncated or cannot be read)"):
         read(tmp_path / name)

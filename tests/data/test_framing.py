@@ -14,7 +14,7 @@ from conftest import Call, SmallWorld, contents
 from PIL import Image
 
 from ldm.customization.finetune import masked_mean
-from ldm.data.concept import CaptionedImages, TrainingPlan
+from ldm.data.batches import CaptionedImages, TrainingPlan
 from ldm.data.images import DecodedImage, Framing, decode, load_framed, open_image, square, trim_bars
 from ldm.files import RECORD
 from ldm.training.inspection import CELL, LABEL, inspect_sets
@@ -35,12 +35,12 @@ def test_a_frame_and_its_mask_by_hand(tmp_path: Path) -> None:
     image = Image.new("RGBA", (20, 20), (255, 0, 0, 255))
     image.paste((0, 255, 0, 0), (0, 0, 10, 20))                                      # the left half is transparent
     image.save(tmp_path / "a.png")
-    picture = decode(tmp_path / "a.png", "#0000ff")
-    assert picture.notes == ("transparent in part",)
-    pixels, mask = Framing(20, background="#0000ff", alpha_mask=True).frame(picture)
+    image = decode(tmp_path / "a.png", "#0000ff")
+    assert image.notes == ("transparent in part",)
+    pixels, mask = Framing(20, background="#0000ff", alpha_mask=True).frame(image)
     assert (pixels[:, :10] == (0, 0, 255)).all() and (pixels[:, 10:] == (255, 0, 0)).all()
     assert (mask[:, :10] == 0).all() and (mask[:, 10:] == 255).all()
-    assert (Framing(20).frame(picture)[1] == 255).all()                              # unless asked for, all counts
+    assert (Framing(20).frame(image)[1] == 255).all()                              # unless asked for, all counts
     wide = decode(tmp_path / "a.png").image.resize((20, 10))
     wide.save(tmp_path / "wide.png")
     pixels, mask = Framing(20, "pad").frame(decode(tmp_path / "wide.png"))
@@ -70,7 +70,7 @@ def test_a_masked_mean_by_hand() -> None:
     assert masked_mean(error, torch.ones(1, 4, 4)).item() == pytest.approx(3.5)
 
 
-def test_masks_flip_with_their_pictures() -> None:
+def test_masks_flip_with_their_images() -> None:
     images = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8)
     source = CaptionedImages(images, ["a", "b", "c"], masks=images[..., 0].clone())
     plain = CaptionedImages(images[:2], ["x", "y"])
@@ -80,8 +80,8 @@ def test_masks_flip_with_their_pictures() -> None:
     assert next(iter(TrainingPlan(plain, None, batch_size=1))).masks is None
 
 
-def test_each_reference_comes_with_a_picture_of_its_own_class() -> None:
-    """Three pictures of concept 0, one of 1, two of 2 that has no class pictures; sets of 2 and 5."""
+def test_each_reference_comes_with_a_image_of_its_own_class() -> None:
+    """Three images of concept 0, one of 1, two of 2 that has no class images; sets of 2 and 5."""
     references = CaptionedImages(torch.zeros(6, 2, 2, 3, dtype=torch.uint8), [*"000122"], groups=[0, 0, 0, 1, 2, 2])
     classes = CaptionedImages(torch.zeros(7, 2, 2, 3, dtype=torch.uint8), [f"class 0 {n}" for n in range(2)] +
                               [f"class 1 {n}" for n in range(5)], groups=[0, 0, 1, 1, 1, 1, 1])
@@ -101,7 +101,7 @@ def test_each_reference_comes_with_a_picture_of_its_own_class() -> None:
         assert sorted(whole.rows(step).captions) == sorted(divided[0] + divided[1])
 
 
-def test_padded_and_transparent_pictures_train(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:
+def test_padded_and_transparent_images_train(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("RGBA", (60, 40), (200, 30, 30, 128)).save(folder / "a.png")
@@ -112,7 +112,7 @@ def test_padded_and_transparent_pictures_train(small_world: SmallWorld, call_scr
     assert outcome.status == 0, outcome.err
     assert "warning: 'b.png' is 20 x 30 px and is enlarged to 32" in outcome.out
     for override, message in (("data.crop=squash", "data.crop 'squash' is unknown; use one of center, pad"),
-                              ("data.background=nocolour", "colour 'nocolour' is unknown"),
+                              ("data.background=nocolour", "color 'nocolour' is unknown"),
                               ("data.reg.mode=buy", "use one of folder, generate, none"),
                               ("data.reg.num=0", "data.reg.num is 0")):
         assert message in call_script("train", *options, override).error
@@ -133,7 +133,7 @@ def test_the_inspection_names_everything(small_world: SmallWorld, call_script: C
                           "data.alpha_mask=true", "data.captions=true", "--inspect", out)
     assert outcome.status == 0, outcome.err
     lines = outcome.out.splitlines()
-    assert "thing: 2 pictures used, 2 files skipped (folder with 1 captions beside pictures)" in lines
+    assert "thing: 2 images used, 2 files skipped (folder with 1 captions beside images)" in lines
     assert "thing: skipped 'empty.jpg' is empty" in lines and "thing: skipped '.DS_Store' is hidden" in lines
     assert "thing: warning: 'img2.png' is 20 x 30 px, smaller than 32 px: enlarged" in lines
     with (out / "files.tsv").open(newline="") as file:
@@ -142,9 +142,9 @@ def test_the_inspection_names_everything(small_world: SmallWorld, call_script: C
     assert [(row["number"], row["file"], row["fate"]) for row in mine] == [
         ("0", "img2.png", "used"), ("1", "img10.png", "used"), ("", ".DS_Store", "skipped: is hidden"),
         ("", "empty.jpg", "skipped: is empty")]
-    assert mine[0]["what was done"] == "was grey; sides cut off; smaller than 32 px: enlarged"
+    assert mine[0]["what was done"] == "was gray; sides cut off; smaller than 32 px: enlarged"
     assert mine[0]["caption"] == "a cat" and mine[1]["original size"] == "60 x 40"
-    assert {row["set"] for row in rows} == {"thing", "thing, regularisation"}
+    assert {row["set"] for row in rows} == {"thing", "thing, regularization"}
     assert sorted(path.name for path in out.glob("*.png")) == ["sheet-00.png", "sheet-01.png"]
     outcome = call_script("train", "--datapath", folder, "--inspect", out)      # a new user: photos, and nothing else
     assert outcome.status == 0, outcome.err
@@ -183,8 +183,8 @@ def test_black_bars_are_trimmed(tmp_path: Path, rows: tuple[int, int], columns: 
     grain = Image.fromarray(np.random.default_rng(0).integers(40, 256, (15, 20, 3), np.uint8))
     photo = np.asarray(grain.resize((160, 120), Image.Resampling.BILINEAR))
     Image.fromarray(barred(photo, rows, columns, 3)).save(tmp_path / f"a.{kind}", quality=95)
-    picture = decode(tmp_path / f"a.{kind}")
-    kept = trim_bars(picture)
+    image = decode(tmp_path / f"a.{kind}")
+    kept = trim_bars(image)
     lost = [0 if bars == (0, 0) else 1 for bars in (rows, columns)]
     assert kept.image.size == (160 - 2 * lost[1], 120 - 2 * lost[0])
     inner = photo[lost[0]:120 - lost[0], lost[1]:160 - lost[1]]
@@ -193,8 +193,8 @@ def test_black_bars_are_trimmed(tmp_path: Path, rows: tuple[int, int], columns: 
     assert trim_bars(kept) is kept
 
 
-def dark_pictures() -> dict[str, np.ndarray]:
-    """Pictures with black at their sides that are nobody's bars, each (480, 640, 3)."""
+def dark_images() -> dict[str, np.ndarray]:
+    """Images with black at their sides that are nobody's bars, each (480, 640, 3)."""
     rng = np.random.default_rng(0)
     photo, y = rng.integers(40, 256, (480, 640, 3), np.uint8), np.linspace(-1, 1, 480)[:, None, None]
     dusk = (photo * np.clip(1.2 - 1.6 * np.abs(y), 0, 1)).astype(np.uint8)
@@ -207,13 +207,13 @@ def dark_pictures() -> dict[str, np.ndarray]:
             "stars": stars}
 
 
-@pytest.mark.parametrize("name", dark_pictures())
+@pytest.mark.parametrize("name", dark_images())
 def test_what_is_dark_by_itself_is_not_trimmed(name: str) -> None:
-    picture = DecodedImage(Image.fromarray(dark_pictures()[name]), None)
-    assert trim_bars(picture) is picture
+    image = DecodedImage(Image.fromarray(dark_images()[name]), None)
+    assert trim_bars(image) is image
 
 
-def test_masks_are_trimmed_with_their_pictures() -> None:
+def test_masks_are_trimmed_with_their_images() -> None:
     photo = np.random.default_rng(0).integers(40, 256, (60, 60, 3), np.uint8)
     image = Image.fromarray(barred(photo, (0, 0), (30, 30)))
     alpha = Image.fromarray(np.asarray(image)[..., 0])               # opaque where the photo is red
@@ -252,8 +252,8 @@ def test_the_inspection_shows_bars_before_and_after(small_world: SmallWorld, cal
     assert (np.asarray(Image.open(seen)) == (255, 0, 0)).all()
 
 
-def test_names_stand_below_their_pictures(tmp_path: Path) -> None:
-    """Each in its column; a sheet of two pictures is two wide; a long name keeps both its ends within its cell."""
+def test_names_stand_below_their_images(tmp_path: Path) -> None:
+    """Each in its column; a sheet of two images is two wide; a long name keeps both its ends within its cell."""
     for name in ("a", "b" * 80):
         Image.new("RGB", (8, 8), "white").save(tmp_path / f"{name}.png")
     report = inspect_sets([("x", tmp_path, False)], Framing(8), tmp_path / "out", flip=False)
@@ -274,12 +274,12 @@ def test_the_sheet_shows_crop_mirror_and_mask(tmp_path: Path) -> None:
     image.save(folder / "a.png")
     report = inspect_sets([("x", folder, False)], Framing(CELL, background="yellow", alpha_mask=True), tmp_path / "out")
     page = np.asarray(Image.open(report.sheets[0]).convert("RGB"))
-    colours = [tuple(colour) for colour in page[:, 8 + CELL // 4]]         # a column through the left half of the cells
-    right = [tuple(colour) for colour in page[:, 8 + CELL * 3 // 4]]
-    assert (0, 0, 255) not in set(colours) | set(right)
-    assert colours.count((255, 0, 0)) == right.count((255, 0, 0)) == CELL   # left as it is, right mirrored
-    assert colours.count((255, 255, 0)) == right.count((255, 255, 0)) == CELL
-    assert right.count((0, 0, 0)) >= CELL > colours.count((0, 0, 0))        # the mask's hole
+    colors = [tuple(color) for color in page[:, 8 + CELL // 4]]         # a column through the left half of the cells
+    right = [tuple(color) for color in page[:, 8 + CELL * 3 // 4]]
+    assert (0, 0, 255) not in set(colors) | set(right)
+    assert colors.count((255, 0, 0)) == right.count((255, 0, 0)) == CELL   # left as it is, right mirrored
+    assert colors.count((255, 255, 0)) == right.count((255, 255, 0)) == CELL
+    assert right.count((0, 0, 0)) >= CELL > colors.count((0, 0, 0))        # the mask's hole
 
 
 BREAKS = {"empty": lambda data: b"", "cut": lambda data: data[:len(data) // 2], "text": lambda data: b"some milk",

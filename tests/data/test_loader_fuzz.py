@@ -1,4 +1,4 @@
-"""Tests the image loader on damaged files: a picture or a reason, never another exception, a hang or a bomb."""
+"""Tests the image loader on damaged files: an image or a reason, never another exception, a hang or a bomb."""
 from __future__ import annotations
 
 import struct
@@ -80,7 +80,7 @@ def look(data: bytes) -> str | None:
 @settings(max_examples=5000, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(damaged())
-def test_damaged_files_give_a_picture_or_a_reason(data: bytes) -> None:
+def test_damaged_files_give_a_image_or_a_reason(data: bytes) -> None:
     look(data)
 
 
@@ -91,7 +91,7 @@ def test_any_bytes_give_a_reason(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", range(len(KINDS)))
-def test_the_undamaged_files_are_pictures(number: int) -> None:
+def test_the_undamaged_files_are_images(number: int) -> None:
     assert look(whole(number)) is None
 
 

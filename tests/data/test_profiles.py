@@ -1,4 +1,4 @@
-"""Tests colour profiles: pixels become the sRGB that the profile's own formula gives, sRGB's stay to the bit."""
+"""Tests color profiles: pixels become the sRGB that the profile's own formula gives, sRGB's stay to the bit."""
 from __future__ import annotations
 
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ldm.data.images import decode, open_picture
+from ldm.data.images import decode, load_decoded
 
 D50 = (0.9642, 1.0, 0.8249)
 # Primaries' XYZ under D50, a row each: of a wide gamut (Adobe RGB's, published) and of sRGB.
@@ -70,9 +70,9 @@ def srgb_levels(linear: np.ndarray) -> np.ndarray:
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def expected(colours: np.ndarray) -> np.ndarray:
-    """What colours (N, 3) of the wide profile are in sRGB, by its formula."""
-    light = (colours / 255) ** GAMMA @ WIDE                                                      # (N, 3), XYZ
+def expected(colors: np.ndarray) -> np.ndarray:
+    """What colors (N, 3) of the wide profile are in sRGB, by its formula."""
+    light = (colors / 255) ** GAMMA @ WIDE                                                      # (N, 3), XYZ
     return srgb_levels(light @ np.linalg.inv(SRGB))
 
 
@@ -87,10 +87,10 @@ def test_a_wide_gamut_becomes_srgb(kind: str) -> None:
     image = Image.fromarray(COLOURS[None].repeat(16, axis=0).repeat(16, axis=1))                 # (16, 96, 3)
     if kind == "WEBP":
         image = image.resize((96, 16))
-    picture = decode(saved(image, rgb_profile(WIDE), kind))
-    found = np.asarray(picture.image)[8, 8::16]                                                  # (6, 3)
+    image = decode(saved(image, rgb_profile(WIDE), kind))
+    found = np.asarray(image.image)[8, 8::16]                                                  # (6, 3)
     np.testing.assert_allclose(found, expected(COLOURS), atol=2 if kind in ("PNG", "TIFF") else 8)
-    assert np.abs(expected(COLOURS) - COLOURS).max() > 20 and picture.notes == ("colours converted to sRGB",)
+    assert np.abs(expected(COLOURS) - COLOURS).max() > 20 and image.notes == ("colors converted to sRGB",)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
@@ -99,18 +99,18 @@ def test_transparency_stays_and_what_shows_through_it_is_srgb(mode: str) -> None
     image.putalpha(Image.fromarray(np.array([[255, 255, 0, 0]], np.uint8)))
     if mode == "P":
         image = image.quantize(4)
-    picture = decode(saved(image, rgb_profile(WIDE)), "blue")
-    pixels = np.asarray(picture.image)[0]                                                        # (4, 3)
+    image = decode(saved(image, rgb_profile(WIDE)), "blue")
+    pixels = np.asarray(image.image)[0]                                                        # (4, 3)
     np.testing.assert_allclose(pixels[:2], expected(COLOURS[:1]).repeat(2, axis=0), atol=2)
-    assert pixels[2:].tolist() == [[0, 0, 255]] * 2 and np.asarray(picture.alpha).tolist() == [[255, 255, 0, 0]]
+    assert pixels[2:].tolist() == [[0, 0, 255]] * 2 and np.asarray(image.alpha).tolist() == [[255, 255, 0, 0]]
 
 
 def test_the_pixels_of_srgb_stay_to_the_bit() -> None:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    picture = decode(saved(Image.fromarray(pixels), icc))
-    np.testing.assert_array_equal(np.asarray(picture.image), pixels)
-    assert picture.notes == ()
+    image = decode(saved(Image.fromarray(pixels), icc))
+    np.testing.assert_array_equal(np.asarray(image.image), pixels)
+    assert image.notes == ()
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -118,17 +118,17 @@ def test_grey_with_a_profile(deep: bool) -> None:
     """Linear light, as scanners may write it."""
     levels = np.array([[0, 30, 100, 200, 255]], np.uint8)
     image = Image.fromarray(levels.astype(np.uint16) * 257) if deep else Image.fromarray(levels)
-    picture = decode(saved(image, grey_profile()))
+    image = decode(saved(image, grey_profile()))
     wanted = srgb_levels(levels[0] / 255)[:, None].repeat(3, axis=1)
-    np.testing.assert_allclose(np.asarray(picture.image)[0], wanted, atol=2)
-    assert picture.notes[1] == "colours converted to sRGB"
+    np.testing.assert_allclose(np.asarray(image.image)[0], wanted, atol=2)
+    assert image.notes[1] == "colors converted to sRGB"
 
 
 def test_inks_with_a_profile() -> None:
-    for ink, colour in (((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 255, 0, 0), (255, 0, 0))):
-        picture = decode(saved(Image.new("CMYK", (16, 16), ink), ink_profile(), "TIFF"))
-        np.testing.assert_allclose(picture.image.getpixel((8, 8)), colour, atol=10)     # 8-bit Lab
-        assert picture.notes == ("was CMYK", "colours converted to sRGB")
+    for ink, color in (((0, 0, 0, 0), (255, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 255, 0, 0), (255, 0, 0))):
+        image = decode(saved(Image.new("CMYK", (16, 16), ink), ink_profile(), "TIFF"))
+        np.testing.assert_allclose(image.image.getpixel((8, 8)), color, atol=10)     # 8-bit Lab
+        assert image.notes == ("was CMYK", "colors converted to sRGB")
     assert decode(saved(Image.new("CMYK", (1, 1), (0, 255, 0, 0)), b"", "TIFF")).image.getpixel((0, 0))[2] > 100
 
 
@@ -137,6 +137,6 @@ def test_inks_with_a_profile() -> None:
 def test_a_profile_that_is_damaged_or_of_another_kind_is_left_out(tmp_path: Path, icc: bytes) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     (tmp_path / "a.png").write_bytes(saved(Image.fromarray(pixels), icc))
-    picture = open_picture(tmp_path / "a.png")
-    np.testing.assert_array_equal(np.asarray(picture.image), pixels)
-    assert picture.notes == ("colour profile unreadable",)
+    image = load_decoded(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(image.image), pixels)
+    assert image.notes == ("color profile unreadable",)

@@ -16,7 +16,7 @@ from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
 from ldm.files import RECORD
-from ldm.pictures import SETTINGS_KEY, save_png
+from ldm.sheets import SETTINGS_KEY, save_png
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -54,7 +54,7 @@ def test_a_concept_file_is_drawn_and_measured(call_script: Call, small_world: Sm
     assert (judge["accuracy"], judge["held_out"], len(judge["weights"])) == ({"noun": 0.5}, 4, 16)
     with Image.open(tmp_path / "out" / "sheet.png") as page:                          # reference, two ways
         assert page.width == 3 * (160 + 8) + 8
-    again = call_script("evaluate", "--pictures", tmp_path / "out", "--references", small_world.photos, *metric_options,
+    again = call_script("evaluate", "--images", tmp_path / "out", "--references", small_world.photos, *metric_options,
                         "--outdir", tmp_path / "again")
     assert again.status == 0, again.err
     close = [json.loads(line) for line in (tmp_path / "again" / "rows.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def test_a_concept_file_is_drawn_and_measured(call_script: Call, small_world: Sm
     assert set(contents(tmp_path / "again")) == {*RESULTS, RECORD}
 
 
-def test_pictures_without_prompts_or_references(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
+def test_images_without_prompts_or_references(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / "a.png")
     outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
@@ -84,13 +84,13 @@ def with_settings(path: Path, text: str) -> None:
     '{"strength": "much"}', '{"strength": NaN}', '{"strength": 1e999}', '{"strength": 1' + "0" * 400 + "}",
     '{"seed": [1]}', '{"seed": true}', '{"seed": 1.5}', '{"text": "\\ud800"}', '{"sampler": {}}',
     '{"prompt": "' + "a" * 30000 + '"}'], ids=lambda text: text[:30])
-def test_settings_inside_a_strangers_picture_are_left_out(call_script: Call, metric_options: list[str], tmp_path: Path,
+def test_settings_inside_a_strangers_image_are_left_out(call_script: Call, metric_options: list[str], tmp_path: Path,
                                                          text: str) -> None:
-    """The picture is measured without them, and named."""
+    """The image is measured without them, and named."""
     (tmp_path / "p").mkdir()
     with_settings(tmp_path / "p" / "a.png", text)
     with_settings(tmp_path / "p" / "b.png", '{"prompt": "a cat", "strength": 1, "what others add": [1, {}]}')
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    outcome = call_script("evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert [line for line in outcome.out.splitlines() if "inside" in line][0].startswith(
         "warning: the settings inside 'a.png' are left out, as they are not what is written here (")
@@ -104,7 +104,7 @@ def test_results_replace_no_file_of_another(call_script: Call, metric_options: l
     (tmp_path / "p").mkdir()
     Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / "a.png")
     out = tmp_path / "out"
-    command = ["evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", out]
+    command = ["evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", out]
     assert call_script(*command).status == 0 and call_script(*command).status == 0
     (out / RECORD).unlink()
     assert call_script(*command).status == 0
@@ -116,7 +116,7 @@ def test_results_replace_no_file_of_another(call_script: Call, metric_options: l
     assert contents(out) == before
 
 
-def test_a_picture_that_goes_between_being_found_and_read(call_script: Call, metric_options: list[str], tmp_path: Path,
+def test_a_image_that_goes_between_being_found_and_read(call_script: Call, metric_options: list[str], tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p").mkdir()
     for name in ("a.png", "b.png"):
@@ -129,8 +129,8 @@ def test_a_picture_that_goes_between_being_found_and_read(call_script: Call, met
         return found
 
     monkeypatch.setattr(layouts, "list_images", find)
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
-    assert f"picture '{tmp_path / 'p' / 'b.png'}' does not exist; replace it or take it out" in outcome.error
+    outcome = call_script("evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    assert f"image '{tmp_path / 'p' / 'b.png'}' does not exist; replace it or take it out" in outcome.error
 
 
 def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_options: list[str],
@@ -140,7 +140,7 @@ def test_the_bare_base_model_is_not_called_fine_tuned(call_script: Call, metric_
     ways = {"base model": plain, "fine-tuned": tuned, "DCI, lambda 1": tuned | {"strength": 1.0}}
     for number, settings in enumerate(ways.values()):
         save_png(Image.new("RGB", (20, 20), "red"), tmp_path / "p" / f"{number}.png", settings)
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    outcome = call_script("evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]) == list(ways)
 
@@ -150,7 +150,7 @@ def test_columns_go_from_plain_to_rising_lambda(call_script: Call, metric_option
         save_png(Image.new("RGB", (20, 20), "red"), tmp_path / "p" / f"{number}.png",
                  {"prompt": "a cat", "strength": strength, "seed": 1, "steps": 2, "sampler": "ddim", "scale": 3.0,
                   "concept": {"words": ["<new1>"], "class_noun": "cat", "step": 2}})
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", "--metrics", "small_clip", "judge", "kid",
+    outcome = call_script("evaluate", "--images", tmp_path / "p", "--metrics", "small_clip", "judge", "kid",
                           *metric_options[metric_options.index("--metric_weights"):], "--outdir", tmp_path / "out")
     assert "| fine-tuned | DCI, lambda -1 | DCI, lambda 0 | DCI, lambda 1.5 |" in outcome.out
     assert outcome.out.count("skipped kid") == 1 and "(fine-tuned; DCI, lambda -1; DCI, lambda 0" in outcome.out
@@ -164,15 +164,15 @@ def test_weights_nobody_gave_are_one_line(metric_files: dict[str, Path]) -> None
 
 def test_references_are_read_as_training_reads_them(call_script: Call, metric_options: list[str],
                                                     tmp_path: Path) -> None:
-    for place, colours in (("p", ["red"]), ("mine", ["red", "blue"]), ("class/images", ["blue", "green"])):
+    for place, colors in (("p", ["red"]), ("mine", ["red", "blue"]), ("class/images", ["blue", "green"])):
         (tmp_path / place).mkdir(parents=True)
-        for colour in colours:
-            Image.new("RGB", (20, 20), colour).save(tmp_path / place / f"{colour}.png")
-    (tmp_path / "p" / "images.txt").write_text("none.png\n")                       # of drawn pictures it says nothing
+        for color in colors:
+            Image.new("RGB", (20, 20), color).save(tmp_path / place / f"{color}.png")
+    (tmp_path / "p" / "images.txt").write_text("none.png\n")                       # of drawn images it says nothing
     (tmp_path / "mine" / "images.txt").write_text("red.png\n")
     (tmp_path / "class" / "images.txt").write_text("images/blue.png\nimages/green.png\n")
     metrics = ["--metrics", "small_clip", "kid", *metric_options[metric_options.index("--metric_weights"):]]
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", "--references", tmp_path / "mine",
+    outcome = call_script("evaluate", "--images", tmp_path / "p", "--references", tmp_path / "mine",
                           "--kid_references", tmp_path / "class", *metrics, "--outdir", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
@@ -181,35 +181,35 @@ def test_references_are_read_as_training_reads_them(call_script: Call, metric_op
 
 
 def test_a_folder_per_prompt(call_script: Call, metric_options: list[str], tmp_path: Path) -> None:
-    for colour in ("red", "green"):
-        (tmp_path / "p" / f"a_{colour}_cat").mkdir(parents=True)
-        Image.new("RGB", (20, 20), colour).save(tmp_path / "p" / f"a_{colour}_cat" / "0.png")
-    outcome = call_script("evaluate", "--pictures", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
+    for color in ("red", "green"):
+        (tmp_path / "p" / f"a_{color}_cat").mkdir(parents=True)
+        Image.new("RGB", (20, 20), color).save(tmp_path / "p" / f"a_{color}_cat" / "0.png")
+    outcome = call_script("evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [(row["picture"], row["prompt"]) for row in rows] == [("a_green_cat/0.png", "a green cat"),
                                                                  ("a_red_cat/0.png", "a red cat")]
     with Image.open(tmp_path / "out" / "sheet.png") as page:               # both are there, each once
-        shown = {colour for _, colour in page.getcolors(1 << 20)}
+        shown = {color for _, color in page.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 128, 0)} <= shown
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "give either --pictures FOLDER or --delta_ckpt FILE"),
-    (["--pictures", "{empty}"], "holds no usable picture"),
-    (["--pictures", "{full}", "steps=3"], "'steps=3' changes how pictures are drawn"),
-    (["--pictures", "{full}", "--seed", "3"], "'--seed' changes how pictures are drawn"),
-    (["--pictures", "{full}", "--from_file", "{lines}"], "'--from_file' changes how pictures are drawn"),
+    ([], "give either --images FOLDER or --delta_ckpt FILE"),
+    (["--images", "{empty}"], "holds no usable image"),
+    (["--images", "{full}", "steps=3"], "'steps=3' changes how images are drawn"),
+    (["--images", "{full}", "--seed", "3"], "'--seed' changes how images are drawn"),
+    (["--images", "{full}", "--from_file", "{lines}"], "'--from_file' changes how images are drawn"),
     (["--delta_ckpt", "none.safetensors", "--prompts", "{lines}"], "with --from_file"),
-    (["--delta_ckpt", "none.safetensors", "--references", "{empty}"], "holds no usable picture"),
-    (["--pictures", "{full}", "--kid_references", "{full}", "--metrics", "small_clip"], "leaves kid out"),
-    (["--pictures", "{full}", "--metrics", "dino"], "DINO ViT-S/16's weights are not given"),
-    (["--pictures", "{full}", "--metrics", "beauty"], "metric 'beauty' is unknown"),
-    (["--pictures", "{full}", "--metric_weights", "dino"], "must be written METRIC=FILE"),
-    (["--pictures", "{full}", "--metrics", "clip_b32", "--metric_weights", "clip_b32=none.bin"], "does not exist"),
-    (["--pictures", "{full}", "--metrics", "kid"], "no metric can be measured"),
-    (["--pictures", "{full}", "--prompts", "{lines}", "{metrics}"], "class noun"),
-    (["--pictures", "{full}", "--references", "{empty}", "{metrics}"], "holds no usable picture"),
+    (["--delta_ckpt", "none.safetensors", "--references", "{empty}"], "holds no usable image"),
+    (["--images", "{full}", "--kid_references", "{full}", "--metrics", "small_clip"], "leaves kid out"),
+    (["--images", "{full}", "--metrics", "dino"], "DINO ViT-S/16's weights are not given"),
+    (["--images", "{full}", "--metrics", "beauty"], "metric 'beauty' is unknown"),
+    (["--images", "{full}", "--metric_weights", "dino"], "must be written METRIC=FILE"),
+    (["--images", "{full}", "--metrics", "clip_b32", "--metric_weights", "clip_b32=none.bin"], "does not exist"),
+    (["--images", "{full}", "--metrics", "kid"], "no metric can be measured"),
+    (["--images", "{full}", "--prompts", "{lines}", "{metrics}"], "class noun"),
+    (["--images", "{full}", "--references", "{empty}", "{metrics}"], "holds no usable image"),
     (["--delta_ckpt", "none.safetensors", "{metrics}"], "does not exist")])
 def test_bad_input(call_script: Call, metric_options: list[str], tmp_path: Path, arguments: list[str],
                    message: str) -> None:
@@ -260,11 +260,11 @@ def test_vision_networks_load_from_local_files(tmp_path: Path) -> None:
     renamed = {f"x{index}": value for index, value in enumerate(model.state_dict().values())}     # in the same order
     torch.save(renamed, tmp_path / "lite0.pth")
     extractor = LOADERS["efficientnet"](tmp_path / "lite0.pth", torch.device("cpu"))
-    picture = Image.new("RGB", (224, 224), "#804020")
+    image = Image.new("RGB", (224, 224), "#804020")
     x = torch.tensor([0x80, 0x40, 0x20]).view(1, 3, 1, 1).expand(1, 3, 224, 224) / 127.5 - 1
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(x), pre_logits=True)
-    assert torch.allclose(extractor.images([picture]), expected, atol=1e-4)
+    assert torch.allclose(extractor.images([image]), expected, atol=1e-4)
     save_safetensors(tmp_path / "odd.safetensors", {"x": torch.zeros(3)})
     for name, message in (("efficientnet", "does not hold EfficientNet"), ("dino", "does not fit")):
         with pytest.raises(UserError, match=message):
@@ -296,11 +296,11 @@ def test_what_stands_for_editability_and_fidelity(metric_files: dict[str, Path])
 
 # Sets.
 
-def test_kid_needs_enough_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kid_needs_enough_images(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = features._transform(8, 8, (0, 0, 0), (1, 1, 1))
-    mean = Extractor("mean", "mean colour", prepare, lambda x: x.mean(dim=(2, 3)), None, {})
+    mean = Extractor("mean", "mean color", prepare, lambda x: x.mean(dim=(2, 3)), None, {})
     scorer = Scorer((mean,), None, True, ())
-    reds, blues = (scorer.features([Image.new("RGB", (8, 8), colour)] * 3) for colour in ("red", "blue"))
+    reds, blues = (scorer.features([Image.new("RGB", (8, 8), color)] * 3) for color in ("red", "blue"))
     assert scorer.of_set(reds, None) == {"diversity_mean": pytest.approx(0, abs=1e-6)}
     assert scorer.of_set(reds, blues) == {"diversity_mean": pytest.approx(0, abs=1e-6)}
     assert "here are 3 drawn and 3 to compare with" in scorer.why_no_kid(3, 3)

@@ -23,8 +23,8 @@ PHRASES = {"scene": {"snow": ["in the snow", "on the snow"], "beach": ["on the b
            "style": {"oil painting": ["oil painting"]}, "colour": {name: [name] for name in LABELS["colour"]}}
 
 
-class MeanColour(nn.Module):
-    """Logits that rank labels by how much of the first, second, ... channel a picture has."""
+class MeanColor(nn.Module):
+    """Logits that rank labels by how much of the first, second, ... channel an image has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,18 +38,18 @@ class MeanColour(nn.Module):
     read, ranked = Judge.read, Judge.ranked
 
 
-def plain(*colours: str) -> list[Image.Image]:
-    return [Image.new("RGB", (40, 30), colour) for colour in colours]
+def plain(*colors: str) -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30), color) for color in colors]
 
 
 def test_labels_come_in_the_order_of_the_logits() -> None:
-    ranked = MeanColour().ranked(plain("#ff8000", "#0080ff"), batch=1)
+    ranked = MeanColor().ranked(plain("#ff8000", "#0080ff"), batch=1)
     assert ranked[0] == {"noun": ["cat", "fish"], "scene": ["snow", "beach", "night"],
                          "style": ["photo", "oil painting"], "colour": ["red", "green", "blue"]}
     assert ranked[1]["noun"] == ["fish", "cat"] and ranked[1]["colour"] == ["blue", "green", "red"]
 
 
-def test_a_picture_and_its_mirror_image_are_read_alike() -> None:
+def test_a_image_and_its_mirror_image_are_read_alike() -> None:
     torch.manual_seed(0)
     judge, x = Judge(LABELS).eval(), torch.randn(2, 3, 64, 64)
     found, mirrored, seen = judge.read(x), judge.read(x.flip(3)), (judge(x), judge(x.flip(3)))
@@ -63,8 +63,8 @@ def test_a_picture_and_its_mirror_image_are_read_alike() -> None:
     ("An OIL painting of a red and  blue cat, on the beach.", {"beach"}, {"oil painting"}, {"red", "blue"}),
     ("a cat in the snowy predawn", (), (), ()),                   # neither "in the snow" nor "red"
     ("a cat", (), (), ())])
-def test_what_a_prompt_asks_for(prompt: str, scene, style, colour) -> None:
-    assert read_wish(prompt, PHRASES) == Wish(frozenset(scene), frozenset(style), frozenset(colour))
+def test_what_a_prompt_asks_for(prompt: str, scene, style, color) -> None:
+    assert read_wish(prompt, PHRASES) == Wish(frozenset(scene), frozenset(style), frozenset(color))
 
 
 def test_wishes_granted() -> None:
@@ -72,12 +72,12 @@ def test_wishes_granted() -> None:
               "colour": ["red", "blue", "green"]}
     assert grant(Wish(), ranked) == {}
     assert grant(Wish(scene=frozenset({"snow"}), style=frozenset({"oil painting"})), ranked) == {"scene": 1, "style": 0}
-    for colours, right in (({"red"}, 1), ({"blue"}, 0), ({"red", "blue"}, 1), ({"red", "green"}, 0)):
-        assert grant(Wish(colour=frozenset(colours)), ranked) == {"colour": right}
+    for colors, right in (({"red"}, 1), ({"blue"}, 0), ({"red", "blue"}, 1), ({"red", "green"}, 0)):
+        assert grant(Wish(colour=frozenset(colors)), ranked) == {"colour": right}
 
 
 def test_rows_of_a_court() -> None:
-    court = Court(MeanColour(), PHRASES, {"noun": 0.9}, 10)
+    court = Court(MeanColor(), PHRASES, {"noun": 0.9}, 10)
     rows = court.rows(plain("#ff8000", "#0080ff", "#ff8000"),
                       ["a red cat in the snow", "a red cat at night", "a cat"], "cat")
     assert [row["judge_edit"] for row in rows] == [1.0, 0.5, None]
@@ -95,8 +95,8 @@ def test_a_judge_on_disk_judges_alike(tmp_path: Path) -> None:
     torch.manual_seed(0)
     court = Court(Judge(LABELS).half().float(), PHRASES, {"noun": 0.96}, 500)
     loaded = load_court(save_court(court, tmp_path / "judge.safetensors"))
-    pictures = plain("red", "navy", "white")
-    assert loaded.judge.ranked(pictures) == court.judge.ranked(pictures)
+    images = plain("red", "navy", "white")
+    assert loaded.judge.ranked(images) == court.judge.ranked(images)
     assert (loaded.phrases, loaded.accuracy, loaded.held_out) == (PHRASES, {"noun": 0.96}, 500)
     assert loaded.judge.labels == LABELS
 
@@ -153,9 +153,9 @@ def stage() -> ModuleType:
 
 
 def test_targets_count_what_can_be_seen(stage: ModuleType) -> None:
-    """Colours where they cover the thing, in styles that have colours; of two nouns side by side either."""
-    def truth(colours: list[str], pattern: str | None, style: str = "photo", second: str | None = None) -> dict:
-        return {"noun": "fish", "scene": "beach", "style": style, "colours": colours, "pattern": pattern,
+    """Colors where they cover the thing, in styles that have colors; of two nouns side by side either."""
+    def truth(colors: list[str], pattern: str | None, style: str = "photo", second: str | None = None) -> dict:
+        return {"noun": "fish", "scene": "beach", "style": style, "colours": colors, "pattern": pattern,
                 "second": second}
 
     found = stage.targets([truth(["blue"], None), truth(["red", "blue"], "striped"), truth(["red"], "striped"),
@@ -180,7 +180,7 @@ def test_accuracies_by_hand(stage: ModuleType) -> None:
     x[:, 0], x[:, 2] = 1.0, 0.5                                      # seen: cat, snow, photo, red then blue
     truth = {"noun": torch.tensor([[0, 0], [1, 0], [0, 0], [1, 1]]), "scene": torch.tensor([0, 0, 1, 1]),
              "style": torch.tensor([0, 0, 0, 0]), "colour": torch.tensor([[0, 0], [2, 2], [2, 0], [-1, -1]])}
-    found = stage.accuracies(MeanColour(), x, truth)
+    found = stage.accuracies(MeanColor(), x, truth)
     assert found == pytest.approx({"noun": 0.75, "scene": 0.5, "style": 1.0, "colour": 2 / 3})
 
 
@@ -195,7 +195,7 @@ def test_phrases_ask_for_painted_styles_only(stage: ModuleType) -> None:
     assert len(evaluation) == 16 and all(read_wish(prompt, phrases) != Wish() for prompt in evaluation)
 
 
-def test_weathering_keeps_pictures_pictures(stage: ModuleType) -> None:
+def test_weathering_keeps_images_images(stage: ModuleType) -> None:
     x = torch.full((2, 3, 16, 16), 0.25)
     y = stage.weathered(x, torch.Generator().manual_seed(0))
     assert y.shape == x.shape and abs(y.mean() - 0.25) < 0.01 and y.std() < 0.06

@@ -9,7 +9,7 @@ from experiments.experiment import area_table
 
 from ldm.evaluation import statistics
 from ldm.evaluation.metrics import SCALES, diversity, image_alignment, kid, text_alignment, unit
-from ldm.evaluation.report import summarise, table
+from ldm.evaluation.report import summarize, table
 from ldm.evaluation.statistics import Estimate, estimate, unit_means
 
 ORIGIN = np.zeros(2)
@@ -93,7 +93,7 @@ def test_bootstrap_intervals_by_hand() -> None:
     assert statistics.interval(drawn, 0.9) == pytest.approx((1 / 3, 11 / 3))        # and less than 5 %
 
 
-def test_the_unit_is_the_prompt_not_the_picture() -> None:
+def test_the_unit_is_the_prompt_not_the_image() -> None:
     means = unit_means([1.0, 3.0, 10.0, None], ["snow", "snow", "moon", "moon"])
     assert means == {"snow": 2.0, "moon": 10.0}
     assert estimate(means).mean == 6
@@ -147,9 +147,9 @@ def test_alignments() -> None:
 
 def test_negative_cosines_count_as_zero_one_by_one_or_in_the_mean() -> None:
     rows = [{"concept": "c", "prompt": prompt, "clip_t": value} for prompt, value in (("x", 0.4), ("y", -0.2))]
-    found = table({"all": summarise(rows, ["clip_t"])}, {"clip_t": "CLIP-T"})
+    found = table({"all": summarize(rows, ["clip_t"])}, {"clip_t": "CLIP-T"})
     means = [float(line.split("|")[2].split()[0]) for line in found.splitlines()[2:]]
-    assert means == [0.1, 0.5, 10.0]          # cosine; CLIPScore clips each picture's, torchmetrics the mean
+    assert means == [0.1, 0.5, 10.0]          # cosine; CLIPScore clips each image's, torchmetrics the mean
 
 
 def test_scales_by_name() -> None:

@@ -22,7 +22,7 @@ from experiments.experiment import (
     sheet_columns,
     sheet_rows,
 )
-from experiments.plan import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
+from experiments.jobs import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
 from experiments.plots import Curve, marked, tradeoff_figure
 from experiments.sweep import Pace, Stored, Sweep, points
 from omegaconf import OmegaConf
@@ -34,11 +34,11 @@ from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.files import RECORD
-from ldm.pictures import mask_panel
 from ldm.pipeline import Generator, check_settings
+from ldm.sheets import mask_panel
 from ldm.util import UserError
 
-MEAN = Extractor("mean", "mean colour", _transform(8, 8, (0, 0, 0), (1, 1, 1)), lambda x: x.mean(dim=(2, 3)),
+MEAN = Extractor("mean", "mean color", _transform(8, 8, (0, 0, 0), (1, 1, 1)), lambda x: x.mean(dim=(2, 3)),
                  lambda texts: torch.tensor([[1.0, 0.0, 0.0]]).expand(len(texts), 3), {"weights": "none"})
 SCORER = Scorer((MEAN,), None, False, ())
 AXES = ("mean_t", "mean_i")
@@ -98,7 +98,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
     assert Sweep(config, tmp_path / "cut", SCORER).run(JOBS) == whole
     monkeypatch.undo()
     other = Scorer((Extractor(**{**MEAN.__dict__, "name": "other"}),), None, False, ())
-    monkeypatch.setattr(Generator, "generate", None)                       # other metrics measure the same pictures
+    monkeypatch.setattr(Generator, "generate", None)                       # other metrics measure the same images
     assert "other_t" in Sweep(config, tmp_path / "cut", other).run(JOBS)[JOBS[0]][0]
 
 
@@ -108,18 +108,18 @@ def test_what_is_damaged_is_set_aside_and_made_again(config: SweepConfig, tmp_pa
     sweep = Sweep(config, out, SCORER)
     sweep.run(JOBS)
     drawn = contents(out / "pictures")
-    point, picture = sweep.path(JOBS[0]), sweep.picture(JOBS[1], 0, 0)
+    point, image = sweep.path(JOBS[0]), sweep.image(JOBS[1], 0, 0)
     (run,) = (out / "runs").glob("*/2*")
     point.write_text(point.read_text()[:40])
-    picture.write_bytes(picture.read_bytes()[:20])
+    image.write_bytes(image.read_bytes()[:20])
     assert Sweep(config, out, SCORER).run(JOBS) == whole
-    assert {path.name for path in out.rglob("*.damaged")} == {f"{point.name}.damaged", f"{picture.name}.damaged"}
+    assert {path.name for path in out.rglob("*.damaged")} == {f"{point.name}.damaged", f"{image.name}.damaged"}
     told = capsys.readouterr().out
-    assert f"{point.name}' is damaged; it is kept as" in told and f"{picture.name}' is damaged; it is kept as" in told
+    assert f"{point.name}' is damaged; it is kept as" in told and f"{image.name}' is damaged; it is kept as" in told
 
     state = run / "checkpoints" / "last.ckpt"       # only met where the run is needed: something has to be drawn
     state.write_bytes(state.read_bytes()[:100])
-    picture.unlink()
+    image.unlink()
     assert Sweep(config, out, SCORER).run(JOBS) == whole
     assert f"{run.name}' holds a damaged file; it is kept as" in capsys.readouterr().out
     kept = {name: data for name, data in contents(out / "pictures").items() if not name.endswith(".damaged")}
@@ -128,9 +128,9 @@ def test_what_is_damaged_is_set_aside_and_made_again(config: SweepConfig, tmp_pa
 
 def test_results_follow_what_lists_name(small_world: SmallWorld, config: SweepConfig, tmp_path: Path) -> None:
     """A changed photo or caption outside the concept's folder is another experiment."""
-    for name, colour in (("photos/a.png", "red"), ("class/b.png", "blue")):
+    for name, color in (("photos/a.png", "red"), ("class/b.png", "blue")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+        Image.new("RGB", (32, 32), color).save(tmp_path / name)
     (tmp_path / "photos.txt").write_text("photos/a.png\n")
     for name, text in (("images.txt", "class/b.png\n"), ("caption.txt", "a cat\n"), ("words.txt", "a cat\n")):
         (tmp_path / name).write_text(text)
@@ -198,7 +198,7 @@ def test_runs_differ_by_their_seed_and_are_pooled(config: SweepConfig, tmp_path:
     jobs = jobs_of(CLAIMS["tradeoff"], sweep)
     assert [(job.method, job.run) for job in jobs] == [("manual", 0), ("manual", 1), ("ICO", 0), ("ICO", 1)]
     assert [job.run for job in jobs_of(CLAIMS["replaced"], sweep) if job.method == BASE] == [0, 0]
-    # Run 1 is what another first seed teaches, and its pictures are of the same prompts and seeds.
+    # Run 1 is what another first seed teaches, and its images are of the same prompts and seeds.
     (subject,) = subjects(twice)
     seed = subject.training(twice, "ICO").trainer.seed
     assert subject.training(twice, "ICO", run=1).trainer.seed == seed + 1
@@ -217,7 +217,7 @@ def test_runs_differ_by_their_seed_and_are_pooled(config: SweepConfig, tmp_path:
         jobs_of(CLAIMS["tradeoff"], Sweep(merge(SweepConfig, [tmp_path / "sweep.yaml"], ["runs=0"]), tmp_path, SCORER))
 
 
-def test_pictures_are_named_by_what_decides_them(config: SweepConfig, tmp_path: Path) -> None:
+def test_images_are_named_by_what_decides_them(config: SweepConfig, tmp_path: Path) -> None:
     sweep = Sweep(config, tmp_path, SCORER)
     keys = [sweep.key(job) for job in (JOBS[0], JOBS[1], JOBS[2], Job("thing", "manual", 1),
                                        Job("thing", "ICO", 1, 1.0, ("dci.agg_time=1.0",)),
@@ -247,7 +247,7 @@ def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Pat
     Image.new("RGB", (40, 40), "blue").save(photos / "a.png")                # the same name, another photo
     other = names()
     assert other[0] != first[0]
-    Image.new("RGB", (40, 40), "blue").save(tmp_path / "thing" / "a.png")    # another unseen picture: measured anew
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "thing" / "a.png")    # another unseen image: measured again
     assert names()[0] == other[0] and names()[1] != other[1]
     (tmp_path / "thing").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"held_out: there is no folder '.*thing'"):
@@ -258,22 +258,22 @@ def test_fidelity_is_measured_on_the_photos_that_teach(config: SweepConfig, tmp_
     photos, unseen = tmp_path / "photos", tmp_path / "unseen" / "thing"
     for folder, chosen in ((photos, "images/red.png"), (unseen, "images/blue.png")):
         (folder / "images").mkdir(parents=True)
-        for colour in ("red", "blue"):
-            Image.new("RGB", (40, 40), colour).save(folder / "images" / f"{colour}.png")
+        for color in ("red", "blue"):
+            Image.new("RGB", (40, 40), color).save(folder / "images" / f"{color}.png")
         (folder / "images.txt").write_text(f"{chosen}\n")
     concept = {"concepts": [{"name": "thing", "images": str(photos), "class_noun": "cat"}]}
     OmegaConf.save(OmegaConf.create(concept), tmp_path / "concept.yaml")
-    picture = Image.new("RGB", (8, 8), "red")
+    image = Image.new("RGB", (8, 8), "red")
     for held_out, similarity in ((None, 1), (str(tmp_path / "unseen"), 0)):
         changed = OmegaConf.merge(OmegaConf.structured(SweepConfig), config,
                                   {"concept_files": [str(tmp_path / "concept.yaml")], "held_out": held_out})
         sweep = Sweep(changed, tmp_path / "out", SCORER)
         sweep.check(JOBS)
-        rows = sweep.measure(JOBS[0], [picture, picture])
+        rows = sweep.measure(JOBS[0], [image, image])
         assert [row["mean_i"] for row in rows] == pytest.approx([similarity] * 2, abs=1e-6)
 
 
-def test_pictures_of_another_noun_are_compared_with_its_own_text(config: SweepConfig, tmp_path: Path) -> None:
+def test_images_of_another_noun_are_compared_with_its_own_text(config: SweepConfig, tmp_path: Path) -> None:
     sweep, jobs = Sweep(config, tmp_path, SCORER), [Job("thing", "ICO", 1, words=words) for words in (NOUN, AUXILIARY)]
     subject = sweep.subjects["thing"]
     assert sweep.said(JOBS[0]) == sweep.said(jobs[0]) == ["a cat in the snow", "a cat on the beach"]
@@ -300,7 +300,7 @@ def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
     shared = Job("thing", "ICO", 1, 1.0, ("dci.guidance=shared",))
     matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
     assert (sweep.work(shared), sweep.work(matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
-    # Two steps of a picture and a class picture come on top, three times the work of drawing.
+    # Two steps of an image and a class image come on top, three times the work of drawing.
     assert sweep.shares(JOBS) == {JOBS[0]: (3 * 2 * 1 * 2, 8), JOBS[1]: (0, 12), JOBS[2]: (0, 8)}
     assert sweep.steps(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
 
@@ -324,7 +324,7 @@ def test_what_is_left_is_told_when_it_is_measured() -> None:
 
 @pytest.mark.parametrize(("intervals", "text"), [
     ([(0.1, 0.3), (-0.2, -0.1)], ""), ([], ""), ([(None, None), (None, None)], "Nothing is decided: one prompt"),
-    ([(0.1, 0.3), (-0.2, 0.1)], "Not decided with 24 pictures a point: 1 of 2 differences")])
+    ([(0.1, 0.3), (-0.2, 0.1)], "Not decided with 24 images a point: 1 of 2 differences")])
 def test_a_report_says_what_it_does_not_decide(intervals: list[tuple[float | None, float | None]], text: str) -> None:
     estimates = [Estimate(0.0, low, high) for low, high in intervals]
     comparisons = [Comparison("a", "b", *estimates, (0, 0), 1)] if estimates else []
@@ -335,7 +335,7 @@ def test_a_report_says_what_it_does_not_decide(intervals: list[tuple[float | Non
 def test_a_plot_says_what_it_shows() -> None:
     assert experiment.plot_title(CLAIMS["dci"], 24) == (
         "Does DCI beat the raw model of the same concept file at equal U-Net work?\n"
-        "dci (Fig. 6), 24 pictures a point, 95 % intervals")
+        "dci (Fig. 6), 24 images a point, 95 % intervals")
 
 
 # What is drawn.
@@ -393,8 +393,8 @@ def test_tuned_weights_draw_plain_texts_and_the_base_is_restored(config: SweepCo
     sweep = Sweep(config, tmp_path / "out", SCORER)
     jobs = [Job("thing", "ICO", 2, words=NOUN), Job("thing", BASE, 0, words=NOUN)]
     rows = sweep.run(jobs)
-    pictures = [(tmp_path / "out" / rows[job][0]["picture"]).read_bytes() for job in jobs]
-    assert pictures[0] != pictures[1]
+    images = [(tmp_path / "out" / rows[job][0]["picture"]).read_bytes() for job in jobs]
+    assert images[0] != images[1]
     assert rows[jobs[0]][0]["prompt"] == "a {} in the snow" and rows[jobs[0]][0]["seed"] == config.first_seed
     assert sweep.generator.concept is None
 
@@ -480,15 +480,15 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
 
 def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(self: Sweep, job: Job, jobs: object, bar: object = None) -> list[Image.Image]:
-        """Paints solid pictures instead of sampling them."""
+        """Paints solid images instead of sampling them."""
         found = []
         for prompt in range(len(self.subjects[job.concept].prompts)):
             shade = hash((job.method, job.step, job.strength, job.settings)) % 200
-            picture = Image.new("RGB", (8, 8), (200 - prompt, shade, 30))
-            path = self.picture(job, prompt, 0)
+            image = Image.new("RGB", (8, 8), (200 - prompt, shade, 30))
+            path = self.image(job, prompt, 0)
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-            found.append(picture)
+            image.save(path)
+            found.append(image)
         return found
 
     monkeypatch.setattr(Sweep, "draw", draw)
@@ -506,7 +506,7 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
         assert len(report.comparisons) == sum(len(line.points) for line in claim.lines(config) if line.baseline)
     whole = overview(reports, sweep, "the command").read_text()
     assert whole.count("\n| dci | ") == 2 and f"# {len(reports)} experiments" in whole
-    for target in re.findall(r"\]\((.*?)\)", whole):             # links still lead to the pictures
+    for target in re.findall(r"\]\((.*?)\)", whole):             # links still lead to the images
         assert (tmp_path / "out" / target).is_file(), target
     rows = (tmp_path / "out" / "dci" / "rows.jsonl").read_text().splitlines()
     assert len(rows) == 2 * 2 * 2 and {json.loads(row)["seed"] for row in rows} == {1000}
@@ -596,10 +596,10 @@ def test_claims_from_the_command_line(call_script: Call, small_world: SmallWorld
     folder = tmp_path / "out" / "masks"
     assert set(contents(folder)) == {"rows.jsonl", "rows.csv", "summary.json", "sheet.png", "report.md",
                                      "masks/thing.png", RECORD, f"masks/{RECORD}"}
-    ((picture, _, title),) = panels
+    ((image, _, title),) = panels
     assert title == "a [thing] in the snow (seed 1000, lambda 1)"
-    with Image.open(next((tmp_path / "out" / "pictures").rglob("000-00.png"))) as drawn:    # it is that very picture
-        assert drawn.tobytes() == picture.tobytes()
+    with Image.open(next((tmp_path / "out" / "pictures").rglob("000-00.png"))) as drawn:    # it is that very image
+        assert drawn.tobytes() == image.tobytes()
     text = (folder / "report.md").read_text()
     assert "1 concepts x 2 prompts x 1 seeds" in text and "| 8 x 8 |" in text
     assert "![masks of thing](masks/thing.png)" in text and "plot.png" not in text

@@ -261,17 +261,17 @@ def test_only_the_concept_branch_is_returned_and_shown(sampler: type[Sampler], e
     found, record = sampler(LinearModel()).sample(
         10, 2, SHAPE, conditioning=CONCEPT, unconditional_conditioning=UNCONDITIONAL, eta=eta, verbose=False,
         unconditional_guidance_scale=3.0, generators=generators(10, 11), dual=dual_branch(SHARED, 1.0),
-        log_every_t=1, img_callback=lambda picture, _: shown.append(picture))
-    for picture in (found, *shown, *record["x_inter"], *record["pred_x0"]):
-        assert picture.shape == (2, *SHAPE)
+        log_every_t=1, img_callback=lambda image, _: shown.append(image))
+    for image in (found, *shown, *record["x_inter"], *record["pred_x0"]):
+        assert image.shape == (2, *SHAPE)
     assert torch.equal(record["x_inter"][-1], found)
 
 
-def test_mask_keeps_the_picture_in_both_branches() -> None:
+def test_mask_keeps_the_image_in_both_branches() -> None:
     model = LinearModel()
     model.q_sample = lambda x0, t, noise: x0 + t.reshape(-1, 1, 1, 1) / 1000
-    picture = states(4.0, 6.0)
-    sample(DDIMSampler, model, dual_branch(SEPARATE), mask=torch.ones(2, 1, 8, 8), x0=picture)
+    image = states(4.0, 6.0)
+    sample(DDIMSampler, model, dual_branch(SEPARATE), mask=torch.ones(2, 1, 8, 8), x0=image)
     for call in model.calls:
-        known = picture + call.t / 1000
+        known = image + call.t / 1000
         assert torch.equal(call.x, torch.cat([known] * (len(call.x) // 2)))

@@ -249,7 +249,7 @@ def test_callbacks_and_predictions_are_counted(model: GaussianModel, sampler: ty
     numbers: list[int] = []
     shown: list[tuple[torch.Size, int]] = []
     sample(sampler, model, steps, callback=numbers.append,
-           img_callback=lambda picture, number: shown.append((picture.shape, number)))
+           img_callback=lambda image, number: shown.append((image.shape, number)))
     assert numbers == list(range(steps))
     assert shown == [((2, *SHAPE), number) for number in range(steps)]
     assert len(model.calls) == steps + extra
@@ -327,50 +327,50 @@ def test_global_seed_decides_without_generators(model: GaussianModel) -> None:
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
 @pytest.mark.parametrize("index", [0, 12, 49])
 def test_encode_and_decode_are_inverse(sampler: type[DDIMSampler], index: int) -> None:
-    picture, eps = noise(1, seed=7), noise(1, seed=8)
-    model = points(picture[0])                                               # its data is this picture
+    image, eps = noise(1, seed=7), noise(1, seed=8)
+    model = points(image[0])                                               # its data is this image
     tool = sampler(model)
     tool.make_schedule(50)
-    encoded = tool.stochastic_encode(picture, torch.tensor([index]), noise=eps)
+    encoded = tool.stochastic_encode(image, torch.tensor([index]), noise=eps)
     alpha = model.alphas[1 + 20 * index]
-    torch.testing.assert_close(encoded, alpha.sqrt() * picture + (1 - alpha).sqrt() * eps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(encoded, alpha.sqrt() * image + (1 - alpha).sqrt() * eps, rtol=1e-6, atol=1e-6)
     decoded = tool.decode(encoded, None, index + 1)
     last = model.alphas[0]
-    expected = last.sqrt() * picture + (1 - last).sqrt() * eps
+    expected = last.sqrt() * image + (1 - last).sqrt() * eps
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_encode_and_decode_with_the_original_steps() -> None:
-    picture, eps = noise(1, seed=7), noise(1, seed=8)
-    model = points(picture[0])
+    image, eps = noise(1, seed=7), noise(1, seed=8)
+    model = points(image[0])
     tool = DDIMSampler(model)
-    encoded = tool.stochastic_encode(picture, torch.tensor([300]), use_original_steps=True, noise=eps)
+    encoded = tool.stochastic_encode(image, torch.tensor([300]), use_original_steps=True, noise=eps)
     decoded = tool.decode(encoded, None, 301, use_original_steps=True)
     last = model.alphas[0]
-    torch.testing.assert_close(decoded, last.sqrt() * picture + (1 - last).sqrt() * eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded, last.sqrt() * image + (1 - last).sqrt() * eps, rtol=1e-4, atol=1e-4)
     assert model.calls == list(range(300, -1, -1))
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler])
-def test_masked_part_is_the_given_picture(model: GaussianModel, sampler: type[Sampler]) -> None:
-    picture, x = noise(2, seed=9), noise(2)
+def test_masked_part_is_the_given_image(model: GaussianModel, sampler: type[Sampler]) -> None:
+    image, x = noise(2, seed=9), noise(2)
     mask = torch.zeros(2, 1, 8, 8).double()
     mask[..., :4] = 1.0                                                      # the left half is kept
     free = sample(sampler, model, 50, x_T=x)
     model.states.clear()
     model.calls.clear()
-    found = sample(sampler, model, 50, x_T=x, mask=mask, x0=picture)
+    found = sample(sampler, model, 50, x_T=x, mask=mask, x0=image)
     for number, (t, state) in enumerate(zip(model.calls, model.states, strict=True)):
         if sampler is PLMSSampler and number == 1:
             continue                                                         # looks ahead, from a state of no step
-        known = model.q_sample(picture, torch.full((2,), t), torch.ones_like(picture))
+        known = model.q_sample(image, torch.full((2,), t), torch.ones_like(image))
         assert torch.equal(state[..., :4], known[..., :4])
     assert torch.equal(found[..., 4:], free[..., 4:])                        # the model looks at each value alone
     if sampler is PLMSSampler:
         return                                                               # its last step looks back
-    # one last DDIM step from t = 1, where the noise is 1, carries the picture to the least noise there is
+    # one last DDIM step from t = 1, where the noise is 1, carries the image to the least noise there is
     alpha, last = model.alphas[1], model.alphas[0]
-    known = alpha.sqrt() * picture + (1 - alpha).sqrt()
+    known = alpha.sqrt() * image + (1 - alpha).sqrt()
     mean, std = model.marginal(1)
     eps = (1 - alpha).sqrt() / std**2 * (known - mean)
     expected = last.sqrt() * (known - (1 - alpha).sqrt() * eps) / alpha.sqrt() + (1 - last).sqrt() * eps
@@ -378,12 +378,12 @@ def test_masked_part_is_the_given_picture(model: GaussianModel, sampler: type[Sa
 
 
 def test_masked_part_is_noised_by_each_rows_own_generator(model: GaussianModel) -> None:
-    picture, mask = noise(3, seed=9), torch.ones(1, 1, 8, 8).double()
+    image, mask = noise(3, seed=9), torch.ones(1, 1, 8, 8).double()
 
     def noises(rows: list[int]) -> Tensor:
         model.noises.clear()
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        sample(DDIMSampler, model, 5, len(rows), generators=generators, mask=mask, x0=picture[rows])
+        sample(DDIMSampler, model, 5, len(rows), generators=generators, mask=mask, x0=image[rows])
         return torch.stack(model.noises)                                     # (steps, rows, C, h, w)
 
     assert torch.equal(noises([0, 1, 2])[:, 1], noises([1])[:, 0])
@@ -402,16 +402,16 @@ def test_what_only_ddim_can_do_is_refused(model: GaussianModel, sampler: type[Sa
 @pytest.mark.parametrize("steps", [50, 1000])
 def test_inversion_is_undone_by_decoding(model: GaussianModel, steps: int) -> None:
     """DDIM's inverse follows the probability flow upwards; `decode` comes back, the nearer the smaller the steps."""
-    picture, tool = model.flow(noise(2, seed=7), 999, 0), DDIMSampler(model)     # a draw of the model's data
+    image, tool = model.flow(noise(2, seed=7), 999, 0), DDIMSampler(model)     # a draw of the model's data
     tool.make_schedule(steps)
     up, numbers = steps * 6 // 10, []
-    encoded, record = tool.encode(picture, None, up, return_intermediates=3, callback=numbers.append)
+    encoded, record = tool.encode(image, None, up, return_intermediates=3, callback=numbers.append)
     assert numbers == list(range(up)) and model.calls == tool.ddim_timesteps[:up].tolist()
     assert record["x_encoded"] is encoded is record["intermediates"][-1]
     assert record["intermediate_steps"] == [0, up // 3, 2 * (up // 3), up - 2, up - 1]
-    exact = model.flow(picture, 0, int(tool.ddim_timesteps[up - 1]))
+    exact = model.flow(image, 0, int(tool.ddim_timesteps[up - 1]))
     back = tool.decode(encoded, None, up)
-    assert (encoded - exact).abs().mean() < 3.0 / steps and (back - picture).abs().mean() < 3.0 / steps
+    assert (encoded - exact).abs().mean() < 3.0 / steps and (back - image).abs().mean() < 3.0 / steps
 
 
 def test_a_step_of_a_clients_own_loop_is_samples_step(model: GaussianModel) -> None:

@@ -229,7 +229,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def independent_output(layer: CrossAttention, x: dict[str, np.ndarray], context: dict[str, np.ndarray],
                        prompt: Prompt, strength: float, mask_sum: float) -> np.ndarray:
-    """States the layer's concept output (N, C) anew in float64: prompts cut to L tokens, one head at a time."""
+    """States the layer's concept output (N, C) again in float64: prompts cut to L tokens, one head at a time."""
     weights = {key: value.double().numpy() for key, value in layer.state_dict().items()}
     width = len(weights["to_q.weight"]) // layer.heads
     heads = []
@@ -254,7 +254,7 @@ def independent_output(layer: CrossAttention, x: dict[str, np.ndarray], context:
 
 def independent_mask(q: np.ndarray, k: np.ndarray, scale: float, tokens: Sequence[Tensor], strength: float,
                      mask_sum: float) -> np.ndarray:
-    """States one head's M^c (N,) anew, from queries (2, N, d) and keys (2, T, d) of the two branches."""
+    """States one head's M^c (N,) again, from queries (2, N, d) and keys (2, T, d) of the two branches."""
     logits = []
     for branch, (chosen, prompt) in enumerate((tokens[:2], tokens[2:])):
         probs = softmax(scale * q[branch] @ k[branch].T)                       # (N, T)
@@ -291,7 +291,7 @@ def test_masks_sum_to_one():
     (64, ("0.41", "0.44", "0.47", "0.50", "0.53")), (32, ("0.19", "0.27", "0.38", "0.50", "0.62")),
     (16, ("0.003", "0.02", "0.12", "0.50", "0.88")), (8, ("0.0000", "0.0000", "0.0004", "0.50", "0.9996"))])
 def test_shares_of_the_auxiliary_branch_under_uniform_attention(side, printed):
-    """lambda -2, -1, 0, 1, 2 at the four layer sizes of a 512x512 picture."""
+    """lambda -2, -1, 0, 1, 2 at the four layer sizes of a 512x512 image."""
     probs = torch.full((1, 1, side * side, POSITIONS), 1 / POSITIONS)
     for strength, text in zip((-2.0, -1.0, 0.0, 1.0, 2.0), printed, strict=True):
         _, mask_a = integration_masks(probs, probs, make_control(strength, full_pixels=64 * 64))

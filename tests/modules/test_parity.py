@@ -102,8 +102,8 @@ def test_autoencoder_equals_diffusers(ch, mults, groups):
                     down_block_types=["DownEncoderBlock2D"] * levels,
                     up_block_types=["UpDecoderBlock2D"] * levels).eval()
     theirs.load_state_dict(vae_state(ours.state_dict(), levels))
-    pictures = torch.rand(2, 3, 32, 48) * 2 - 1
-    posterior, reference = ours.encode(pictures), theirs.encode(pictures).latent_dist
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    posterior, reference = ours.encode(images), theirs.encode(images).latent_dist
     assert_close(posterior.mean, reference.mean)
     assert_close(posterior.logvar, reference.logvar)
     assert_close(posterior.kl(), reference.kl())

@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ldm.modules.encoders.extended_embedding import ExtendedEmbedding
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import build_vocabulary, clip_merges_path, make_tokenizer, read_merges
-from ldm.modules.encoders.words import ExtendedEmbedding
 from ldm.util import UserError
 
 TEXTS = [

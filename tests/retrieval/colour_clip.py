@@ -1,4 +1,4 @@
-"""A CLIP small enough to write down: it sees a picture's mean colour, and reads the words red, green and blue."""
+"""A CLIP small enough to write down: it sees an image's mean color, and reads the words red, green and blue."""
 from __future__ import annotations
 
 import json
@@ -21,14 +21,14 @@ ARCHITECTURE = {"embed_dim": WIDTH, "quick_gelu": False,
 @torch.no_grad()
 def write_clip(folder: Path) -> tuple[Path, Path]:
     """Writes the architecture as JSON and the weights, and returns both paths."""
-    architecture, weights = folder / f"{NAME}.json", folder / "colours.safetensors"
+    architecture, weights = folder / f"{NAME}.json", folder / "colors.safetensors"
     architecture.write_text(json.dumps(ARCHITECTURE))
     open_clip.add_model_config(architecture)
     model = open_clip.create_model(NAME)
     for name, parameter in model.named_parameters():
         if "ln_" not in name and name != "logit_scale":
             parameter.zero_()
-    for channel in range(3):              # a colour and its opposite, so that LayerNorm changes the length alone
+    for channel in range(3):              # a color and its opposite, so that LayerNorm changes the length alone
         model.visual.conv1.weight[channel, channel] = 1.0
         model.visual.conv1.weight[channel + 3, channel] = -1.0
     model.visual.proj.copy_(torch.eye(WIDTH))
@@ -37,16 +37,16 @@ def write_clip(folder: Path) -> tuple[Path, Path]:
     attention.in_proj_weight[2 * WIDTH:] = torch.eye(WIDTH)        # the mean of all words, without queries and keys
     attention.out_proj.weight.copy_(torch.eye(WIDTH))
     tokenizer = open_clip.get_tokenizer(NAME)
-    for word, colour in COLOURS.items():
+    for word, color in COLOURS.items():
         token = int(tokenizer([word])[0, 1])
-        model.token_embedding.weight[token, :6] = torch.tensor([*colour, *(-value for value in colour)]).float()
+        model.token_embedding.weight[token, :6] = torch.tensor([*color, *(-value for value in color)]).float()
     model.token_embedding.weight[int(tokenizer([""])[0, 1]), 6:8] = torch.tensor([0.3, -0.3])    # the end's own mark
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
     return architecture, weights
 
 
-def coloured(name: str, seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """Draws a picture of patches that are on average of a colour; no two are alike."""
+def colored(name: str, seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """Draws an image of patches that are on average of a color; no two are alike."""
     base = np.where(np.array(COLOURS[name]) > 0, 190, 60)
     patches = base + np.random.default_rng(seed).integers(-55, 56, (4, 4, 3))
     return Image.fromarray(patches.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""Tests one's own index end to end: pictures in, clip-retrieval's back end on loopback, a regularisation set out."""
+"""Tests one's own index end to end: images in, clip-retrieval's back end on loopback, a regularization set out."""
 from __future__ import annotations
 
 import shutil
@@ -12,7 +12,7 @@ from web import Web
 
 pytest.importorskip("clip_retrieval")
 
-from colour_clip import COLOURS, NAME, coloured, write_clip
+from colour_clip import COLOURS, NAME, colored, write_clip
 from retrieval import clip as clip_model
 from retrieval import index as clip_index
 from retrieval.client import Query, ask_server
@@ -34,15 +34,15 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 30 captioned pictures in three colours, of several kinds, and junk."""
+    """A folder of 30 captioned images in three colors, of several kinds, and junk."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(30):
-        colour = list(COLOURS)[number % 3]
+        color = list(COLOURS)[number % 3]
         kind = ("jpg", "png", "webp")[number % 4 % 3]
-        coloured(colour, number).save(folder / f"{number}.{kind}")
-        (folder / f"{number}.txt").write_text(f"a {colour} thing, number {number}")
+        colored(color, number).save(folder / f"{number}.{kind}")
+        (folder / f"{number}.txt").write_text(f"a {color} thing, number {number}")
     (folder / "0.txt").write_text("a blue thing by mistake")            # it is red
-    coloured("red", 99).convert("RGBA").save(folder / "alpha.png")      # clip-retrieval itself cannot serve these
+    colored("red", 99).convert("RGBA").save(folder / "alpha.png")      # clip-retrieval itself cannot serve these
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0junk")
     return folder
 
@@ -51,7 +51,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(clip: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[IndexServer]:
     folder = tmp_path_factory.mktemp("index") / "mine"
     built = build_index(photos, folder, clip, say=lambda line: None)
-    assert built.pictures == 31 and [line for line in built.skipped if "broken.jpg" in line]
+    assert built.images == 31 and [line for line in built.skipped if "broken.jpg" in line]
     moved = folder.with_name("moved")
     shutil.move(folder, moved)                                          # an index may be carried elsewhere
     with IndexServer(moved, port=0) as server:
@@ -87,15 +87,15 @@ def test_an_index_of_addresses(clip: str, tmp_path: Path) -> None:
     with Web() as web:
         web.offer(5)
         web.pages["/3.jpg"] = b"junk"
-        lines = [f"{web.url}/{number}.jpg\tpicture {number}\n" for number in range(6)]
+        lines = [f"{web.url}/{number}.jpg\timage {number}\n" for number in range(6)]
         (tmp_path / "list.txt").write_text("".join(lines))
         fetcher = Downloader(allow_private=True, retries=0)
         built = build_index(tmp_path / "list.txt", tmp_path / "index", clip, fetcher, say=lambda line: None)
-        assert built.pictures == 4 and len(built.skipped) == 2
+        assert built.images == 4 and len(built.skipped) == 2
         with IndexServer(tmp_path / "index", port=0) as server:
             answer = ask_server(Query("thing", url=server.url, deduplicate=False), 10)
     assert sorted(found.url for found in answer.found) == [f"{web.url}/{number}.jpg" for number in (0, 1, 2, 4)]
-    assert all(found.caption == f"picture {found.url[-5]}" and answer.picture(found) for found in answer.found)
+    assert all(found.caption == f"image {found.url[-5]}" and answer.image(found) for found in answer.found)
     assert max(web.served.values()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Tests that an index is served to this machine alone, with its own pictures only, and that all ends in a sentence."""
+"""Tests that an index is served to this machine alone, with its own images only, and that all ends in a sentence."""
 from __future__ import annotations
 
 import base64
@@ -20,7 +20,7 @@ pytest.importorskip("clip_retrieval")
 
 import pyarrow
 import pyarrow.parquet
-from colour_clip import coloured, write_clip
+from colour_clip import colored, write_clip
 from PIL import Image
 from retrieval import clip as clip_model
 from retrieval import server as clip_server
@@ -32,14 +32,14 @@ from ldm.util import UserError
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of 6 pictures, red, green and blue in turn."""
+    """An index of 6 images, red, green and blue in turn."""
     folder = tmp_path_factory.mktemp("served")
     architecture, weights = write_clip(folder)
     clip_model.register_architecture(architecture)
     (folder / "photos").mkdir()
     for number in range(6):
-        coloured(("red", "green", "blue")[number % 3], number).save(folder / "photos" / f"{number}.png")
-    build_index(folder / "photos", folder / "index", f"open_clip:colours/{weights}", say=lambda line: None)
+        colored(("red", "green", "blue")[number % 3], number).save(folder / "photos" / f"{number}.png")
+    build_index(folder / "photos", folder / "index", f"open_clip:colors/{weights}", say=lambda line: None)
     return folder / "index"
 
 
@@ -68,27 +68,27 @@ def question(**changes: object) -> dict[str, object]:
     return {"text": "red", "modality": "image", "num_images": 4, "indice_name": "index"} | changes
 
 
-def picture(colour: str) -> str:
+def image(color: str) -> str:
     file = BytesIO()
-    coloured(colour, 9).save(file, "PNG")
+    colored(color, 9).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def rows(folder: Path, *paths: object) -> None:
-    """Gives the pictures of an index other paths."""
+    """Gives the images of an index other paths."""
     file = folder / "metadata" / "metadata_0.parquet"
     table = pyarrow.parquet.read_table(file).to_pydict()
     table["image_path"] = [*paths, *table["image_path"][len(paths):]]
     pyarrow.parquet.write_table(pyarrow.table(table), file)
 
 
-def test_texts_pictures_and_vectors_find_their_colour(server: IndexServer, built: Path) -> None:
+def test_texts_images_and_vectors_find_their_color(server: IndexServer, built: Path) -> None:
     status, found = ask(server, question())
     assert status == 200 and {entry["id"] for entry in found[:2]} == {0, 3} and len(found) == 4
     for entry in found[:2]:
         red, green, blue = np.asarray(Image.open(BytesIO(base64.b64decode(entry["image"])))).mean(axis=(0, 1))
         assert red > green + 60 and red > blue + 60 and "image_path" not in entry
-    _, found = ask(server, question(text=None, image=picture("green"), num_images=2))
+    _, found = ask(server, question(text=None, image=image("green"), num_images=2))
     assert {entry["id"] for entry in found} == {1, 4}
     vector = Index(built).clip.texts(["blue"])[0].tolist()
     _, found = ask(server, question(text=None, embedding_input=vector, num_images=2))
@@ -114,7 +114,7 @@ def test_callers_from_elsewhere_are_refused(server: IndexServer, headers: dict[s
 
 
 def test_no_address_is_fetched(server: IndexServer, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(base64.b64decode(picture("red")))
+    (tmp_path / "a.png").write_bytes(base64.b64decode(image("red")))
     with Web() as web:
         web.offer(1)
         for url in (f"{web.url}/0.jpg", f"file://{tmp_path}/a.png", ""):
@@ -127,9 +127,9 @@ def test_no_address_is_fetched(server: IndexServer, tmp_path: Path) -> None:
     (b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[" * 100_000, "Invalid JSON"), (b"\xff", "Invalid JSON"),
     (b"[]", "should be an object"), (question(text=None), "must have one of"), (question(text=""), "must have one of"),
     (question(text=7), "'text' should be"), (question(text="a" * 20_000), "'text' should have at most 10000"),
-    (question(image=picture("red")), "must have one of"),
+    (question(image=image("red")), "must have one of"),
     (question(text=None, image=7), "'image' should be"), (question(text=None, image="!"), "'image' should be"),
-    (question(text=None, image=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()), "the picture is not"),
+    (question(text=None, image=base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0").decode()), "the image is not"),
     (question(text=None, embedding_input=[1]), "has 1 numbers instead of 16"),
     (question(text=None, embedding_input=[[1] * 16]), "'embedding_input.0' should be"),
     (question(text=None, embedding_input=[float("nan")] * 16), "'embedding_input.0' should be a finite"),
@@ -183,13 +183,13 @@ def test_large_slow_and_broken_requests_end(built: Path, monkeypatch: pytest.Mon
     assert capfd.readouterr() == ("", "")
 
 
-def test_only_pictures_of_its_own_folder_are_given_out(index: Path, tmp_path: Path) -> None:
+def test_only_images_of_its_own_folder_are_given_out(index: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
-    coloured("red", 1).save(secret)
+    colored("red", 1).save(secret)
     (index / "pictures" / "link.jpg").symlink_to(secret)
     (index / "pictures" / "text.jpg").write_text("a secret")
-    coloured("red", 1).save(index / "pictures" / "x.eps")
-    rows(index, str(secret), "../secret.jpg", "pictures/link.jpg", "pictures/text.jpg", "pictures/x.eps", "no\0thing")
+    colored("red", 1).save(index / "pictures" / "x.eps")
+    rows(index, str(secret), "../secret.jpg", "images/link.jpg", "images/text.jpg", "images/x.eps", "no\0thing")
     with IndexServer(index, port=0) as server:
         status, found = ask(server, question(num_images=6))
     assert status == 200 and len(found) == 6 and not any("image" in entry for entry in found)
@@ -248,7 +248,7 @@ def test_a_folder_of_something_else_gets_no_index(built: Path, tmp_path: Path) -
     (begun / "index.json").unlink()
     (begun / "pictures" / "00002.jpg").write_bytes(bytes(900))          # a power cut's
     before = (begun / "pictures" / "00001.jpg").stat().st_mtime_ns
-    assert build_index(photos, begun, clip, say=lambda line: None).pictures == 6
+    assert build_index(photos, begun, clip, say=lambda line: None).images == 6
     assert (begun / "pictures" / "00001.jpg").stat().st_mtime_ns == before
     for name in ("image.index", "pictures/00002.jpg", "metadata/metadata_0.parquet"):
         assert (begun / name).read_bytes() == (built / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Tests that retrieval and drawing take, replace and remove nothing they did not make, and mend what they did."""
+"""Tests that retrieval and drawing take, replace and remove nothing they did not make, and repair what they did."""
 from __future__ import annotations
 
 import base64
@@ -14,12 +14,12 @@ import pytest
 from conftest import ROOT, Call, contents
 from filelock import FileLock
 from PIL import Image
-from retrieval import picture_store
+from retrieval import image_store
 from retrieval.client import Query
 from retrieval.download import Downloader
 from retrieval.image_set import Retrieved, retrieve
-from retrieval.picture_store import PictureStore
-from web import Web, picture_bytes
+from retrieval.image_store import ImageStore
+from web import Web, image_bytes
 
 from ldm.data.images import Unusable
 from ldm.util import UserError
@@ -45,14 +45,14 @@ def visible(folder: Path) -> dict[str, bytes]:
 # ---- what others put there
 
 
-def test_a_folder_of_the_users_pictures_is_left_as_it_is(web: Web, tmp_path: Path, call_script: Call) -> None:
-    """With pictures, with a list, or with a link to pictures; a server is not even asked."""
+def test_a_folder_of_the_users_images_is_left_as_it_is(web: Web, tmp_path: Path, call_script: Call) -> None:
+    """With images, with a list, or with a link to images; a server is not even asked."""
     for name in ("pictures", "list", "link", "elsewhere"):
         (tmp_path / name).mkdir()
     (tmp_path / "pictures" / "cat").mkdir()
     for number in range(3):
         for folder in (tmp_path / "pictures" / "cat", tmp_path / "elsewhere"):
-            (folder / f"{number:05d}.jpg").write_bytes(picture_bytes(number))
+            (folder / f"{number:05d}.jpg").write_bytes(image_bytes(number))
     (tmp_path / "list" / "caption.txt").write_text("mine\n")
     (tmp_path / "link" / "cat").symlink_to(tmp_path / "elsewhere")
     before = contents(tmp_path)
@@ -65,44 +65,44 @@ def test_a_folder_of_the_users_pictures_is_left_as_it_is(web: Web, tmp_path: Pat
 def test_a_users_file_on_a_candidates_name_stays(web: Web, tmp_path: Path) -> None:
     web.offer(8)
     collect(tmp_path, web, 2)
-    (tmp_path / SET / "00003.jpg").write_bytes(b"mine, and no picture")
-    (tmp_path / SET / "00005.jpg").write_bytes(picture_bytes(5))       # even the very picture
+    (tmp_path / SET / "00003.jpg").write_bytes(b"mine, and no image")
+    (tmp_path / SET / "00005.jpg").write_bytes(image_bytes(5))       # even the very image
     (tmp_path / SET / "00099.jpg").write_bytes(b"mine")
     found = collect(tmp_path, web, 6)
-    assert found.pictures == 6 and found.refused == {"would take the name of a file that is not of this set": 2}
+    assert found.images == 6 and found.refused == {"would take the name of a file that is not of this set": 2}
     assert [line[4:9] for line in (tmp_path / "images.txt").read_text().split()] == \
         ["00000", "00001", "00002", "00004", "00006", "00007"]
-    assert (tmp_path / SET / "00003.jpg").read_bytes() == b"mine, and no picture"
+    assert (tmp_path / SET / "00003.jpg").read_bytes() == b"mine, and no image"
     assert (tmp_path / SET / "00099.jpg").read_bytes() == b"mine"
 
 
-def test_an_answer_that_was_not_noted_takes_only_its_own_pictures_away(web: Web, tmp_path: Path) -> None:
-    store = PictureStore(tmp_path / SET, tmp_path / ".retrieval.log", FETCHER)
-    store.keep(0, picture_bytes(50))
-    store.keep(1, picture_bytes(51))
+def test_an_answer_that_was_not_noted_takes_only_its_own_images_away(web: Web, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / SET, tmp_path / ".retrieval.log", FETCHER)
+    store.keep(0, image_bytes(50))
+    store.keep(1, image_bytes(51))
     (tmp_path / SET / "00002.jpg").write_bytes(b"mine")
     web.offer(2)
-    assert collect(tmp_path, web, 1).pictures == 1
+    assert collect(tmp_path, web, 1).images == 1
     assert set(os.listdir(tmp_path / SET)) == {"00000.jpg", "00002.jpg"}
-    assert web.served == {"/0.jpg": 1}                                  # 0 is the new candidate's picture, not the old
+    assert web.served == {"/0.jpg": 1}                                  # 0 is the new candidate's image, not the old
 
 
-def test_a_picture_is_on_record_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
-    monkeypatch.setattr(picture_store, "save_jpeg", lambda *a, **k: pytest.fail((tmp_path / "log").read_text()))
+def test_a_image_is_on_record_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    monkeypatch.setattr(image_store, "save_jpeg", lambda *a, **k: pytest.fail((tmp_path / "log").read_text()))
     with pytest.raises(pytest.fail.Exception, match="0\tkept\n"):
-        store.keep(0, picture_bytes(0))
+        store.keep(0, image_bytes(0))
 
 
 def test_a_file_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "00000.jpg").write_bytes(b"mine")
-    store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    store = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
     monkeypatch.setattr("os.path.lexists", lambda path: False)          # it was not there when that was asked
     with pytest.raises(Unusable, match="of a file that is not of this set"):
-        store.keep(0, picture_bytes(0))
+        store.keep(0, image_bytes(0))
     store.remove(0)                                                     # nor is it removed
-    again = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    again = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
     again.remove(0)
     assert (tmp_path / "p" / "00000.jpg").read_bytes() == b"mine" and not again.kept and not store.kept
 
@@ -110,13 +110,13 @@ def test_a_file_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatc
 def test_the_journal_ends_a_removal_that_was_cut_short(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     for number in range(4):
-        (tmp_path / "p" / f"{number:05d}.jpg").write_bytes(picture_bytes(number))
+        (tmp_path / "p" / f"{number:05d}.jpg").write_bytes(image_bytes(number))
     (tmp_path / "log").write_text("0\tkept\n1\tkept\n1\tremoving\tis a copy\n2\tkept\n2\tremoving\tgone\n"
                                   "2\tgone\n\0\0\0\n9\tanswered 404\nx\tkept\n3\tke")
-    store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    store = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
     assert store.kept == {0} and store.reasons == {1: "is a copy", 9: "answered 404", 3: "ke"}
     assert sorted(os.listdir(tmp_path / "p")) == ["00000.jpg", "00002.jpg", "00003.jpg"]
-    again = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    again = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
     assert (again.kept, again.reasons) == (store.kept, store.reasons)
 
 
@@ -128,11 +128,11 @@ def test_sets_of_earlier_versions_go_on(web: Web, tmp_path: Path) -> None:
     state = json.loads((tmp_path / ".retrieval.json").read_text())
     del state["journaled"]
     (tmp_path / ".retrieval.json").write_text(json.dumps(state))
-    (tmp_path / ".retrieval.log").write_text("1\tis not a readable picture\n")
+    (tmp_path / ".retrieval.log").write_text("1\tis not a readable image\n")
     before = visible(tmp_path)
-    assert collect(tmp_path, web, 3).pictures == 3 and visible(tmp_path) == before
+    assert collect(tmp_path, web, 3).images == 3 and visible(tmp_path) == before
     (tmp_path / SET / "00006.jpg").write_bytes(b"mine")                 # from here on only what is on record is ours
-    assert collect(tmp_path, web, 6).pictures == 6
+    assert collect(tmp_path, web, 6).images == 6
     assert max(web.served.values()) == 1 and (tmp_path / SET / "00006.jpg").read_bytes() == b"mine"
 
 
@@ -149,7 +149,7 @@ def test_two_retrievals_into_one_folder_take_turns(web: Web, tmp_path: Path) -> 
     for run in runs:
         run.join()
     whole = collect(tmp_path, web, 20)
-    assert whole.pictures == 20 and max(web.served.values()) == 1
+    assert whole.images == 20 and max(web.served.values()) == 1
     assert len((tmp_path / "images.txt").read_text().split()) == 20
     assert sum("waiting for another run" in line for line in lines) >= 1
 
@@ -163,22 +163,22 @@ def test_another_process_is_waited_for(web: Web, tmp_path: Path) -> None:
                                  env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
         assert child.stdout.readline() == f"waiting for another run that works in '{tmp_path}'\n"
         assert not web.questions
-    assert "2 of 2 pictures" in child.communicate()[0] and child.returncode == 0
+    assert "2 of 2 images" in child.communicate()[0] and child.returncode == 0
 
 
 # ---- damaged files
 
 
-def test_kept_pictures_that_no_longer_decode_are_made_again(web: Web, tmp_path: Path,
+def test_kept_images_that_no_longer_decode_are_made_again(web: Web, tmp_path: Path,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     web.offer(8)
-    web.answer[2] = {"id": 2, "caption": "", "image": base64.b64encode(picture_bytes(2)).decode()}
+    web.answer[2] = {"id": 2, "caption": "", "image": base64.b64encode(image_bytes(2)).decode()}
     collect(tmp_path, web, 5)
     before = visible(tmp_path)
     for number in (1, 2):
         path = tmp_path / SET / f"{number:05d}.jpg"
         path.write_bytes(bytes(path.stat().st_size))                   # what a power cut leaves
-    assert collect(tmp_path, web, 5).pictures == 5
+    assert collect(tmp_path, web, 5).images == 5
     after = visible(tmp_path)
     assert {name: content for name, content in after.items() if not name.endswith(".damaged")} == before
     assert set(after) - set(before) == {f"{SET}/0000{number}.jpg.damaged" for number in (1, 2)}
@@ -190,7 +190,7 @@ def test_kept_pictures_that_no_longer_decode_are_made_again(web: Web, tmp_path: 
                                     b'{"sought": {}, "asked": "x", "reasons": {}, "candidates": []}',
                                     b'{"sought": {}, "asked": 1, "reasons": [], "candidates": []}',
                                     b'{"sought": 5, "asked": 1, "reasons": {"x": "y"}, "candidates": []}'])
-def test_a_damaged_state_costs_no_picture(web: Web, tmp_path: Path, damage: bytes,
+def test_a_damaged_state_costs_no_image(web: Web, tmp_path: Path, damage: bytes,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     web.offer(9)
     web.pages["/1.jpg"] = b"junk"
@@ -198,9 +198,9 @@ def test_a_damaged_state_costs_no_picture(web: Web, tmp_path: Path, damage: byte
     (tmp_path / SET / "00042.jpg").write_bytes(b"mine")
     before = visible(tmp_path)
     (tmp_path / ".retrieval.json").write_bytes(damage)
-    assert collect(tmp_path, web, 4).pictures == 4 and visible(tmp_path) == before
+    assert collect(tmp_path, web, 4).images == 4 and visible(tmp_path) == before
     assert "'.retrieval.json.damaged' and made again" in capsys.readouterr().out
-    assert collect(tmp_path, web, 6).pictures == 6                      # and it can be topped up
+    assert collect(tmp_path, web, 6).images == 6                      # and it can be topped up
     assert max(count for path, count in web.served.items() if path != "/1.jpg") == 1
     assert all(visible(tmp_path)[name] == content for name, content in before.items() if name not in LISTS)
 
@@ -211,7 +211,7 @@ def test_a_damaged_state_without_lists_starts_anew(web: Web, tmp_path: Path) -> 
     before = visible(tmp_path)
     (tmp_path / ".retrieval.json").write_bytes(b"")
     (tmp_path / "images.txt").write_bytes(bytes(20))
-    assert collect(tmp_path, web, 3).pictures == 3 and visible(tmp_path) == before
+    assert collect(tmp_path, web, 3).images == 3 and visible(tmp_path) == before
 
 
 def test_damaged_lists_are_written_again(web: Web, tmp_path: Path) -> None:
@@ -219,16 +219,16 @@ def test_damaged_lists_are_written_again(web: Web, tmp_path: Path) -> None:
     collect(tmp_path, web, 3)
     before = visible(tmp_path)
     (tmp_path / "caption.txt").write_bytes(bytes(9))
-    assert collect(tmp_path, web, 3).pictures == 3 and visible(tmp_path) == before
+    assert collect(tmp_path, web, 3).images == 3 and visible(tmp_path) == before
 
 
-def test_pictures_of_other_formats_are_not_opened(tmp_path: Path) -> None:
-    """Where a kept picture has become PostScript, Pillow would start Ghostscript."""
-    store = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
-    store.keep(0, picture_bytes(0))
+def test_images_of_other_formats_are_not_opened(tmp_path: Path) -> None:
+    """Where a kept image has become PostScript, Pillow would start Ghostscript."""
+    store = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    store.keep(0, image_bytes(0))
     Image.new("RGB", (8, 8)).save(tmp_path / "p" / "x.eps")
     os.replace(tmp_path / "p" / "x.eps", tmp_path / "p" / "00000.jpg")
-    again = PictureStore(tmp_path / "p", tmp_path / "log", FETCHER)
+    again = ImageStore(tmp_path / "p", tmp_path / "log", FETCHER)
     assert not again.has(0) and (tmp_path / "p" / "00000.jpg.damaged").exists()
 
 

@@ -1,4 +1,4 @@
-"""Tests that retrieval fills a real_reg folder with the right pictures, whatever kills it and whatever the web does."""
+"""Tests that retrieval fills a real_reg folder with the right images, whatever kills it and whatever the web does."""
 from __future__ import annotations
 
 import base64
@@ -25,7 +25,7 @@ from retrieval import download, image_set
 from retrieval.client import Query
 from retrieval.download import Downloader, Refused, is_public
 from retrieval.image_set import Retrieved, retrieve
-from web import HOSTILE, Web, picture_bytes, trickle
+from web import HOSTILE, Web, image_bytes, trickle
 
 from ldm.data.regularization import read_regularization, write_regularization
 from ldm.util import UserError
@@ -58,21 +58,21 @@ def files(folder: Path) -> dict[str, bytes]:
 # ---- what ends up in the set
 
 
-def test_the_best_usable_different_pictures_are_kept_in_the_servers_order(web: Web, fetcher: Downloader,
+def test_the_best_usable_different_images_are_kept_in_the_servers_order(web: Web, fetcher: Downloader,
                                                                         tmp_path: Path) -> None:
     web.offer(14)
     web.pages["/1.jpg"] = b"<html>sold</html>"
-    web.pages["/3.jpg"] = picture_bytes(2, size=(96, 80), kind="PNG")          # the second one's copy, larger
+    web.pages["/3.jpg"] = image_bytes(2, size=(96, 80), kind="PNG")          # the second one's copy, larger
     web.pages["/4.jpg"] = b""
-    web.pages["/6.jpg"] = picture_bytes(6)[:300]
+    web.pages["/6.jpg"] = image_bytes(6)[:300]
     del web.pages["/7.jpg"]
     web.answer[8]["caption"] = "  two\nlines "
     web.answer[9]["caption"] = None
     found = collect(tmp_path / "set", web, fetcher, 6)
     kept = [0, 2, 5, 8, 9, 10]
-    assert found.pictures == 6 and sum(found.refused.values()) == 5
+    assert found.images == 6 and sum(found.refused.values()) == 5
     assert found.refused["answered 404"] == found.refused["is empty"] == 1
-    assert found.refused["shows the same as another picture"] == 1
+    assert found.refused["shows the same as another image"] == 1
     result = read_regularization(tmp_path / "set", "tabby cat")
     assert [path.name for path in result.paths] == [f"{number:05d}.jpg" for number in kept]
     assert (tmp_path / "set" / "images.txt").read_text().split() == [f"tabby_cat/{number:05d}.jpg" for number in kept]
@@ -89,34 +89,34 @@ def test_a_second_run_fetches_nothing_and_a_larger_one_tops_up(web: Web, fetcher
     web.offer(12)
     collect(tmp_path / "set", web, fetcher, 4)
     before, asked = files(tmp_path / "set"), len(web.questions)
-    assert collect(tmp_path / "set", web, fetcher, 4).pictures == 4
+    assert collect(tmp_path / "set", web, fetcher, 4).images == 4
     assert files(tmp_path / "set") == before and len(web.questions) == asked
-    assert collect(tmp_path / "set", web, fetcher, 10).pictures == 10
+    assert collect(tmp_path / "set", web, fetcher, 10).images == 10
     assert max(web.served.values()) == 1 and set(before) < set(files(tmp_path / "set"))
-    assert collect(tmp_path / "set", web, fetcher, 50).pictures == 12            # all there are
+    assert collect(tmp_path / "set", web, fetcher, 50).images == 12            # all there are
 
 
 def test_the_server_is_asked_for_more_while_too_few_are_usable(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
     web.offer(40)
     web.pages = {path: content for path, content in web.pages.items() if int(path[1:-4]) >= 16}
-    assert collect(tmp_path / "set", web, fetcher, 6, oversample=1.5).pictures == 6
+    assert collect(tmp_path / "set", web, fetcher, 6, oversample=1.5).images == 6
     assert [question["num_images"] for question in web.questions] == [9, 18, 36]
 
 
-def test_pictures_that_come_with_the_answer(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
+def test_images_that_come_with_the_answer(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
     for number in range(3):
-        web.answer.append({"id": number, "image_path": f"pictures/{number}.jpg", "caption": f"cat {number}",
-                           "image": base64.b64encode(picture_bytes(number)).decode()})
+        web.answer.append({"id": number, "image_path": f"images/{number}.jpg", "caption": f"cat {number}",
+                           "image": base64.b64encode(image_bytes(number)).decode()})
     web.answer += [{"id": 3, "image": "!!", "caption": "x"}, {"id": 4, "caption": "neither"},
                    {"id": 5, "url": 7, "image": base64.b64encode(b"text").decode()}]
     found = collect(tmp_path / "set", web, fetcher, 5)
-    assert found.pictures == 3 and found.refused == {"came without a readable picture": 2} and not web.served
+    assert found.images == 3 and found.refused == {"came without a readable image": 2} and not web.served
     assert read_regularization(tmp_path / "set", "cat").captions == ["cat 0", "cat 1", "cat 2"]
 
 
-def test_large_pictures_are_shrunk(web: Web, tmp_path: Path) -> None:
+def test_large_images_are_shrunk(web: Web, tmp_path: Path) -> None:
     web.offer(1)
-    web.pages["/0.jpg"] = picture_bytes(0, size=(3000, 2000))
+    web.pages["/0.jpg"] = image_bytes(0, size=(3000, 2000))
     collect(tmp_path / "set", web, Downloader(allow_private=True), 1)
     with Image.open(tmp_path / "set" / "tabby_cat" / "00000.jpg") as image:
         assert image.size == (1536, 1024)
@@ -133,7 +133,7 @@ def test_captions_unlike_the_class_are_left_out(web: Web, fetcher: Downloader, t
 
     monkeypatch.setattr(image_set, "text_similarities", similarities)
     found = collect(tmp_path / "set", web, fetcher, 4, clip="ViT-B/32")
-    assert found.pictures == 4
+    assert found.images == 4
     assert found.refused == {"has a caption unlike 'a photo of a tabby cat'": 2}
     assert (tmp_path / "set" / "images.txt").read_text().split() == \
         [f"tabby_cat/0000{number}.jpg" for number in (0, 2, 4, 5)]
@@ -146,7 +146,7 @@ def test_captions_unlike_the_class_are_left_out(web: Web, fetcher: Downloader, t
 def test_killed_at_any_moment_and_started_again(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
     web.offer(70)
     for number in range(0, 70, 9):
-        web.pages[f"/{number}.jpg"] = b"junk" if number % 2 else picture_bytes(number + 1)
+        web.pages[f"/{number}.jpg"] = b"junk" if number % 2 else image_bytes(number + 1)
     collect(tmp_path / "whole", web, fetcher, 40)
     web.served.clear()
     web.pause = 0.01
@@ -192,7 +192,7 @@ def test_a_server_that_dies_leaves_what_was_found(web: Web, fetcher: Downloader,
         web.answer = b"gone"                        # after the first answer
 
     found = collect(tmp_path / "set", web, fetcher, 9, say, oversample=1)
-    assert found.pictures == 4 and any("4 of 9 pictures: the server" in line for line in lines)
+    assert found.images == 4 and any("4 of 9 images: the server" in line for line in lines)
     assert len(read_regularization(tmp_path / "set", "cat").paths) == 4
 
 
@@ -208,7 +208,7 @@ def test_disk_full_while_retrieving(web: Web, fetcher: Downloader, tmp_path: Pat
         with pytest.raises(UserError, match="No space left"):
             collect(tmp_path / "set", web, fetcher, 4)
     assert set(contents(tmp_path / "set")) == set(STATE)
-    assert collect(tmp_path / "set", web, fetcher, 4).pictures == 4
+    assert collect(tmp_path / "set", web, fetcher, 4).images == 4
 
 
 def free_port() -> int:
@@ -222,7 +222,7 @@ def free_port() -> int:
     (b"<html>502 Bad Gateway</html>", None, [], "answers something that is no JSON"),
     (b"", None, [], "answers something that is no JSON"), ({"message": "Internal Server Error"}, None, [],
                                                           "answers 'Internal Server Error'; check --index"),
-    ({"a": 1}, None, [], "no list of pictures"), ([1, 2], None, [], "no list of pictures"),
+    ({"a": 1}, None, [], "no list of images"), ([1, 2], None, [], "no list of images"),
     ([], ["laion", "mine"], ["--index", "other"], "has no index 'other'; it has laion, mine"),
     ([], None, ["--url", "DEAD"], "does not answer (no connection); start one"),
     ([], None, ["--url", "ftp://x"], "is no http or https address"),
@@ -244,7 +244,7 @@ def test_no_server_is_assumed(call_script: Call, tmp_path: Path) -> None:
 
 # Entries that are only strange are left out one by one; all else is refused whole.
 STRANGE = {"lone_surrogates", "control_characters", "huge_caption", "huge_url", "not_finite", "wrong_types",
-           "strange_addresses", "no_picture", "text_for_picture", "same_entry_ten_thousand_times", "empty_tables"}
+           "strange_addresses", "no_image", "text_for_image", "same_entry_ten_thousand_times", "empty_tables"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -314,11 +314,11 @@ def test_an_answer_is_divided_as_json_divides_it(size: int, monkeypatch: pytest.
     assert clip_answer.Answer(io.BytesIO(b"[ ]"), 100).found == []
 
 
-def test_many_pictures_that_come_with_the_answer(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
+def test_many_images_that_come_with_the_answer(web: Web, fetcher: Downloader, tmp_path: Path) -> None:
     """More than is kept in memory: what follows a JPEG's end is no part of it."""
-    pictures = [base64.b64encode(picture_bytes(number) + bytes(250_000)).decode() for number in range(60)]
-    web.answer = [{"id": number, "caption": "", "image": picture} for number, picture in enumerate(pictures)]
-    assert collect(tmp_path / "set", web, fetcher, 60, oversample=1).pictures == 60
+    images = [base64.b64encode(image_bytes(number) + bytes(250_000)).decode() for number in range(60)]
+    web.answer = [{"id": number, "caption": "", "image": image} for number, image in enumerate(images)]
+    assert collect(tmp_path / "set", web, fetcher, 60, oversample=1).images == 60
 
 
 def test_the_command_runs_where_clip_retrieval_is(tmp_path: Path) -> None:
@@ -351,8 +351,8 @@ def test_the_command_says_what_it_did(web: Web, call_script: Call, tmp_path: Pat
     outcome = call_script("retrieve", "--class-noun", "cat", "--num", 3, "--url", web.url, "--out", tmp_path / "set",
                           "--allow-private")
     assert outcome.status == 0, outcome.err
-    assert f"regularisation set: 3 of 3 pictures in {tmp_path / 'set'}" in outcome.out
-    assert "left out: 1 (is not a readable picture)" in outcome.out
+    assert f"regularization set: 3 of 3 images in {tmp_path / 'set'}" in outcome.out
+    assert "left out: 1 (is not a readable image)" in outcome.out
     outcome = call_script("retrieve", "--class_noun", "cat", "--num", 3, "--url", web.url, "--out", tmp_path / "b")
     assert "(leads to the private)" not in outcome.error and "leads to the private" in outcome.error
 
@@ -466,4 +466,4 @@ def test_a_bomb_from_the_web_is_left_out(web: Web, fetcher: Downloader, tmp_path
     web.offer(2)
     web.pages["/0.jpg"] = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000)))
     found = collect(tmp_path / "set", web, fetcher, 1)
-    assert found.pictures == 1 and found.refused == {"claims more than 400,000,000 pixels": 1}
+    assert found.images == 1 and found.refused == {"claims more than 400,000,000 pixels": 1}

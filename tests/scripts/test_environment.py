@@ -203,7 +203,7 @@ def lose_python(checkout: Checkout) -> None:
 
 @pytest.mark.parametrize(("damage", "afresh"), [(cut_short, True), (hold_another_venv, False), (date_back, True),
                                                 (lose_python, True), (lose_package, False)])
-def test_an_incomplete_venv_is_mended(installed: Checkout, damage: Callable[[Checkout], None], afresh: bool) -> None:
+def test_an_incomplete_venv_is_repaired(installed: Checkout, damage: Callable[[Checkout], None], afresh: bool) -> None:
     (site_packages(installed) / "of_the_user.py").touch()
     damage(installed)
     run = installed.choose()

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.config import SampleConfig, TrainConfig, merge
-from ldm.pictures import read_settings
+from ldm.sheets import read_settings
 from ldm.training.run import Run
 
 
@@ -57,11 +57,11 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
     assert float(values["learning_rate"]) == pytest.approx(1e-3) and float(values["seconds_per_step"]) > 0
     lines = outcome.out.splitlines()
     assert f"concept file: {folder / 'checkpoints' / 'step-000002.safetensors'}" in lines
-    assert f"pictures:     {folder / 'images' / 'preview-000002.png'}" in lines
+    assert f"images:     {folder / 'images' / 'preview-000002.png'}" in lines
     assert lines[-1] == (f"next:         CKPT={small_world.checkpoint} "
                          f"CONCEPT='{folder / 'checkpoints' / 'step-000002.safetensors'}' bash inference.sh")
-    assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
-    assert "method: ico; each step: 1 reference and as many regularisation pictures of weight 1" in lines
+    assert any(line.startswith("thing: regularization: 3 image(s)") for line in lines)
+    assert "method: ico; each step: 1 reference and as many regularization images of weight 1" in lines
     assert "effective learning rate: 0.001 for K/V and words, 0.01 for contexts; 2 steps" in lines
     assert "fine-tuning: 100%" in outcome.err and "loss=" in outcome.err and "warning" not in outcome.err.lower()
     with Image.open(folder / "images" / "preview-000002.png") as page:     # fine-tuned, and DCI at two strengths
@@ -85,15 +85,15 @@ def test_sampling_from_the_command_line(trained: tuple[Path, Outcome], small_wor
                     "--outdir", outdir, "--save_masks", "--share_guidance", "false")
     assert outcome.status == 0, outcome.err
     texts = ("000-00-a-in-the-snow", "001-00-a-cat-on-the-beach")
-    pictures = [f"samples/{text}-{way}.png" for text in texts for way in ("plain", "lambda+0.00", "lambda+1.00")]
-    assert set(contents(outdir)) == {*pictures, "grid.png", "masks/000.png", "masks/001.png", "config.yaml"}
-    assert f"pictures: 6 in {outdir / 'samples'}" in outcome.out
+    images = [f"samples/{text}-{way}.png" for text in texts for way in ("plain", "lambda+0.00", "lambda+1.00")]
+    assert set(contents(outdir)) == {*images, "grid.png", "masks/000.png", "masks/001.png", "config.yaml"}
+    assert f"images: 6 in {outdir / 'samples'}" in outcome.out
     assert f"sheet:    {outdir / 'grid.png'}" in outcome.out
     assert "warning" not in outcome.err.lower() and "sampling: 100%" in outcome.err
-    settings = read_settings(outdir / pictures[2])
+    settings = read_settings(outdir / images[2])
     assert (settings["strength"], settings["seed"], settings["dci"]["guidance"]) == (1.0, 5, "separate")
-    with Image.open(outdir / pictures[0]) as picture:
-        assert picture.size == (32, 32)
+    with Image.open(outdir / images[0]) as image:
+        assert image.size == (32, 32)
     with Image.open(outdir / "grid.png") as page:                           # reference, fine-tuned, two strengths
         assert page.width == 4 * (160 + 8) + 8
     merge(SampleConfig, [outdir / "config.yaml"])
@@ -111,14 +111,14 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
 
 @pytest.mark.parametrize(("script", "entry"), [
     ("sample", "--ddim_steps DDIM_STEPS sampling steps; more take longer (steps; default: 50; SD v1: 200)"),
-    ("sample", "--H H of pictures in px; null is the model's own (height) --W"),
+    ("sample", "--H H of images in px; null is the model's own (height) --W"),
     ("sample", "(dci.agg_lambda; default: [-1.0, 0.0, 1.5]; SD v1: [0.0])"),
     ("sample", "left out: configs/model/tiny.yaml configs/sample/tiny.yaml; SD v1: configs/model/sd-v1.yaml"),
     ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
     ("train", "where run folders go (trainer.logdir; default: logs) -s"),
     ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: backpack)"),
-    ("evaluate", "pictures per prompt, by seeds (n_samples; default: 1)"),
+    ("evaluate", "images per prompt, by seeds (n_samples; default: 1)"),
     ("evaluate", "(default: outputs/evaluation)"),
     ("tradeoff", "usage: tradeoff.py [claim NAME ...] [options] [key=value ...]")])
 def test_help_says_what_keys_mean_and_what_will_be_used(call_script: Call, script: str, entry: str) -> None:
@@ -364,7 +364,7 @@ def test_pickles_are_only_loaded_restricted() -> None:
             assert "torch.load(" not in text or path == ROOT / "ldm" / "checkpoint.py", path
 
 
-def test_pictures_say_how_they_were_made_without_paths(small_world: SmallWorld, small_run: Run, call_script: Call,
+def test_images_say_how_they_were_made_without_paths(small_world: SmallWorld, small_run: Run, call_script: Call,
                                                        tmp_path: Path) -> None:
     call_script("sample", "-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, "--prompt", "{}",
                 "--outdir", tmp_path, "--use_dci", "false")
@@ -379,10 +379,10 @@ def test_two_samplings_into_one_folder_at_once_lose_nothing(small_world: SmallWo
     both = [subprocess.Popen([*map(str, command), f"seed={seed}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             for seed in (10, 20)]
     ends = [process.communicate(timeout=600)[0] for process in both]
-    assert all(f"pictures: 3 in {tmp_path}" in out for out in ends)
-    pictures = sorted((tmp_path / "samples").iterdir())
-    assert [path.name[:6] for path in pictures] == [f"00{run}-0{number}" for run in range(2) for number in range(3)]
-    seeds = [read_settings(path)["seed"] for path in pictures]
+    assert all(f"images: 3 in {tmp_path}" in out for out in ends)
+    images = sorted((tmp_path / "samples").iterdir())
+    assert [path.name[:6] for path in images] == [f"00{run}-0{number}" for run in range(2) for number in range(3)]
+    seeds = [read_settings(path)["seed"] for path in images]
     assert seeds in ([10, 11, 12, 20, 21, 22], [20, 21, 22, 10, 11, 12])
     assert sorted(path.name for path in tmp_path.glob("*.*")) == [
         "config-0001.yaml", "config.yaml", "grid-0001.png", "grid.png"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.cases import START
 from benchmarks.contestants import random_state
-from benchmarks.rows import START
 from conftest import ROOT, SmallWorld, small_model_config
 from omegaconf import OmegaConf
 from torch import Tensor

@@ -37,7 +37,7 @@ def run(campaign: Campaign) -> None:
 
 
 def programs(folder: Path, canary: Path) -> Path:
-    """Puts programs that picture readers start into a folder."""
+    """Puts programs that image readers start into a folder."""
     folder.mkdir()
     for name in ("gs", "gswin64c", "ffmpeg", "convert", "inkscape", "rsvg-convert"):
         (folder / name).write_text(f"#!/bin/sh\ntouch '{canary}'\n")
@@ -48,8 +48,8 @@ def programs(folder: Path, canary: Path) -> Path:
 def case(index: int, rng: Random, folder: Path, world: World, canary: Path) -> tuple[str, bool, str, Ended]:
     """Returns what was given to whom, whether it must be refused or named, its name, and what came of it."""
     if index % 5 == 3:
-        bad = hostile.picture(rng, world.small.photos, canary)
-        door, path, ended = give_picture(rng, folder, world, bad.data)
+        bad = hostile.image(rng, world.small.photos, canary)
+        door, path, ended = give_image(rng, folder, world, bad.data)
     elif index % 10 == 4:
         bad = hostile.text(rng, world.small.photos, canary)
         door, path, ended = give_text(rng, folder, world, bad.data)
@@ -68,8 +68,8 @@ def case(index: int, rng: Random, folder: Path, world: World, canary: Path) -> t
     return f"{bad.what} to {door}", bad.must, path.name, ended
 
 
-def give_picture(rng: Random, folder: Path, world: World, data: bytes) -> tuple[str, Path, Ended]:
-    """Puts a picture among good ones, where a script reads such folders."""
+def give_image(rng: Random, folder: Path, world: World, data: bytes) -> tuple[str, Path, Ended]:
+    """Puts an image among good ones, where a script reads such folders."""
     door = rng.choice(["inspection", "evaluation", "training", "references", "single"])
     photos = folder / "photos"
     if door == "references":
@@ -83,7 +83,7 @@ def give_picture(rng: Random, folder: Path, world: World, data: bytes) -> tuple[
         Image.effect_noise((40, 40), 90).convert("RGB").save(photos / "good.png")
     configured = ["train", "-b", *world.small.training_files, f"concepts.0.images={photos}"]
     if door == "evaluation":
-        return door, path, call("evaluate", "--pictures", photos, "--metrics", "judge", "--metric_weights",
+        return door, path, call("evaluate", "--images", photos, "--metrics", "judge", "--metric_weights",
                                 f"judge={world.metrics['judge']}", "--outdir", folder / "out")
     if door == "references":
         concept = folder / "run" / "checkpoints" / "step.safetensors"
@@ -114,7 +114,7 @@ def give_text(rng: Random, folder: Path, world: World, data: bytes) -> tuple[str
         return door, path, call("train", "-b", *world.small.training_files, "--concepts_list", path, "--print_config")
     Image.effect_noise((40, 40), 90).convert("RGB").save(folder / "good.png")
     if door == "prompts.json":
-        return door, path, call("evaluate", "--pictures", folder, "--prompts", path, "--metrics", "judge",
+        return door, path, call("evaluate", "--images", folder, "--prompts", path, "--metrics", "judge",
                                 "--metric_weights", f"judge={world.metrics['judge']}", "--outdir", folder / "out")
     return door, path, call("train", "-b", *world.small.training_files, f"concepts.0.images={folder}",
                             "data.captions=true", "--inspect", folder / "out")

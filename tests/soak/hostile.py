@@ -1,4 +1,4 @@
-"""Makes hostile files: programs in pickles, torn and altered tensors, lying headers, pictures and texts that bite."""
+"""Makes hostile files: programs in pickles, torn and altered tensors, lying headers, images and texts that bite."""
 from __future__ import annotations
 
 import io
@@ -291,7 +291,7 @@ def with_a_change(text: str, rng: Random) -> tuple[str, str]:
     return json.dumps(content), f"{'.'.join(map(str, place))} = {value!r:.40}"
 
 
-# --- pictures and texts -----------------------------------------------------------------------------------------------
+# --- images and texts -----------------------------------------------------------------------------------------------
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 DISGUISED = {
@@ -317,8 +317,8 @@ def png(width: int, height: int, *chunks: bytes, rows: int = 1000) -> bytes:
     return b"".join([b"\x89PNG\r\n\x1a\n", head, *chunks, pixels, chunk(b"IEND", b"")])
 
 
-def picture(rng: Random, valid: Path, canary: Path) -> Hostile:
-    """A picture that is none, claims too much, or says too much."""
+def image(rng: Random, valid: Path, canary: Path) -> Hostile:
+    """An image that is none, claims too much, or says too much."""
     kind = rng.choice(["disguised", "disguised", "bomb", "told", "torn"])
     if kind == "disguised":
         name = rng.choice(list(DISGUISED))
@@ -331,7 +331,7 @@ def picture(rng: Random, valid: Path, canary: Path) -> Hostile:
         extra = rng.choice([chunk(b"zTXt", b"dci-ico\0\0" + zeros), chunk(b"iCCP", b"x\0\0" + zeros),
                             chunk(b"acTL", struct.pack(">II", 2 ** 31 - 1, 0)), chunk(b"eXIf", b"MM\0*\0\0\0\x08" * 99),
                             chunk(b"tEXt", b"dci-ico\0" + b"[" * 500_000)])
-        return Hostile("a picture that says much", png(8, 8, extra, rows=16), False)
+        return Hostile("an image that says much", png(8, 8, extra, rows=16), False)
     file = io.BytesIO()
     info = PngImagePlugin.PngInfo()
     info.add_text("dci-ico", with_a_change('{"prompt": "a", "seed": 1, "concept": {"class_noun": "a"}}', rng)[0])

@@ -1,4 +1,4 @@
-"""Mutated input of every kind: command lines, configurations, prompts, captions, lists, pictures, settings, names."""
+"""Mutated input of every kind: command lines, configurations, prompts, captions, lists, images, settings, names."""
 from __future__ import annotations
 
 import json
@@ -42,7 +42,7 @@ SETTINGS = {"prompt": "a {} in the snow", "seed": 4, "strength": 1.0, "steps": 4
 def run(campaign: Campaign) -> None:
     world = World(campaign.folder)
     doors: list[Callable[[World, Path, Random], Ended]] = [
-        train_line, sample_line, sample_line, evaluate_line, other_line, yaml, prompts, captions, subjects, picture,
+        train_line, sample_line, sample_line, evaluate_line, other_line, yaml, prompts, captions, subjects, image,
         settings, names, names, train_whole, sample_whole]
     prepared = world.concept, world.metrics
     assert all(prepared)
@@ -145,7 +145,7 @@ def sample_line(world: World, folder: Path, rng: Random) -> Ended:
 
 
 def evaluate_line(world: World, folder: Path, rng: Random) -> Ended:
-    line = ["--pictures", world.small.photos, "--references", world.small.photos, "--metrics", "judge",
+    line = ["--images", world.small.photos, "--references", world.small.photos, "--metrics", "judge",
             "--metric_weights", f"judge={world.metrics['judge']}", "--outdir", "out", "--class_noun", "cat"]
     return call("evaluate", *mutated(rng, line), limit=LIMIT)
 
@@ -200,7 +200,7 @@ def subjects(world: World, folder: Path, rng: Random) -> Ended:
                 *rng.choice([["--print_config"], ["--inspect", "seen"]]), limit=LIMIT)
 
 
-def picture(world: World, folder: Path, rng: Random) -> Ended:
+def image(world: World, folder: Path, rng: Random) -> Ended:
     photos = folder / "photos"
     shutil.copytree(world.small.photos, photos)
     file = BytesIO()
@@ -212,13 +212,13 @@ def picture(world: World, folder: Path, rng: Random) -> Ended:
     return evaluate(world, photos)
 
 
-def evaluate(world: World, pictures: Path) -> Ended:
-    return call("evaluate", "--pictures", pictures, "--metrics", "judge", "--metric_weights",
+def evaluate(world: World, images: Path) -> Ended:
+    return call("evaluate", "--images", images, "--metrics", "judge", "--metric_weights",
                 f"judge={world.metrics['judge']}", "--outdir", "out", limit=LIMIT)
 
 
 def settings(world: World, folder: Path, rng: Random) -> Ended:
-    """Settings inside a picture: another text, or another value somewhere."""
+    """Settings inside an image: another text, or another value somewhere."""
     info = PngImagePlugin.PngInfo()
     content = damaged(rng, json.dumps(SETTINGS).encode())
     info.add_text("dci-ico", content.decode("latin-1"), zip=rng.random() < 0.3)
@@ -228,7 +228,7 @@ def settings(world: World, folder: Path, rng: Random) -> Ended:
 
 
 def names(world: World, folder: Path, rng: Random) -> Ended:
-    """Names of folders and pictures that are long, no text, or look like something else."""
+    """Names of folders and images that are long, no text, or look like something else."""
     word = rng.choice([word for word in WORDS if word.strip("./") and "/" not in word])
     name = os.fsencode(word)[:rng.choice([20, 200, 251])].replace(b"\0", b"")
     place = Path(os.fsdecode(os.path.join(os.fsencode(folder), b"d" + name)))
@@ -239,7 +239,7 @@ def names(world: World, folder: Path, rng: Random) -> Ended:
         return call("train", "-b", *world.small.training_files, "--datapath", place, "--class_noun", "cat",
                     "--inspect", place / "seen", limit=LIMIT)
     if door == "evaluate":
-        return call("evaluate", "--pictures", place, "--metrics", "judge", "--metric_weights",
+        return call("evaluate", "--images", place, "--metrics", "judge", "--metric_weights",
                     f"judge={world.metrics['judge']}", "--outdir", place / "out", limit=LIMIT)
     if door == "convert":
         return call("convert", place / "none.ckpt", "-o", place / os.fsdecode(name + b".safetensors"), limit=LIMIT)

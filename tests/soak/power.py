@@ -19,7 +19,7 @@ from soak.kills import STEPS, compared, started
 from soak.world import World
 
 COUNT = 5
-ANNOUNCED = re.compile(r"^(?:concept file|pictures|sheet|table|rows, .*):\s+(?:\d+ in )?(.+)$", re.MULTILINE)
+ANNOUNCED = re.compile(r"^(?:concept file|images|sheet|table|rows, .*):\s+(?:\d+ in )?(.+)$", re.MULTILINE)
 UNSYNCED = ("metrics.csv", "hparams.yaml", "stdout", "stderr")        # Lightning's log, which nothing is read from
 
 
@@ -89,7 +89,7 @@ def sampling(world: World) -> list[object]:
 
 
 def measuring(world: World) -> list[object]:
-    return ["--pictures", world.small.photos, "--metrics", "judge", "--metric_weights",
+    return ["--images", world.small.photos, "--metrics", "judge", "--metric_weights",
             f"judge={world.metrics['judge']}"]
 
 

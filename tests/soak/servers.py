@@ -1,4 +1,4 @@
-"""Hostile clip-retrieval servers: a sentence or no pictures, soon and in little memory.
+"""Hostile clip-retrieval servers: a sentence or no images, soon and in little memory.
 
 What they do is listed in tests/web.py.
 """
@@ -45,7 +45,7 @@ def asked(url: str, folder: Path, slack: float) -> str | None:
     seconds = time.monotonic() - begun
     if status:
         return (folder / "problem").read_text() if (folder / "problem").exists() else f"the process died ({status})"
-    limit = 2 * SECONDS + slack         # it may be asked twice: for its indices, and for pictures
+    limit = 2 * SECONDS + slack         # it may be asked twice: for its indices, and for images
     return f"it held the retrieval up for {seconds:.0f} s" if seconds > limit else None
 
 

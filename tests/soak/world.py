@@ -66,7 +66,7 @@ class World:
             return call("convert", path, "-o", place / "converted.safetensors")
         if door == "resume":
             return self.resume(path, place)
-        return call("evaluate", "--pictures", self.small.photos, "--metrics", door, "--metric_weights",
+        return call("evaluate", "--images", self.small.photos, "--metrics", door, "--metric_weights",
                     f"{door}={path}", "--outdir", place / "out")
 
     def resume(self, state: Path, place: Path) -> Ended:

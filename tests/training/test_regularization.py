@@ -1,4 +1,4 @@
-"""Tests where class pictures come from: drawn by the base model and cached, retrieved without blocking, or nowhere."""
+"""Tests where class images come from: drawn by the base model and cached, retrieved without blocking, or nowhere."""
 from __future__ import annotations
 
 import time
@@ -36,8 +36,8 @@ def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tm
     assert found.captions == ["photo of a tabby cat"] * 3
     assert (folder / "urls.txt").read_text().split("\n")[2] == f"generated:{generator.identity['hash']}:2"
     five = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=5), 32))
-    pictures = {name for name in three if name.endswith(".jpg")}
-    assert all(five[name] == three[name] for name in pictures) and len(five) == len(three) + 2
+    images = {name for name in three if name.endswith(".jpg")}
+    assert all(five[name] == three[name] for name in images) and len(five) == len(three) + 2
     whole = contents(generate_prior(generator, "tabby cat", how(tmp_path / "whole", num=5), 32))
     assert whole == five                                     # topping up and drawing at once agree
     (folder / "tabby_cat" / "00004.jpg").unlink()
@@ -51,12 +51,12 @@ def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tm
     assert generated_folder({"hash": "other"}, "tabby cat", how(tmp_path), 32) not in folders
 
 
-def test_damaged_drawn_pictures_are_drawn_again(generator: Generator, tmp_path: Path,
+def test_damaged_drawn_images_are_drawn_again(generator: Generator, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     folder = generate_prior(generator, "tabby cat", how(tmp_path, num=7), 32)
-    before, pictures = contents(folder), folder / "tabby_cat"
+    before, images = contents(folder), folder / "tabby_cat"
     for number, damage in ((1, b""), (2, bytes(500)), (4, before["tabby_cat/00004.jpg"][:400])):
-        (pictures / f"{number:05d}.jpg").write_bytes(damage)
+        (images / f"{number:05d}.jpg").write_bytes(damage)
     (folder / "urls.txt").write_bytes(bytes(70))
     (folder / "generated.json").write_bytes(b"")
     drawn: list[int] = []
@@ -69,7 +69,7 @@ def test_damaged_drawn_pictures_are_drawn_again(generator: Generator, tmp_path: 
     assert len(after) == len(before) + 3
 
 
-def test_a_list_that_is_too_short_names_all_drawn_pictures_again(generator: Generator, tmp_path: Path,
+def test_a_list_that_is_too_short_names_all_drawn_images_again(generator: Generator, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     folder = generate_prior(generator, "tabby cat", how(tmp_path, num=4), 32)
     before = contents(folder)
@@ -97,18 +97,18 @@ def test_two_runs_that_draw_one_set_take_turns(generator: Generator, tmp_path: P
 
 def test_captions_from_the_web_do_not_stop_a_run(small_world: SmallWorld, tmp_path: Path) -> None:
     """One is too long for the text encoder, one has a tag, which would be an unknown word, one is nothing else."""
-    pictures = [(Image.new("RGB", (32, 32), "red"), caption, "") for caption in
+    images = [(Image.new("RGB", (32, 32), "red"), caption, "") for caption in
                 ("cat " * 100, "a <b>cat</b> of mine", "<title>")]
-    write_regularization(tmp_path / "set", "cat", pictures)
+    write_regularization(tmp_path / "set", "cat", images)
     config = small_world.train_config(tmp_path / "logs", f"concepts.0.regularization={tmp_path / 'set'}",
                                       "method.steps=3")
     with pytest.warns(UserWarning, match="tokens and 75 fit"):
         assert fine_tune(config).concept.name == "step-000003.safetensors"
-    captions = [without_tags(text, "cat") for _, text, _ in pictures]
+    captions = [without_tags(text, "cat") for _, text, _ in images]
     assert captions == [("cat " * 100).strip(), "a cat of mine", "a photo of a cat"]
 
 
-def test_prompts_of_drawn_pictures(tmp_path: Path) -> None:
+def test_prompts_of_drawn_images(tmp_path: Path) -> None:
     assert class_prompt(how(tmp_path), "cat") == "photo of a cat"
     assert class_prompt(how(tmp_path), "umbrella") == "photo of an umbrella"
     assert class_prompt(how(tmp_path, prompt="drawing of the {}"), "cat") == "drawing of the cat"
@@ -121,19 +121,19 @@ def test_training_with_drawn_class_pictures(small_world: SmallWorld, tmp_path: P
     for _ in range(2):
         fine_tune(small_world.train_config(tmp_path / "logs", *options))
     out = capsys.readouterr().out
-    assert out.count("thing: regularisation (generate): 2 of 2 picture(s), listed in") == 2
-    assert "references: 2, regularisation pictures: 2" in out
-    assert "each step: 1 reference and as many regularisation pictures of weight 1" in out
+    assert out.count("thing: regularization (generate): 2 of 2 image(s), listed in") == 2
+    assert "references: 2, regularization images: 2" in out
+    assert "each step: 1 reference and as many regularization images of weight 1" in out
     assert len(list((tmp_path / "generated").iterdir())) == 1
 
 
 def test_modes_by_flag(small_world: SmallWorld, tmp_path: Path, call_script: Call) -> None:
     options = ["-b", *small_world.training_files, "preview.prompts=[]", "method.steps=1", "-l", tmp_path / "logs"]
     outcome = call_script("train", *options, "--reg_mode", "retrieve")
-    assert "retrieve pictures first, with scripts/retrieve.py, and give their folder" in outcome.error
+    assert "retrieve images first, with scripts/retrieve.py, and give their folder" in outcome.error
     outcome = call_script("train", *options, "--reg_datapath", tmp_path / "none")
     assert "none' does not exist; give one" in outcome.error and "scripts/retrieve.py" in outcome.error
     outcome = call_script("train", *options, "--reg_mode", "none")
-    assert outcome.status == 0 and "regularisation pictures: 0" in outcome.out, outcome.err
+    assert outcome.status == 0 and "regularization images: 0" in outcome.out, outcome.err
     outcome = call_script("train", *options, "--reg_mode", "folder", "concepts.0.regularization=null")
     assert "data.reg.mode is folder but concept 'thing' names none" in outcome.error

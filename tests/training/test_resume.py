@@ -240,11 +240,11 @@ def test_two_machines_share_a_folder_a_voice_and_class_pictures(small_world: Sma
     (first, first_err), (second, second_err) = (node.communicate(timeout=120) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], first_err + second_err
     (folder,) = (tmp_path / "logs").iterdir()
-    (pictures,) = (tmp_path / "generated").iterdir()
+    (images,) = (tmp_path / "generated").iterdir()
     assert first.count(f"concept file: {folder}/checkpoints/step-000002.safetensors") == 1 and second == ""
     assert first_err.count("drawing 'photo of") and "drawing" not in second_err
     assert (folder / "checkpoints" / "step-000002.safetensors").is_file()
-    assert (pictures / "images.txt").read_text().count("\n") == 2
+    assert (images / "images.txt").read_text().count("\n") == 2
 
 
 def test_states_are_equal_to_the_byte_and_need_no_other_folder(small_world: SmallWorld, whole: Run, tmp_path: Path,
@@ -382,7 +382,7 @@ def another_base(world: SmallWorld, folder: Path) -> str:
 
 
 def photos(folder: Path, first: int) -> Path:
-    """Writes two photos; those of another `first` colour differ in nothing else."""
+    """Writes two photos; those of another `first` color differ in nothing else."""
     folder.mkdir(parents=True)
     for index in range(2):
         Image.fromarray(np.full((32, 32, 3), first + index, np.uint8)).save(folder / f"{index}.png")
@@ -390,10 +390,10 @@ def photos(folder: Path, first: int) -> Path:
 
 
 @pytest.mark.parametrize("earlier_version", [False, True])
-@pytest.mark.parametrize("changed", ["base", "noun", "words", "photos", "class pictures"])
+@pytest.mark.parametrize("changed", ["base", "noun", "words", "photos", "class images"])
 def test_a_run_goes_on_as_the_same_only(small_world: SmallWorld, run_copy: Path, tmp_path: Path, capsys,
                                         changed: str, earlier_version: bool) -> None:
-    """An earlier version's state does not say what it is about; the concept file beside it does, but for pictures."""
+    """An earlier version's state does not say what it is about; the concept file beside it does, but for images."""
     if earlier_version:
         change_state(run_copy, lambda state: state.pop("ConceptData"))
     other = photos(tmp_path / "photos", 70)
@@ -403,10 +403,10 @@ def test_a_run_goes_on_as_the_same_only(small_world: SmallWorld, run_copy: Path,
                  "the concepts '<new1> <new2> cat', and this is '<new1> <new2> dog'"),
         "words": ("concepts.0.words=[<a>,<b>]", "the concepts '<new1> <new2> cat', and this is '<a> <b> cat'"),
         "photos": (f"concepts.0.images={other}", r"the photos 2 \(\w{16}\), and this is 2 \("),
-        "class pictures": (f"concepts.0.regularization={other}", r"the class pictures 3 \(\w{16}\), and this is 2 \("),
+        "class images": (f"concepts.0.regularization={other}", r"the class images 3 \(\w{16}\), and this is 2 \("),
     }[changed]
     config = small_world.train_config(tmp_path, "method.steps=3", override)
-    unknown = earlier_version and changed in ("photos", "class pictures")
+    unknown = earlier_version and changed in ("photos", "class images")
     before = contents(run_copy)
     if not unknown:
         with pytest.raises(UserError, match=f"was trained with {message}.*; give what .* with --insist"):

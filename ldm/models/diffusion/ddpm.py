@@ -196,7 +196,7 @@ class LatentDiffusion(DDPM):
         return self.cond_stage_model.encode(c)
 
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Returns the posterior over latents of pictures (B, 3, H, W) in [-1, 1]."""
+        """Returns the posterior over latents of images (B, 3, H, W) in [-1, 1]."""
         with torch.no_grad():
             return self.first_stage_model.encode(x)
 
@@ -208,7 +208,7 @@ class LatentDiffusion(DDPM):
         return self.scale_factor * z
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
-        """Turns the diffusion model's latents (B, C, h, w) into pictures (B, 3, H, W), about [-1, 1]."""
+        """Turns the diffusion model's latents (B, C, h, w) into images (B, 3, H, W), about [-1, 1]."""
         with torch.no_grad():
             return self.differentiable_decode_first_stage(z)
 
@@ -260,9 +260,9 @@ class LatentDiffusion(DDPM):
         return is_own(self) and is_own(self.model) and isinstance(network, UNetModel) and network.takes_prepared()
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
-        """Returns latents (B, C, h, w) and text features of a batch with pictures (B, H, W, 3) under `k`."""
-        pictures = batch[k].permute(0, 3, 1, 2).contiguous().float()         # (B, 3, H, W)
-        latents = self.get_first_stage_encoding(self.encode_first_stage(pictures))
+        """Returns latents (B, C, h, w) and text features of a batch with images (B, H, W, 3) under `k`."""
+        images = batch[k].permute(0, 3, 1, 2).contiguous().float()         # (B, 3, H, W)
+        latents = self.get_first_stage_encoding(self.encode_first_stage(images))
         return latents, self.get_learned_conditioning(batch[self.cond_stage_key])
 
     def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -108,11 +108,11 @@ class ResolutionLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture (B, 3, H, W) in [-1, 1] → moments of the latents (B, 2*z_channels, H/f, W/f).
+    """Image (B, 3, H, W) in [-1, 1] → moments of the latents (B, 2*z_channels, H/f, W/f).
 
     Args are those of `ddconfig` in a Stable Diffusion v1 YAML file; `out_ch` belongs to the decoder. `group_channels`
     is how many channels share a group of a normalization at least (normalized alone, a channel would lose its mean, and
-    with it the colours); None is SD's 32 groups at any width.
+    with it the colors); None is SD's 32 groups at any width.
     """
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
                  in_channels: int, resolution: int, z_channels: int, double_z: bool = True,
                  group_channels: int | None = None):
         super().__init__()
-        self.reduction = 2 ** (len(ch_mult) - 1)                                 # pictures are this much larger
+        self.reduction = 2 ** (len(ch_mult) - 1)                                 # images are this much larger
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         channels = ch
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, z_channels, h, w) → picture (B, out_ch, f*h, f*w), about [-1, 1]; args as in `Encoder`."""
+    """Latents (B, z_channels, h, w) → image (B, out_ch, f*h, f*w), about [-1, 1]; args as in `Encoder`."""
 
     def __init__(self, *, ch: int, out_ch: int, ch_mult: Sequence[int] = (1, 2, 4, 8), num_res_blocks: int,
                  attn_resolutions: Sequence[int], dropout: float = 0.0, resamp_with_conv: bool = True,

@@ -34,7 +34,7 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Returns KL(self || other) in nats per picture (B,); `other` None is the standard normal."""
+        """Returns KL(self || other) in nats per image (B,); `other` None is the standard normal."""
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         if other is None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.encoders.words import ExtendedEmbedding
+from ldm.modules.encoders.extended_embedding import ExtendedEmbedding
 
 
 class TextEmbeddings(nn.Module):

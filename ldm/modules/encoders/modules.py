@@ -110,7 +110,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         """Returns ids (B, max_length).
 
         Raises:
-            UserError: a text has a `<word>` nobody taught, or (`strict`) does not fit the positions.
+            UserError: a text has a `<word>` that is unknown, or (`strict`) does not fit the positions.
         """
         return torch.tensor([self._ids(text, strict) for text in texts], device=self.device)
 

@@ -22,7 +22,7 @@ PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def clean(text: str) -> str:
     """Cleans a text as CLIP's own tokenizer does, but for letter case, so that a phone's ’ is the ' CLIP was taught.
 
-    Broken encodings, typographic quotes and the like are mended, HTML's entities are resolved twice, white space is
+    Broken encodings, typographic quotes and the like are repaired, HTML's entities are resolved twice, white space is
     collapsed. New words stay as they are.
 
     Raises:
@@ -32,11 +32,11 @@ def clean(text: str) -> str:
         raise UserError(f"the text '{text[:40]} ...' has {len(text):,} letters; give at most {LONGEST:,}, of which 77 "
                         "tokens are read.")
     if not is_unicode(text):
-        raise UserError(f"'{text[:80]}' is not Unicode text; type it anew, in UTF-8.")
-    return " ".join(_outside_new_words(_mend, text).split())
+        raise UserError(f"'{text[:80]}' is not Unicode text; type it again, in UTF-8.")
+    return " ".join(_outside_new_words(_repair, text).split())
 
 
-def _mend(text: str) -> str:
+def _repair(text: str) -> str:
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
     import ftfy  # takes a fifth of a second, and few prompts need it

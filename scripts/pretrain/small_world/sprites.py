@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ldm.data.images import read_picture
+from ldm.data.images import read_image_file
 from small_world.scenes import edge
 
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -41,7 +41,7 @@ class Sprite:
 
 def load_sprite(path: Path, side: int) -> Sprite:
     """Read a sprite file, cut it to its outline and scale its longer side to `side`."""
-    pixels = np.asarray(read_picture(path, lambda image: image.convert("RGBA"))).astype(np.float32) / 255
+    pixels = np.asarray(read_image_file(path, lambda image: image.convert("RGBA"))).astype(np.float32) / 255
     rows, columns = np.where(pixels[..., 3] > 0.05)
     pixels = pixels[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
     pixels[..., :3] *= pixels[..., 3:]

@@ -1,4 +1,4 @@
-"""A folder of numbered pictures that fills from the web: parallel, each kept or refused once, whatever kills it."""
+"""A folder of numbered images that fills from the web: parallel, each kept or refused once, whatever kills it."""
 from __future__ import annotations
 
 import os
@@ -22,21 +22,21 @@ TAKEN = "would take the name of a file that is not of this set"
 
 
 def shrunk(image: Image.Image, largest: int = LARGEST) -> Image.Image:
-    """Returns a picture whose shorter side is at most `largest` px."""
+    """Returns an image whose shorter side is at most `largest` px."""
     if min(image.size) <= largest:
         return image
     scale = largest / min(image.size)
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
 
 
-class PictureStore:
-    """Pictures 00000.jpg, 00001.jpg, ... and a journal of which of them are its own and which there will be none of.
+class ImageStore:
+    """Images 00000.jpg, 00001.jpg, ... and a journal of which of them are its own and which there will be none of.
 
-    Only what the journal says is its own is taken for one of its pictures, replaced or removed. The journal is on the
-    disk before a picture gets its name.
+    Only what the journal says is its own is taken for one of its images, replaced or removed. The journal is on the
+    disk before an image gets its name.
 
     Args:
-        folder: where the pictures go.
+        folder: where the images go.
         journal: lines "number<tab>kept", "number<tab>removing<tab>reason", "number<tab>gone" or "number<tab>reason",
             of which the last of a number counts.
         workers: downloads at a time.
@@ -44,7 +44,7 @@ class PictureStore:
 
     Attributes:
         kept: numbers whose files are its own.
-        reasons: of the numbers there will be no picture of.
+        reasons: of the numbers there will be no image of.
     """
 
     def __init__(self, folder: Path, journal: Path, downloader: Downloader, workers: int = 8,
@@ -98,11 +98,11 @@ class PictureStore:
                             "what was fetched is kept.") from error
 
     def path(self, number: int) -> Path:
-        """Where a picture is, or goes."""
+        """Where an image is, or goes."""
         return self.folder / f"{number:05d}.jpg"
 
     def has(self, number: int) -> bool:
-        """Says whether a picture is there; one that no longer decodes is set aside."""
+        """Says whether an image is there; one that no longer decodes is set aside."""
         if number not in self.kept or not self.path(number).is_file():
             return False
         if number not in self._sound:
@@ -122,13 +122,13 @@ class PictureStore:
         self._note([number for number in numbers if self.path(number).is_file()], KEPT)
 
     def keep(self, number: int, source: Path | bytes) -> None:
-        """Stores a picture, a file or the bytes of one, as an upright RGB JPEG.
+        """Stores an image, a file or the bytes of one, as an upright RGB JPEG.
 
         Raises:
-            Unusable: it gives no picture, or another file has the name.
+            Unusable: it gives no image, or another file has the name.
             UserError: the disk refuses.
         """
-        with self._decoding:                               # big pictures take memory: a few at a time
+        with self._decoding:                               # big images take memory: a few at a time
             image = shrunk(decode(source).image)
         if os.path.lexists(self.path(number)):
             raise Unusable(TAKEN)
@@ -141,7 +141,7 @@ class PictureStore:
         self._sound.add(number)
 
     def refuse(self, number: int, reason: str) -> None:
-        """Notes at once, for this run and the next, why there is no picture of a number.
+        """Notes at once, for this run and the next, why there is no image of a number.
 
         Raises:
             UserError: the disk refuses.
@@ -149,7 +149,7 @@ class PictureStore:
         self._note([number], " ".join(reason.split()))
 
     def remove(self, number: int, reason: str = GONE) -> None:
-        """Removes a picture of its own, and notes why there will be none; without a reason there may be one again.
+        """Removes an image of its own, and notes why there will be none; without a reason there may be one again.
 
         Raises:
             UserError: the disk refuses.
@@ -165,7 +165,7 @@ class PictureStore:
         self._note([number], reason)
 
     def fetch(self, addresses: Mapping[int, str] | Sequence[tuple[int, str]]) -> None:
-        """Fetches the pictures of (number, url) pairs of which nothing is known yet.
+        """Fetches the images of (number, url) pairs of which nothing is known yet.
 
         Raises:
             UserError: the disk refuses.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune
-from ldm.data.concept import SeenImage
+from ldm.data.batches import SeenImage
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.training.memory import GB, MIXED, activation_bytes, advice, check_memory
@@ -45,20 +45,20 @@ def test_kept_constants_give_the_same_loss_and_gradients(small_world: SmallWorld
     assert encoded[:2] == [2, 1] and encoded.count(1) == 1 and encoded[2:] == [2, 2]   # "a photo of a cat" once
 
 
-def test_each_picture_and_its_mirror_image_are_encoded_once(small_world: SmallWorld) -> None:
+def test_each_image_and_its_mirror_image_are_encoded_once(small_world: SmallWorld) -> None:
     module = make_module(small_world)
     plan, vae = make_plan(small_world, module), module.model.first_stage_model
     encoded: list[Tensor] = []
     vae.encoder.register_forward_pre_hook(lambda m, args: encoded.append(args[0]))
-    pictures = plan.pictures()
-    assert {picture for step in range(8) for picture in plan.rows(step).pictures} <= set(pictures)
-    expected = {picture: module._moments(plan.image(picture)[None])[0] for picture in pictures}
+    images = plan.seen_images()
+    assert {image for step in range(8) for image in plan.rows(step).seen} <= set(images)
+    expected = {image: module._moments(plan.load(image)[None])[0] for image in images}
     encoded.clear()
     module.keep_constants(plan, decoder=True)
-    assert len(pictures) == len(encoded) == len(module.posteriors) == 2 * (2 + 3)
+    assert len(images) == len(encoded) == len(module.posteriors) == 2 * (2 + 3)
     assert {len(image) for image in encoded} == {1}
-    for picture, moments in expected.items():
-        assert torch.equal(module.posteriors.moments([picture])[0], moments)
+    for image, moments in expected.items():
+        assert torch.equal(module.posteriors.moments([image])[0], moments)
     one, mirrored = (expected[SeenImage(0, 1, flipped)] for flipped in (False, True))
     assert not torch.allclose(mirrored, one.flip(2), atol=1e-4)            # so each has its own
     assert not list(vae.encoder.parameters()) and list(vae.decoder.parameters()) and vae.encoder.reduction == 4
@@ -70,7 +70,7 @@ def test_a_run_draws_fresh_samples_of_the_kept_posteriors(small_world: SmallWorl
     module.keep_constants(plan, decoder=False)
     drawn: dict[SeenImage, list[Tensor]] = {}
     for batch in map(plan.rows, range(12)):
-        drawn.setdefault(batch.pictures[0], []).append(module._noised_inputs(batch)[0][0])
+        drawn.setdefault(batch.seen[0], []).append(module._noised_inputs(batch)[0][0])
     repeated = [latents for latents in drawn.values() if len(latents) > 1]
     assert repeated and all(not torch.equal(latents[0], latents[1]) for latents in repeated)
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
-from ldm.evaluation.layouts import read_dataset, read_prompts
+from ldm.evaluation.image_sets import read_dataset, read_prompts
 from ldm.text import literal
 from ldm.util import UserError, shipped
 
@@ -28,7 +28,7 @@ class SweepConfig:
     training_files: list[str] = field(default_factory=list)
     training: list[str] = field(default_factory=list)         # key=value overrides of all methods
     sampling_files: list[str] = field(default_factory=list)
-    sampling: list[str] = field(default_factory=list)         # key=value overrides of all pictures
+    sampling: list[str] = field(default_factory=list)         # key=value overrides of all images
     concept_files: list[str] = field(default_factory=list)
     dataset: str | None = None            # instead: CustomConcept101's dataset.json, or DreamBooth's folder
     dataset_concepts: list[str] = field(default_factory=list)  # which of its concepts; none named is all
@@ -36,7 +36,7 @@ class SweepConfig:
     prompts: str | None = None            # file of prompts with {}; null: the data set's own
     max_concepts: int | None = None       # the first so many
     max_prompts: int | None = None        # so many, spread evenly
-    seeds: int = 4                        # pictures per prompt
+    seeds: int = 4                        # images per prompt
     first_seed: int = 1000
     runs: int = 1                         # fine-tuning runs per concept and method, pooled; seeds from trainer.seed on
     methods: dict[str, list[str]] = field(default_factory=dict)   # overrides of the training files, by name
@@ -75,7 +75,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job:
-    """One point's pictures of one concept.
+    """One point's images of one concept.
 
     Attributes:
         method, step: which fine-tuned model; BASE and 0 for none.
@@ -178,12 +178,12 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
 
 
 def _references(config: SweepConfig, name: str, images: Path) -> Path:
-    """Returns the pictures fidelity is measured on: unseen ones where a folder of them is configured."""
+    """Returns the images fidelity is measured on: unseen ones where a folder of them is configured."""
     if not config.held_out:
         return images
     unseen = shipped(Path(config.held_out) / name)
     if not unseen.is_dir():
-        raise UserError(f"held_out: there is no folder '{unseen}'; put unseen pictures of '{name}' there, or measure "
+        raise UserError(f"held_out: there is no folder '{unseen}'; put unseen images of '{name}' there, or measure "
                         "fidelity on the references with held_out=null.")
     return unseen
 

@@ -20,9 +20,9 @@ from benchmarks.contestants import Preparing, as_the_release, build_random, thei
 from benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors
 from ldm.config import MethodConfig
-from ldm.customization.constants import CaptionFeatures, Posteriors
+from ldm.customization.feature_cache import CaptionFeatures, Posteriors
 from ldm.customization.finetune import ConceptFinetune, make_scheme
-from ldm.data.concept import CaptionedImages, TrainingPlan
+from ldm.data.batches import CaptionedImages, TrainingPlan
 from ldm.device import FORMATS, compile_network, set_format
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -208,12 +208,12 @@ def _within(context: Callable[[], AbstractContextManager], run: Callable[[], obj
 
 
 def vae_rows(bench: Bench) -> Iterator[Finding]:
-    """The autoencoder, one picture in and out."""
+    """The autoencoder, one image in and out."""
     vae, best = bench.model.first_stage_model, partial(set_format, bench.model)
     z = bench.latents(1)
     side = bench.model.image_size * vae.encoder.reduction
-    picture = bench.drawn(1, 3, side, side)
-    for name, work, value in (("decode", "decode", z), ("encode", "encode", picture)):
+    image = bench.drawn(1, 3, side, side)
+    for name, work, value in (("decode", "decode", z), ("encode", "encode", image)):
         contestants = {}
         if bench.theirs:
             theirs_run = partial(getattr(bench.theirs[1], work), value.to(bench.dtype))
@@ -229,7 +229,7 @@ def training_rows(bench: Bench) -> Iterator[Finding]:
     mixed = None if bench.dtype == torch.float32 else bench.dtype
     module, plan = _finetune(bench, mixed)
     optimizer = module.configure_optimizers()
-    kept = Posteriors(plan(1).pictures(), plan(1).image, lambda image: module._moments(image[None])[0])
+    kept = Posteriors(plan(1).seen_images(), plan(1).load, lambda image: module._moments(image[None])[0])
     plain_text, fixed_text = module.text, CaptionFeatures(module.text)
 
     def settle(cache: bool = True, checkpointing: bool = False, light: bool = True) -> None:
@@ -262,7 +262,7 @@ def training_rows(bench: Bench) -> Iterator[Finding]:
 
 
 def _finetune(bench: Bench, mixed: torch.dtype | None) -> tuple[ConceptFinetune, Callable[[int], TrainingPlan]]:
-    """Prepares our fine-tuning on random pictures, and plans of batches of a size."""
+    """Prepares our fine-tuning on random images, and plans of batches of a size."""
     model = bench.model
     model.model.diffusion_model.float()              # trained tensors are float32; `lighten` casts the others
     model.first_stage_model.to(bench.dtype)
@@ -271,8 +271,8 @@ def _finetune(bench: Bench, mixed: torch.dtype | None) -> tuple[ConceptFinetune,
     module = ConceptFinetune(model, method, [scheme], [2], {"name": "random", "hash": ""}, 1e-5, seed=1)
     module.lighten(mixed, False)
     side = model.image_size * model.first_stage_model.encoder.reduction
-    pictures = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    references, others = CaptionedImages(pictures, module.captions), CaptionedImages(pictures, ["a cat", "a dog"])
+    images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    references, others = CaptionedImages(images, module.captions), CaptionedImages(images, ["a cat", "a dog"])
     return module.to(bench.device), lambda size: TrainingPlan(references, others, batch_size=size)
 
 
@@ -284,14 +284,14 @@ def _their_step(bench: Bench, batch: object, mixed: torch.dtype | None) -> Calla
         value.data = value.data.float()
         value.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    pictures = batch.images.to(bench.device).permute(0, 3, 1, 2).contiguous()
+    images = batch.images.to(bench.device).permute(0, 3, 1, 2).contiguous()
     encode_text = bench.model.cond_stage_model
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(bench.device.type, mixed or torch.bfloat16, enabled=mixed is not None):
             with torch.no_grad():
-                z = vae.encode(pictures.to(vae.dtype)).latent_dist.sample().float() * bench.model.scale_factor
+                z = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * bench.model.scale_factor
                 text = encode_text(batch.captions)
             noise = torch.randn_like(z)
             t = torch.randint(0, bench.model.num_timesteps, (len(z),), device=z.device)
@@ -315,7 +315,7 @@ peak = Peak(torch.device("cpu"))
 peak.start()                                                  # the imports' own peak may be higher, and is forgotten
 begun = time.perf_counter()
 model, _ = build_model(OmegaConf.load(sys.argv[1]), BaseConfig(ckpt=sys.argv[2]))
-sum(float(value.sum()) for value in model.parameters())       # every page is read, as a first picture would
+sum(float(value.sum()) for value in model.parameters())       # every page is read, as a first image would
 print(json.dumps([imported - start, time.perf_counter() - begun, peak.stop()]))
 """
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.data.concept import CaptionedImages, TrainingPlan, TrainingRows, shuffled
+from ldm.data.batches import CaptionedImages, TrainingPlan, TrainingRows, shuffled
 
 Row = tuple[bytes, str, float, int]
 
 
-def pictures(count: int, name: str) -> CaptionedImages:
-    """Makes pictures that differ from each other and from their mirror images."""
+def images(count: int, name: str) -> CaptionedImages:
+    """Makes images that differ from each other and from their mirror images."""
     images = torch.arange(count * 2 * 3 * 3, dtype=torch.uint8).view(count, 2, 3, 3)
     return CaptionedImages(images, [f"{name} {index}" for index in range(count)])
 
 
-CONCEPT, REGULARIZATION = pictures(3, "<new1> cat"), pictures(5, "cat")
+CONCEPT, REGULARIZATION = images(3, "<new1> cat"), images(5, "cat")
 
 
 def plan(batch_size: int, *, regularization: CaptionedImages | None = REGULARIZATION,
@@ -30,7 +30,7 @@ def plan(batch_size: int, *, regularization: CaptionedImages | None = REGULARIZA
 
 
 def halves(parts: Sequence[TrainingRows]) -> tuple[list[Row], list[Row]]:
-    """Returns the parts' reference rows, then their regularisation rows, to the bit."""
+    """Returns the parts' reference rows, then their regularization rows, to the bit."""
     concept, regularization = [], []
     for part in parts:
         rows = [(image.numpy().tobytes(), caption, weight, seed) for image, caption, weight, seed in
@@ -53,8 +53,8 @@ def test_a_step_is_the_same_however_it_is_divided(step):
         assert frozenset().union(*(part.concept_images for part in parts)) == whole.concept_images
 
 
-def test_every_device_knows_the_pictures_of_all():
-    """A context is at rest only if its picture was on no device."""
+def test_every_device_knows_the_images_of_all():
+    """A context is at rest only if its image was on no device."""
     parts = [plan(2, rank=rank, world_size=2).rows(5) for rank in range(2)]
     seen = {int(caption.split()[-1]) for caption in (row[1] for row in halves(parts)[0])}
     assert parts[0].concept_images == parts[1].concept_images == seen
@@ -67,8 +67,8 @@ def test_a_later_start_goes_on_as_the_first_would_have():
     assert halves(through) != halves(list(islice(iter(plan(2, seed=24)), 9)))
 
 
-def test_every_picture_is_seen_equally_often():
-    """15 micro-steps of 2 are 30 rows a half: 10 rounds of 3 reference pictures, 6 of 5 regularisation pictures."""
+def test_every_image_is_seen_equally_often():
+    """15 micro-steps of 2 are 30 rows a half: 10 rounds of 3 reference images, 6 of 5 regularization images."""
     concept, regularization = halves(list(islice(iter(plan(2)), 15)))
     assert Counter(caption for _, caption, _, _ in concept) == {f"<new1> cat {index}": 10 for index in range(3)}
     assert Counter(caption for _, caption, _, _ in regularization) == {f"cat {index}": 6 for index in range(5)}
@@ -86,7 +86,7 @@ def test_weights_say_which_half_a_row_belongs_to():
 
 
 def source(caption: str) -> Tensor:
-    """Returns the picture (H, W, 3) a caption belongs to, its 256 values spread over [-1, 1]."""
+    """Returns the image (H, W, 3) a caption belongs to, its 256 values spread over [-1, 1]."""
     images = CONCEPT if caption.startswith("<new1>") else REGULARIZATION
     return images.images[int(caption.split()[-1])].float() / 127.5 - 1.0
 
@@ -111,10 +111,10 @@ def test_flips_can_be_off():
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
-def test_a_plan_knows_the_pictures_it_will_show(rank: int, world_size: int) -> None:
+def test_a_plan_knows_the_images_it_will_show(rank: int, world_size: int) -> None:
     share = plan(1, first=3, rank=rank, world_size=world_size)
-    shown = {picture for micro_step in (3, 4) for picture in share.rows(micro_step).pictures}
-    found = share.pictures(5)
+    shown = {image for micro_step in (3, 4) for image in share.rows(micro_step).seen}
+    found = share.seen_images(5)
     assert set(found) == shown and 2 <= len(found) == len(shown) <= 4
-    assert share.pictures(3) == [] and len(plan(3).pictures(1)) == 6
-    assert share.pictures(10**9) == share.pictures() and len(share.pictures()) == 16      # it stops when it has all
+    assert share.seen_images(3) == [] and len(plan(3).seen_images(1)) == 6
+    assert share.seen_images(10**9) == share.seen_images() and len(share.seen_images()) == 16      # it stops when it has all

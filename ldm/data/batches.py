@@ -1,4 +1,4 @@
-"""Training rows: which reference and regularisation pictures a step sees, decided by seed and step alone."""
+"""Training rows: which reference and regularization images a step sees, decided by seed and step alone."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from torch.utils.data import IterableDataset
 
 @dataclass(frozen=True, eq=False)
 class CaptionedImages:
-    """Pictures with a caption for each.
+    """Images with a caption for each.
 
     Attributes:
         images: (N, H, W, 3) uint8.
         captions: N texts.
         masks: (N, H, W) uint8, 255 where a pixel counts in the loss; None where all do.
-        groups: the number of the concept each picture belongs to; None where there is one concept.
+        groups: the number of the concept each image belongs to; None where there is one concept.
     """
 
     images: Tensor
@@ -32,7 +32,7 @@ class CaptionedImages:
 
 
 class SeenImage(NamedTuple):
-    """Which picture a row shows: of the references (0) or the regularisation set (1), which one, mirrored or not."""
+    """Which image a row shows: of the references (0) or the regularization set (1), which one, mirrored or not."""
 
     source: int
     item: int
@@ -47,12 +47,12 @@ class TrainingRows:
         images: (n, H, W, 3) float32 in [-1, 1], flips applied.
         captions: n texts.
         weights: (n,) the rows' weights in the loss.
-        full: how many rows a share has where every reference has a class picture, or none has; the loss is divided by
+        full: how many rows a share has where every reference has a class image, or none has; the loss is divided by
             it, so that a reference weighs the same whatever stands beside it.
         seeds: n numbers from which all further randomness of a row comes (time step, noise).
-        concept_images: indices of the reference pictures in the whole batch, all devices together.
+        concept_images: indices of the reference images in the whole batch, all devices together.
         masks: (n, H, W) float32 in [0, 1], what counts in the loss, flips applied; None where everything does.
-        pictures: which n pictures these are.
+        seen: which n images these are.
     """
 
     images: Tensor
@@ -62,7 +62,7 @@ class TrainingRows:
     seeds: list[int]
     concept_images: frozenset[int]
     masks: Tensor | None = None
-    pictures: Sequence[SeenImage] = ()
+    seen: Sequence[SeenImage] = ()
 
 
 def lap_order(count: int, lap: int, seed: int) -> np.ndarray:
@@ -77,15 +77,15 @@ def shuffled(count: int, position: int, seed: int) -> int:
 
 
 class TrainingPlan(IterableDataset):
-    """Endless batches, half reference pictures and half regularisation pictures (none where there is no such set).
+    """Endless batches, half reference images and half regularization images (none where there is no such set).
 
-    Beside each reference picture comes a picture of its own concept's class, whatever the sizes of the sets. The rows
+    Beside each reference image comes an image of its own concept's class, whatever the sizes of the sets. The rows
     of an optimizer step are the same however they are divided over devices and micro-steps, and a run that starts at
     a later micro-step goes on as the first would have.
 
     Args:
-        batch_size: reference pictures per device and micro-step; as many regularisation pictures come with them.
-        flip: mirrors each picture with probability one half.
+        batch_size: reference images per device and micro-step; as many regularization images come with them.
+        flip: mirrors each image with probability one half.
         first: the micro-step to start at.
         rank, world_size: this device's share.
     """
@@ -97,7 +97,7 @@ class TrainingPlan(IterableDataset):
         self.batch_size, self.prior_weight, self.flip = batch_size, prior_weight, flip
         self.seed, self.first, self.rank, self.world_size = seed, first, rank, world_size
         self._groups = np.asarray(concept.groups if concept.groups is not None else [0] * len(concept))     # (N,)
-        self._members: dict[int, list[int]] = {}     # regularisation pictures of each concept
+        self._members: dict[int, list[int]] = {}     # regularization images of each concept
         for item, group in enumerate(regularization.groups or [0] * len(regularization) if regularization else ()):
             self._members.setdefault(group, []).append(item)
         self._masked = any(source is not None and source.masks is not None for source in (concept, regularization))
@@ -111,26 +111,26 @@ class TrainingPlan(IterableDataset):
     def rows(self, micro_step: int) -> TrainingRows:
         """Returns this device's rows of a micro-step."""
         shown = self.shown(micro_step)
-        pictures = [picture for picture, _ in shown]
-        sources = [(self.concept, self.regularization)[picture.source] for picture in pictures]
-        captions = [source.captions[picture.item] for source, picture in zip(sources, pictures, strict=True)]
-        weights = torch.tensor([self.prior_weight if picture.source else 1.0 for picture in pictures])
-        masks = torch.stack([self.mask(picture) for picture in pictures]) if self._masked else None
-        return TrainingRows(torch.stack([self.image(picture) for picture in pictures]), captions, weights,
-                            self.batch_size * (2 if self._members else 1), [seed for _, seed in shown],
-                            frozenset(self.picks(micro_step)), masks, pictures)
+        seen = [image for image, _ in shown]
+        seeds = [seed for _, seed in shown]
+        images = torch.stack([self.load(image) for image in seen])
+        captions = [self._source(image).captions[image.item] for image in seen]
+        weights = torch.tensor([self.prior_weight if image.source else 1.0 for image in seen])
+        masks = torch.stack([self.mask(image) for image in seen]) if self._masked else None
+        full = 2 * self.batch_size if self._members else self.batch_size
+        return TrainingRows(images, captions, weights, full, seeds, frozenset(self.picks(micro_step)), masks, seen)
 
     def picks(self, micro_step: int) -> list[int]:
-        """Returns the reference pictures of a micro-step, of all devices one after the other."""
+        """Returns the reference images of a micro-step, of all devices one after the other."""
         total = self.batch_size * self.world_size
         return [shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total)]
 
     def shown(self, micro_step: int) -> list[tuple[SeenImage, int]]:
-        """Returns this device's pictures of a micro-step, references first, each with its row's seed."""
+        """Returns this device's images of a micro-step, references first, each with its row's seed."""
         picks = self.picks(micro_step)
         mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         places = [(micro_step * len(picks) + row, picks[row]) for row in mine]
-        classes = [(position, self.class_picture(position, pick)) for position, pick in places]
+        classes = [(position, self.class_image(position, pick)) for position, pick in places]
 
         def row(source: int, position: int, item: int) -> tuple[SeenImage, int]:
             seed = self.row_seed(position, source)
@@ -139,10 +139,10 @@ class TrainingPlan(IterableDataset):
         return [row(0, position, pick) for position, pick in places] + \
             [row(1, position, item) for position, item in classes if item is not None]
 
-    def class_picture(self, position: int, pick: int) -> int | None:
-        """Returns the regularisation picture beside the reference `pick` at `position`; None where its class has none.
+    def class_image(self, position: int, pick: int) -> int | None:
+        """Returns the regularization image beside the reference `pick` at `position`; None where its class has none.
 
-        The pictures of each class are run through in shuffled rounds of their own.
+        The images of each class are run through in shuffled rounds of their own.
         """
         group = int(self._groups[pick])
         members = self._members.get(group)
@@ -153,30 +153,42 @@ class TrainingPlan(IterableDataset):
         turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
         return members[shuffled(len(members), turn, self.seed + 1 + group)]
 
-    def image(self, picture: SeenImage) -> Tensor:
-        """Returns a picture (H, W, 3) float32 in [-1, 1]."""
-        image = (self.concept, self.regularization)[picture.source].images[picture.item]
-        return (image.flip(1) if picture.flipped else image).float() / 127.5 - 1.0
+    def _source(self, seen: SeenImage) -> CaptionedImages:
+        return self.regularization if seen.source else self.concept
 
-    def mask(self, picture: SeenImage) -> Tensor:
-        """Returns what of a picture counts in the loss, (H, W) float32 in [0, 1]."""
-        source = (self.concept, self.regularization)[picture.source]
-        mask = torch.full(source.images.shape[1:3], 255) if source.masks is None else source.masks[picture.item]
-        return (mask.flip(1) if picture.flipped else mask).float() / 255
+    def load(self, seen: SeenImage) -> Tensor:
+        """Returns an image (H, W, 3) float32 in [-1, 1]."""
+        pixels = self._source(seen).images[seen.item]
+        if seen.flipped:
+            pixels = pixels.flip(1)
+        return pixels.float() / 127.5 - 1.0
 
-    def pictures(self, last: int | None = None) -> list[SeenImage]:
-        """Lists every picture the plan can show, mirrored ones apart, or those this device shows before step `last`."""
-        every = [SeenImage(source, item, flipped) for source, images in enumerate((self.concept, self.regularization))
-                 for item in range(len(images) if images is not None else 0)
-                 for flipped in ((False, True) if self.flip else (False,))]
+    def mask(self, seen: SeenImage) -> Tensor:
+        """Returns what of an image counts in the loss, (H, W) float32 in [0, 1]."""
+        source = self._source(seen)
+        if source.masks is None:
+            return torch.ones(source.images.shape[1:3])
+        mask = source.masks[seen.item]
+        if seen.flipped:
+            mask = mask.flip(1)
+        return mask.float() / 255
+
+    def seen_images(self, last: int | None = None) -> list[SeenImage]:
+        """Lists every image the plan can show, mirrored ones apart, or those this device shows before step `last`."""
+        every = []
+        for source, images in enumerate((self.concept, self.regularization)):
+            for item in range(len(images) if images is not None else 0):
+                every.append(SeenImage(source, item, False))
+                if self.flip:
+                    every.append(SeenImage(source, item, True))
         if last is None:
             return every
         found: set[SeenImage] = set()
         for micro_step in range(self.first, last):
-            found |= {picture for picture, _ in self.shown(micro_step)}
+            found |= {image for image, _ in self.shown(micro_step)}
             if len(found) == len(every):
                 break
-        return [picture for picture in every if picture in found]
+        return [image for image in every if image in found]
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""

@@ -1,4 +1,4 @@
-"""Tests the inputs people already have: captions beside pictures, lists, Custom Diffusion's JSON, trees of subjects."""
+"""Tests the inputs people already have: captions beside images, lists, Custom Diffusion's JSON, trees of subjects."""
 from __future__ import annotations
 
 import json
@@ -11,25 +11,25 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.config import TrainConfig, merge
-from ldm.customization.contexts import PromptScheme, caption_template
 from ldm.customization.delta import load_concept
-from ldm.data.layouts import captioned, read_subjects
+from ldm.customization.ico import PromptScheme, caption_template
+from ldm.data.captions import captioned, read_subjects
 from ldm.data.regularization import read_regularization
-from ldm.evaluation.layouts import read_pictures
+from ldm.evaluation.image_sets import read_images
 from ldm.training.inspection import inspect_run
 from ldm.training.run import check_config, concept_words, fine_tune, read_references
 from ldm.util import UserError
 
 
 def put(folder: Path, *names: str) -> Path:
-    """Writes small pictures, and returns the folder."""
+    """Writes small images, and returns the folder."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(folder / name)
     return folder
 
 
-def test_captions_beside_pictures_are_not_junk(tmp_path: Path) -> None:
+def test_captions_beside_images_are_not_junk(tmp_path: Path) -> None:
     put(tmp_path, "img10.png", "img2.png", "c.jpg", "d.webp")
     (tmp_path / "img2.txt").write_text("a cat\n on a mat \n")
     (tmp_path / "c.jpg.caption").write_text("a dog")
@@ -39,7 +39,7 @@ def test_captions_beside_pictures_are_not_junk(tmp_path: Path) -> None:
     assert [(path.name, caption) for path, caption in zip(found.paths, found.captions, strict=True)] == [
         ("c.jpg", "a dog"), ("d.webp", None), ("img2.png", "a cat on a mat"), ("img10.png", None)]
     assert {item.path.name for item in found.skipped} == {"notes.txt"}
-    assert found.layout == "folder with 2 captions beside pictures"
+    assert found.layout == "folder with 2 captions beside images"
     reg = read_regularization(tmp_path, "pet")
     assert reg.captions == ["a dog", "a photo of a pet", "a cat on a mat", "a photo of a pet"]
     assert "2 with their own captions, the others captioned 'a photo of a pet'" in reg.source
@@ -69,7 +69,7 @@ def test_metadata_in_a_table(tmp_path: Path) -> None:
     assert found.layout == "folder with 1 captions in metadata.csv"
     table.write_text("file_name,caption\na.png,one\n")
     assert captioned(tmp_path).captions == ["one", None, None]
-    for text, message in (("a.png;b\n", None), ("name,text\na.png,one\n", "line 2 of .* does not say which picture"),
+    for text, message in (("a.png;b\n", None), ("name,text\na.png,one\n", "line 2 of .* does not say which image"),
                           ("file_name,text\nz.png,x\n", "line 2 of .* names 'z.png', which is not there"),
                           ('file_name,text\na.png,"one" more\n', "line 2 of .* is no CSV")):
         table.write_text(text)
@@ -120,7 +120,7 @@ def test_a_list_with_captions_and_paths_of_custom_diffusion(tmp_path: Path, monk
         captioned(root)
     (root / "images.txt").write_text("cat/0.jpg\n")
     (root / "caption.txt").write_text("x\n")
-    with pytest.raises(UserError, match="names no usable picture"):
+    with pytest.raises(UserError, match="names no usable image"):
         captioned(root)
 
 
@@ -281,9 +281,9 @@ def test_joint_training_keeps_contexts_and_classes_apart(small_world: SmallWorld
         f"name: pot, images: {pots}, class_noun: hat, regularization: {classes}",
         f"name: bare, images: {pots}, class_noun: dog"))
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("thing: regularisation: 3 picture(s)") for line in lines)
-    assert any(line.startswith("pot: regularisation: 1 picture(s)") for line in lines)
-    assert any(line.startswith("bare: no regularisation pictures") for line in lines)
+    assert any(line.startswith("thing: regularization: 3 image(s)") for line in lines)
+    assert any(line.startswith("pot: regularization: 1 image(s)") for line in lines)
+    assert any(line.startswith("bare: no regularization images") for line in lines)
     assert [line for line in lines if " write " in line] == ["pot: write <new3> <new4> hat in prompts",
                                                              "bare: write <new5> <new6> dog in prompts"]
     concept = load_concept(run.concept)
@@ -307,13 +307,13 @@ def test_captions_that_are_asked_for_are_counted_and_their_absence_is_refused(
         small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = put(tmp_path / "photos", "0.png", "1.png")
     options = (f"concepts.0.images={photos}", "data.captions=true")
-    with pytest.raises(UserError, match="data.captions is true, but no reference picture has a caption"):
+    with pytest.raises(UserError, match="data.captions is true, but no reference image has a caption"):
         read_references(small_world.train_config(tmp_path / "logs", *options))
     (photos / "metadata.csv").write_text('file_name,text\n0.png,"a cat, asleep"\n')
     found = read_references(small_world.train_config(tmp_path / "logs", *options))
     assert found[0].captions == ["a cat, asleep", None]
-    assert capsys.readouterr().out.splitlines() == ["thing: 0 of 2 pictures have a caption",
-                                                    "thing: 1 of 2 pictures have a caption"]
+    assert capsys.readouterr().out.splitlines() == ["thing: 0 of 2 images have a caption",
+                                                    "thing: 1 of 2 images have a caption"]
     read_references(small_world.train_config(tmp_path / "logs", options[0]))
     assert capsys.readouterr().out == ""
 
@@ -352,6 +352,6 @@ def test_a_folder_that_may_not_be_opened_is_a_sentence(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    for read in (read_subjects, captioned, read_pictures):
+    for read in (read_subjects, captioned, read_images):
         with pytest.raises(UserError, match=r"cannot be opened \(Permission denied\); check it"):
             read(tmp_path)

@@ -1,4 +1,4 @@
-"""Which pictures belong to which prompts: our own folders, and the layouts of CustomConcept101 and DreamBooth."""
+"""Which images belong to which prompts: our own folders, and the layouts of CustomConcept101 and DreamBooth."""
 from __future__ import annotations
 
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data.images import entries_of, list_images
-from ldm.pictures import read_settings
 from ldm.records import load_json
+from ldm.sheets import read_settings
 from ldm.text import read_lines, read_text
 from ldm.util import UserError, shipped
 
@@ -20,7 +20,7 @@ LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their
 
 @dataclass(frozen=True)
 class Found:
-    """A picture file, its prompt where it is known, and what its file says of how it was drawn."""
+    """An image file, its prompt where it is known, and what its file says of how it was drawn."""
 
     path: Path
     prompt: str | None
@@ -53,19 +53,19 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
-    """Finds a folder's pictures and their prompts.
+def read_images(folder: Path, prompts: Path | None = None) -> list[Found]:
+    """Finds a folder's images and their prompts.
 
-    Prompts come from the file `prompts`: JSON {file name without suffix: prompt}, or text with a line per picture in
-    order of names. Without it they come from prompts.json beside the pictures or beside their folder samples/
+    Prompts come from the file `prompts`: JSON {file name without suffix: prompt}, or text with a line per image in
+    order of names. Without it they come from prompts.json beside the images or beside their folder samples/
     (CustomConcept101), from the names of sub-folders, one per prompt (as DreamBooth results are often kept), or from
-    our pictures' own settings.
+    our images' own settings.
 
     Raises:
-        UserError: nothing is there, or prompts and pictures do not match.
+        UserError: nothing is there, or prompts and images do not match.
     """
     if not folder.is_dir():
-        raise UserError(f"picture folder '{folder}' does not exist; give the folder that holds the pictures.")
+        raise UserError(f"image folder '{folder}' does not exist; give the folder that holds the images.")
     inner = folder / "samples" if (folder / "samples").is_dir() else folder
     beside = [path / "prompts.json" for path in (inner, folder) if (path / "prompts.json").is_file()]
     source = prompts or next(iter(beside), None)
@@ -73,19 +73,19 @@ def read_pictures(folder: Path, prompts: Path | None = None) -> list[Found]:
         return found
     paths = _usable(inner, source)
     if source is None:
-        return drawn_pictures(paths)
+        return drawn_images(paths)
     texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
     return [Found(path, text, read_settings(path)) for path, text in zip(paths, texts, strict=True)]
 
 
-def drawn_pictures(paths: Sequence[Path]) -> list[Found]:
-    """Reads the prompts of pictures that were drawn here from the pictures themselves."""
+def drawn_images(paths: Sequence[Path]) -> list[Found]:
+    """Reads the prompts of images that were drawn here from the images themselves."""
     settings = [read_settings(path) for path in paths]
     return [Found(path, values.get("prompt"), values) for path, values in zip(paths, settings, strict=True)]
 
 
 def _by_folder(folder: Path) -> list[Found]:
-    """Reads sub-folders named by prompts, underscores for spaces; none where the folder holds pictures itself."""
+    """Reads sub-folders named by prompts, underscores for spaces; none where the folder holds images itself."""
     entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
     if not entries or not all(path.is_dir() for path in entries):
         return []
@@ -93,7 +93,7 @@ def _by_folder(folder: Path) -> list[Found]:
 
 
 def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
-    """Returns a folder's usable pictures, naming what is passed over beside their prompts."""
+    """Returns a folder's usable images, naming what is passed over beside their prompts."""
     paths, skipped = list_images(folder)
     for item in skipped:
         if item.path != prompts and not item.path.name.startswith("."):
@@ -102,24 +102,24 @@ def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
 
 
 def _table(source: Path, paths: Sequence[Path]) -> list[str]:
-    """Looks up each picture's prompt in a JSON file."""
+    """Looks up each image's prompt in a JSON file."""
     table = _read_json(source, dict)
     texts = [table.get(path.stem, table.get(path.name)) for path in paths]
-    lonely = [path.name for path, text in zip(paths, texts, strict=True) if not isinstance(text, str)]
+    unmatched = [path.name for path, text in zip(paths, texts, strict=True) if not isinstance(text, str)]
     unused = set(table) - {path.stem for path in paths} - {path.name for path in paths}
-    if lonely or unused:
-        what = f"no prompt for picture '{lonely[0]}'" if lonely else f"no picture for entry '{sorted(unused)[0]}'"
-        raise UserError(f"'{source}' does not match the pictures of '{paths[0].parent}': {what} "
-                        f"({len(lonely)} pictures without prompt, {len(unused)} prompts without picture); mend it.")
+    if unmatched or unused:
+        what = f"no prompt for image '{unmatched[0]}'" if unmatched else f"no image for entry '{sorted(unused)[0]}'"
+        raise UserError(f"'{source}' does not match the images of '{paths[0].parent}': {what} "
+                        f"({len(unmatched)} images without prompt, {len(unused)} prompts without image); fix it.")
     return texts
 
 
 def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
-    """Reads one prompt per picture."""
+    """Reads one prompt per image."""
     texts = read_lines(source, "prompt file")
     if len(texts) != len(paths):
         raise UserError(f"prompt file '{source}' has {len(texts)} lines but '{paths[0].parent}' holds {len(paths)} "
-                        "pictures; give one line per picture, in order of the pictures' names.")
+                        "images; give one line per image, in order of the images' names.")
     return texts
 
 

@@ -1,16 +1,16 @@
-"""Tests of which pictures belong to which prompts, and of the data sets' layouts."""
+"""Tests of which images belong to which prompts, and of the data sets' layouts."""
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
 import pytest
-from experiments.plan import spread
+from experiments.jobs import spread
 from PIL import Image
 
-from ldm.evaluation.layouts import read_dataset, read_pictures, read_prompts
+from ldm.evaluation.image_sets import read_dataset, read_images, read_prompts
 from ldm.evaluation.scoring import plain_text
-from ldm.pictures import save_png
+from ldm.sheets import save_png
 from ldm.util import UserError
 
 SETTINGS = {"prompt": "a {} in the snow", "text": "a <new1> cat in the snow", "seed": 4, "strength": None, "steps": 2,
@@ -23,23 +23,23 @@ def paint(folder: Path, *names: str) -> None:
         Image.new("RGB", (8, 8), "red").save(folder / name)
 
 
-def test_our_pictures_say_their_prompts(tmp_path: Path) -> None:
+def test_our_images_say_their_prompts(tmp_path: Path) -> None:
     save_png(Image.new("RGB", (8, 8)), tmp_path / "samples" / "a.png", SETTINGS)
     paint(tmp_path, "grid.png")                                     # a sheet beside samples/ is no sample
-    (found,) = read_pictures(tmp_path)
+    (found,) = read_images(tmp_path)
     assert (found.path.name, found.prompt, found.settings["seed"]) == ("a.png", "a {} in the snow", 4)
 
 
 def test_custom_concept_101s_results(tmp_path: Path) -> None:
     paint(tmp_path / "samples", "00000.png", "00001.png")
     (tmp_path / "prompts.json").write_text(json.dumps({"00001": "a dog", "00000": "a cat"}))
-    assert [item.prompt for item in read_pictures(tmp_path)] == ["a cat", "a dog"]
+    assert [item.prompt for item in read_images(tmp_path)] == ["a cat", "a dog"]
 
 
 def test_a_folder_per_prompt(tmp_path: Path) -> None:
     paint(tmp_path / "a_{}_on_the_beach", "0.png", "1.png")
     paint(tmp_path / "a red {}", "0.png")
-    assert [item.prompt for item in read_pictures(tmp_path)] == ["a red {}", "a {} on the beach", "a {} on the beach"]
+    assert [item.prompt for item in read_images(tmp_path)] == ["a red {}", "a {} on the beach", "a {} on the beach"]
 
 
 def test_prompt_files(tmp_path: Path) -> None:
@@ -47,14 +47,14 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("two\nten\n")
     (tmp_path / "names.json").write_text(json.dumps({"10.png": "ten", "2.png": "two"}))
     for file in ("lines.txt", "names.json"):
-        assert [item.prompt for item in read_pictures(tmp_path / "p", tmp_path / file)] == ["two", "ten"]
-    assert [item.prompt for item in read_pictures(tmp_path / "p")] == [None, None]
+        assert [item.prompt for item in read_images(tmp_path / "p", tmp_path / file)] == ["two", "ten"]
+    assert [item.prompt for item in read_images(tmp_path / "p")] == [None, None]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("few.txt", "one\n", "has 1 lines but .* holds 2 pictures"),
-    ("lacks.json", '{"0": "a"}', "no prompt for picture '1.png'"),
-    ("extra.json", '{"0": "a", "1": "b", "2": "c"}', "no picture for entry '2'"),
+    ("few.txt", "one\n", "has 1 lines but .* holds 2 images"),
+    ("lacks.json", '{"0": "a"}', "no prompt for image '1.png'"),
+    ("extra.json", '{"0": "a", "1": "b", "2": "c"}', "no image for entry '2'"),
     ("list.json", '["a", "b"]', "must hold a JSON object"),
     ("broken.json", "{", "is no JSON"),
     ("absent.json", None, "does not exist")])
@@ -63,15 +63,15 @@ def test_prompts_that_do_not_match(tmp_path: Path, name: str, content: str | Non
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        read_pictures(tmp_path / "p", tmp_path / name)
+        read_images(tmp_path / "p", tmp_path / name)
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no usable picture"):
-        read_pictures(tmp_path / "empty")
+    with pytest.raises(UserError, match="holds no usable image"):
+        read_images(tmp_path / "empty")
     with pytest.raises(UserError, match="does not exist"):
-        read_pictures(tmp_path / "none")
+        read_images(tmp_path / "none")
 
 
 def test_custom_concept_101(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class PromptScheme:
 
 
 def caption_template(caption: str, scheme: PromptScheme) -> str:
-    """Turns a reference picture's caption into a template: {} where it names the concept or, failing that, its class.
+    """Turns a reference image's caption into a template: {} where it names the concept or, failing that, its class.
 
     Raises:
         UserError: it names neither.

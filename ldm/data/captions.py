@@ -1,4 +1,4 @@
-"""Inputs people already have: folders, lists, captions beside pictures, Custom Diffusion's JSON, trees of subjects."""
+"""Inputs people already have: folders, lists, captions beside images, Custom Diffusion's JSON, trees of subjects."""
 from __future__ import annotations
 
 import csv
@@ -29,7 +29,7 @@ _SENTENCE = re.compile(r"[,;:!?]|(?<![\w-])(?:an?|the|of|in|on|at|with|and|by|fr
 
 @dataclass(frozen=True)
 class Captioned:
-    """Usable pictures in order, what is said about each (None where nothing is), what was passed over, the layout."""
+    """Usable images in order, what is said about each (None where nothing is), what was passed over, the layout."""
 
     paths: list[Path]
     captions: list[str | None]
@@ -49,18 +49,18 @@ class Subject:
 
 
 def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable, captions: bool = True) -> Captioned:
-    """Finds pictures and their captions.
+    """Finds images and their captions.
 
     Args:
-        path: a folder of pictures, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl or
-            metadata.csv; a folder that holds images.txt; a list of pictures, whose captions are in caption.txt beside
-            it if it is an images.txt; or one picture. Paths in lists may start at the list's folder, its parent, or
+        path: a folder of images, perhaps with a.txt or a.caption beside a.jpg, or with metadata.jsonl or
+            metadata.csv; a folder that holds images.txt; a list of images, whose captions are in caption.txt beside
+            it if it is an images.txt; or one image. Paths in lists may start at the list's folder, its parent, or
             the current one.
         check: says why a file is unusable, None where it is not; called from several threads.
         captions: whether captions are wanted; files that hold them are not looked into where they are not.
 
     Raises:
-        UserError: nothing is there or usable, or captions do not match pictures.
+        UserError: nothing is there or usable, or captions do not match images.
     """
     path = shipped(path)
     if (path / IMAGES).is_file():
@@ -69,52 +69,52 @@ def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable, ca
         return _listed(path, check)
     paths, skipped = list_images(path, check)
     if not path.is_dir():
-        return Captioned(paths, [None] * len(paths), skipped, "list of pictures")
+        return Captioned(paths, [None] * len(paths), skipped, "list of images")
     texts = [path / name for name in METADATA]
-    known = {*texts, *(sidecar for picture in paths for sidecar in _sidecars(picture))}
+    known = {*texts, *(sidecar for image in paths for sidecar in _sidecars(image))}
     skipped = [item for item in skipped if item.path not in known]
     said, layout = _folder_captions(paths, texts) if captions else ({}, "folder")
-    return Captioned(paths, [said.get(picture) for picture in paths], skipped, layout)
+    return Captioned(paths, [said.get(image) for image in paths], skipped, layout)
 
 
 def _folder_captions(paths: Sequence[Path], texts: Sequence[Path]) -> tuple[dict[Path, str], str]:
-    """Returns what the first of the lists `texts` that is there, or else the texts beside pictures, say of `paths`."""
+    """Returns what the first of the lists `texts` that is there, or else the texts beside images, say of `paths`."""
     found = next((text for text in texts if text.is_file()), None)
     if found is None:
-        said = {picture: text for picture in paths if (text := _beside(picture))}
-        return said, f"folder with {len(said)} captions beside pictures" if said else "folder"
-    listed = _read_caption_table(found)      # by resolved paths, as one picture may be named from several folders
-    said = {picture: text for picture in paths if (text := listed.get(picture.resolve()))}
+        said = {image: text for image in paths if (text := _beside(image))}
+        return said, f"folder with {len(said)} captions beside images" if said else "folder"
+    listed = _read_caption_table(found)      # by resolved paths, as one image may be named from several folders
+    said = {image: text for image in paths if (text := listed.get(image.resolve()))}
     return said, f"folder with {len(said)} captions in {found.name}"
 
 
-def _sidecars(picture: Path) -> list[Path]:
-    """Lists where the text beside a picture may be: a.txt or a.jpg.txt for a.jpg, or .caption for .txt."""
+def _sidecars(image: Path) -> list[Path]:
+    """Lists where the text beside an image may be: a.txt or a.jpg.txt for a.jpg, or .caption for .txt."""
     return [place for suffix in SIDECARS
-            for place in (picture.with_suffix(suffix), picture.with_name(picture.name + suffix))]
+            for place in (image.with_suffix(suffix), image.with_name(image.name + suffix))]
 
 
-def _beside(picture: Path) -> str | None:
-    """Returns the text beside a picture; None where there is none."""
-    for place in _sidecars(picture):
+def _beside(image: Path) -> str | None:
+    """Returns the text beside an image; None where there is none."""
+    for place in _sidecars(image):
         if isfile(place):     # a name may be too long for this disk
             return " ".join(" ".join(read_lines(place, "caption")).split()) or None
     return None
 
 
 def _read_caption_table(path: Path) -> dict[Path, str]:
-    """Reads captions by resolved picture from metadata.jsonl or metadata.csv: file_name, text (or caption)."""
+    """Reads captions by resolved image from metadata.jsonl or metadata.csv: file_name, text (or caption)."""
     said = {}
     for number, entry in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
         name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if not isinstance(name, str) or not name:
-            raise UserError(f"line {number} of '{path}' does not say which picture it is about; name it as file_name, "
+            raise UserError(f"line {number} of '{path}' does not say which image it is about; name it as file_name, "
                             "and what it shows as text.")
-        picture = find_listed(name, path)
-        if not isfile(picture):
+        image = find_listed(name, path)
+        if not isfile(image):
             raise UserError(f"line {number} of '{path}' names '{name}', which is not there; correct it.")
         if isinstance(text, str) and text.strip():
-            said[picture.resolve()] = " ".join(text.split())
+            said[image.resolve()] = " ".join(text.split())
     return said
 
 
@@ -148,13 +148,13 @@ def _listed(path: Path, check: Callable[[Path], str | None]) -> Captioned:
     lines = read_lines(path, "list")
     rows = [(find_listed(line, path), text) for line, text in
             zip(lines, read_captions(path.with_name(CAPTIONS), path, len(lines)), strict=True) if line]
-    reasons = [check(picture) for picture, _ in rows]
-    skipped = [Skipped(picture, reason) for (picture, _), reason in zip(rows, reasons, strict=True) if reason]
+    reasons = [check(image) for image, _ in rows]
+    skipped = [Skipped(image, reason) for (image, _), reason in zip(rows, reasons, strict=True) if reason]
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     if not kept:
-        raise UserError(f"list '{path}' names no usable picture ({some_skipped(skipped) or 'it is empty'}); "
+        raise UserError(f"list '{path}' names no usable image ({some_skipped(skipped) or 'it is empty'}); "
                         "correct it.")
-    return Captioned([picture for picture, _ in kept], [text for _, text in kept], skipped,
+    return Captioned([image for image, _ in kept], [text for _, text in kept], skipped,
                      f"{IMAGES} with {CAPTIONS}")
 
 
@@ -169,16 +169,16 @@ def read_captions(path: Path, images: Path, count: int) -> list[str]:
     captions = read_lines(path, "caption file")
     if len(captions) != count:
         raise UserError(f"'{images}' has {count} lines but '{path}' has {len(captions)}; "
-                        "give every picture exactly one caption, on the same line.")
+                        "give every image exactly one caption, on the same line.")
     if "" in captions:
-        raise UserError(f"line {captions.index('') + 1} of '{path}' is empty; say there what the picture shows.")
+        raise UserError(f"line {captions.index('') + 1} of '{path}' is empty; say there what the image shows.")
     return captions
 
 
 def read_subjects(path: Path, chosen: Sequence[str] = ()) -> list[Subject]:
     """Reads concepts from Custom Diffusion's concept_list.json, CustomConcept101's dataset.json, or a tree of folders.
 
-    A tree has one folder of pictures per subject; class nouns come from its prompts_and_classes.txt, as DreamBooth's
+    A tree has one folder of images per subject; class nouns come from its prompts_and_classes.txt, as DreamBooth's
     data set has one, else from the folders' names. All concepts of a concept_list.json are taken; of the other two,
     which hold data sets, those that `chosen` names.
 
@@ -210,7 +210,7 @@ def _tree(path: Path) -> list[Subject]:
         nouns = {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
     folders = [folder for folder in entries_of(path) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
-        raise UserError(f"'{path}' holds no folders of pictures, one per subject; give one folder with --datapath.")
+        raise UserError(f"'{path}' holds no folders of images, one per subject; give one folder with --datapath.")
     return [Subject(folder.name, str(folder), nouns.get(folder.name) or _noun_of(folder.name)) for folder in folders]
 
 
@@ -261,11 +261,11 @@ def _class_noun(class_prompt: str, instance_prompt: str) -> str | None:
 
 
 def _with_classes(subject: Subject, path: Path) -> Subject:
-    """Drops a folder of class pictures that is not there, saying so."""
+    """Drops a folder of class images that is not there, saying so."""
     if not subject.regularization or exists(subject.regularization):
         return subject
     warnings.warn(f"the class_data_dir '{subject.regularization}' of '{subject.name}' in '{path}' does not exist, "
-                  "so no class pictures come from there; data.reg.mode=generate would draw some", stacklevel=3)
+                  "so no class images come from there; data.reg.mode=generate would draw some", stacklevel=3)
     return replace(subject, regularization="")
 
 

@@ -6,28 +6,30 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm.data.concept import SeenImage
+from ldm.data.batches import SeenImage
 from ldm.progress import progress
 from ldm.text import NEW_WORD
 
 
 class Posteriors:
-    """Mean and log-variance of every picture a run will see, mirrored ones apart; fresh samples are drawn from them.
+    """Mean and log-variance of every image a run will see, mirrored ones apart; fresh samples are drawn from them.
 
-    Each picture is encoded by itself, so that its posterior does not depend on what a batch happens to hold.
+    Each image is encoded by itself, so that its posterior does not depend on what a batch happens to hold.
     """
 
-    def __init__(self, pictures: Iterable[SeenImage], image: Callable[[SeenImage], Tensor],
+    def __init__(self, images: Iterable[SeenImage], load: Callable[[SeenImage], Tensor],
                  encode: Callable[[Tensor], Tensor], quiet: bool = True):
-        with progress(pictures, desc="encoding the pictures", unit="picture", quiet=quiet) as bar:
-            self._moments = {picture: encode(image(picture)).cpu() for picture in bar}
+        self._moments: dict[SeenImage, Tensor] = {}
+        with progress(images, desc="encoding the images", unit="image", quiet=quiet) as bar:
+            for seen in bar:
+                self._moments[seen] = encode(load(seen)).cpu()
 
     def __len__(self) -> int:
         return len(self._moments)
 
-    def moments(self, pictures: Sequence[SeenImage]) -> Tensor:
+    def moments(self, images: Sequence[SeenImage]) -> Tensor:
         """Returns (B, 2C, h, w) mean and log-variance, stacked over channels, on the CPU."""
-        return torch.stack([self._moments[picture] for picture in pictures])
+        return torch.stack([self._moments[seen] for seen in images])
 
 
 class CaptionFeatures:

@@ -1,4 +1,4 @@
-"""Pictures about pictures: labelled sheets, mask panels, files with their settings inside."""
+"""Images about images: labeled sheets, mask panels, files with their settings inside."""
 from __future__ import annotations
 
 import json
@@ -29,7 +29,7 @@ Whole = Annotated[int, Field(gt=-2 ** 64, lt=2 ** 64)]
 
 
 class _Concept(Record):
-    """What a picture's settings say of its concept."""
+    """What an image's settings say of its concept."""
 
     class_noun: Line = ""
 
@@ -83,24 +83,24 @@ def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def cell_side(pictures: Sequence[Image.Image | None], columns: int, rows: int, least: int) -> int:
-    """Returns the side in px of a sheet's cells: the pictures' own where the page has room, at least `least`.
+def cell_side(images: Sequence[Image.Image | None], columns: int, rows: int, least: int) -> int:
+    """Returns the side in px of a sheet's cells: the images' own where the page has room, at least `least`.
 
     Their median decides, so that one large reference does not enlarge all others.
     """
-    sides = [max(picture.size) for picture in pictures if picture is not None]
+    sides = [max(image.size) for image in images if image is not None]
     room = min(WIDEST // max(1, columns), TALLEST // max(1, rows)) - MARGIN
     return max(least, min(room, int(statistics.median(sides or [least]))))
 
 
 def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image | None]]], cell: int = 160,
           title: str = "") -> Image.Image:
-    """Lays pictures out under column headings, each row below its own caption; None leaves a cell empty.
+    """Lays images out under column headings, each row below its own caption; None leaves a cell empty.
 
     Args:
-        cell: side of a picture in px, at least; larger ones are shown in their own size as far as the page has room.
+        cell: side of an image in px, at least; larger ones are shown in their own size as far as the page has room.
     """
-    cell = cell_side([picture for _, pictures in rows for picture in pictures], len(columns), len(rows), cell)
+    cell = cell_side([image for _, images in rows for image in images], len(columns), len(rows), cell)
     face, small = font(max(12, cell // 12)), font(max(11, cell // 14))
     width = len(columns) * (cell + MARGIN) + MARGIN
     titles = wrap(title, width - 2 * MARGIN, face)
@@ -114,11 +114,11 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
     for index, lines in enumerate(heads):
         _write_lines(draw, (MARGIN + index * (cell + MARGIN), y), lines, face, "black")
     y = top
-    for lines, (_, pictures) in zip(captions, rows, strict=True):
+    for lines, (_, images) in zip(captions, rows, strict=True):
         y = _write_lines(draw, (MARGIN, y), lines, small, "#444444")
-        for index, picture in enumerate(pictures):
-            if picture is not None:
-                page.paste(fit(picture, cell), (MARGIN + index * (cell + MARGIN), y))
+        for index, image in enumerate(images):
+            if image is not None:
+                page.paste(fit(image, cell), (MARGIN + index * (cell + MARGIN), y))
         y += cell + 2 * MARGIN
     return page
 
@@ -138,20 +138,20 @@ def _write_lines(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Seque
     return y
 
 
-def fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Scales a picture so that its longer side is `cell` px."""
-    scale = cell / max(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.convert("RGB").resize(size, Image.LANCZOS if scale < 1 else Image.BICUBIC)
+def fit(image: Image.Image, cell: int) -> Image.Image:
+    """Scales an image so that its longer side is `cell` px."""
+    scale = cell / max(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.convert("RGB").resize(size, Image.LANCZOS if scale < 1 else Image.BICUBIC)
 
 
-def mask_panel(picture: Image.Image, record: Sequence[tuple[str, Tensor]], title: str, columns: int = 8,
+def mask_panel(image: Image.Image, record: Sequence[tuple[str, Tensor]], title: str, columns: int = 8,
                cell: int = 96) -> Image.Image:
-    """Draws the concept masks M^c of one picture, beside it, per resolution and step (paper Fig. 11).
+    """Draws the concept masks M^c of one image, beside it, per resolution and step (paper Fig. 11).
 
     Args:
         record: layer names and masks (2, 1, H, h, w), in order of time, as `Generator.masks` gives.
-        title: which picture it is.
+        title: which image it is.
         columns: how many of the record's joint steps to show, evenly spaced.
 
     Raises:
@@ -173,17 +173,17 @@ def mask_panel(picture: Image.Image, record: Sequence[tuple[str, Tensor]], title
             cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize(
                 (round(width * scale), round(height * scale)), Image.NEAREST))
         caption = f"{height} x {width}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
-        rows.append((caption, [picture, *cells]))
-    return sheet(["picture", *(f"step {step + 1}" for step in shown)], rows, cell, f"DBIM's concept masks M^c: {title}")
+        rows.append((caption, [image, *cells]))
+    return sheet(["image", *(f"step {step + 1}" for step in shown)], rows, cell, f"DBIM's concept masks M^c: {title}")
 
 
-def save_png(picture: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> Path:
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> Path:
     """Writes a PNG atomically, with its settings as text where given."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_text(SETTINGS_KEY, json.dumps(settings))
         info.add_text(PARAMETERS_KEY, describe(settings))
-    return write_atomically(path, lambda part: picture.save(part, format="png", pnginfo=info))
+    return write_atomically(path, lambda part: image.save(part, format="png", pnginfo=info))
 
 
 def describe(settings: Mapping[str, Any]) -> str:
@@ -195,7 +195,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads back what `save_png` stored; empty where a picture has none, or, with a warning, none that make sense.
+    """Reads back what `save_png` stored; empty where an image has none, or, with a warning, none that make sense.
 
     Raises:
         UserError: the file cannot be read.
