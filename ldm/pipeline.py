@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from ldm.device import choose_device as choose_device  # likewise
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import DualBranch, has_two_branches
+from ldm.models.diffusion.dual_branch import DualBranch, in_joint_phase
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
@@ -232,7 +233,7 @@ class Generator:
     def _check_phase(self, settings: SampleConfig) -> None:
         """Refuses DCI without any step with two branches: it would draw plain images under another name."""
         steps, total, share = dci_steps(settings), self.model.num_timesteps, settings.dci.agg_time
-        if not any(has_two_branches(t, total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
+        if not any(in_joint_phase(t, total, share) for t in SAMPLERS[settings.sampler].times(steps, total)):
             raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
                             "nothing; take more steps, a larger dci.agg_time, or dci.use=false.")
 
@@ -374,10 +375,11 @@ class Generator:
             full_pixels=height * width, masked=dci.ablation != "no_mask",
             last_layer_only=dci.ablation == "last_layer", token_gain=dci.token_gain,
             spatial_gain=dci.spatial_gain, mask_sum=dci.mask_sum)
+        base = partial(self.applied.base_in_auxiliary, layout) if dci.ablation == "base_weights" else None
         seeds = [int(np.random.SeedSequence([abs(row.seed), 1]).generate_state(1)[0]) for row in rows]
         return DualBranch(self._encode(auxiliary.prompts), control, dci.agg_time,
                           [torch.Generator().manual_seed(seed) for seed in seeds], dci.noise == "common",
-                          self.applied.put_aside if dci.ablation == "base_weights" else None)
+                          base)
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         """Encodes texts to (B, T, D), each once and by itself, so that it is the same in any batch."""

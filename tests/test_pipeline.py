@@ -230,28 +230,30 @@ def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, sm
                                                      guidance: str) -> None:
     """Keys and values of its rows are those of a network without the concept, all others the concept's."""
     generator, rows = Generator(*small_world.build()), [Row(PROMPT, 5, 1.0), Row("a {} on the beach", 6, 1.0)]
-    unet, seen, prepare = generator.model.model.diffusion_model, [], generator.model.prepare_conditioning
-    monkeypatch.setattr(generator.model, "prepare_conditioning",
-                        lambda *args: seen.append(prepare(*args)) or seen[-1])
+    unet, seen = generator.model.model.diffusion_model, []
+    layer = unet.middle_block[1].transformer_blocks[0].attn2
+    project = layer.keys_values
+    monkeypatch.setattr(layer, "keys_values", lambda text: seen.append((text, *project(text))) or seen[-1][1:])
     generator.load(load_concept(small_run.concept))
     tuned = {name: value.clone() for name, value in unet.state_dict().items()}
     config = small_world.sample_config(f"dci.guidance={guidance}", "dci.ablation=base_weights")
     generator.latents(rows, config)
-    (joint,) = (prepared["c_crossattn"][0] for prepared in seen if "control" in prepared)
     assert all(torch.equal(value, tuned[name]) for name, value in unet.state_dict().items())
 
     concept, auxiliary = generator.token_sets([row.prompt for row in rows], config.dci)
-    texts = [[""] * 2, list(concept.prompts), [""] * 2, list(auxiliary.prompts)]
-    texts = texts if guidance == "separate" else [*texts[:2], texts[3]]
-    features = [torch.cat([generator.model.cond_stage_model([text]) for text in block]) for block in texts]
+    texts = ["", "", *concept.prompts, "", "", *auxiliary.prompts]
+    texts = texts if guidance == "separate" else [*texts[:4], *texts[6:]]
+    text, keys, values = seen[0]
+    assert torch.equal(text, torch.cat([generator.model.cond_stage_model([prompt]) for prompt in texts]))
     with torch.no_grad():
-        expected = [unet.project_text(torch.cat(features[:2])).layers]
+        mine = project(text)
         generator.load(None)
-        expected.append(unet.project_text(torch.cat(features[2:])).layers)
-    for got, mine, base in zip(joint.layers, *expected, strict=True):
-        for values, first, second in zip(got, mine, base, strict=True):
-            torch.testing.assert_close(values, torch.cat([first, second]))
-    assert not torch.equal(expected[0][0][0][:1], expected[1][0][0][:1])
+        base = project(text)
+    for got, tuned_rows, base_rows in zip((keys, values), mine, base, strict=True):
+        torch.testing.assert_close(got[:4], tuned_rows[:4])
+        torch.testing.assert_close(got[4:], base_rows[4:])
+        assert not torch.equal(tuned_rows[4:], base_rows[4:])
+    assert {len(text) for text, *_ in seen} == {len(texts), 4}        # afterwards the concept goes on alone
 
 
 @pytest.mark.parametrize(("agg_time", "separate", "guided", "steps"), [

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_state
-from ldm.models.diffusion.guidance import Rows
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
@@ -251,18 +250,9 @@ def test_patches_see_tensors_and_change_nothing_they_do_not_mean_to(released, mo
             unconditional_conditioning=text[1])[0]
 
     with torch.no_grad():
-        assert model.prepare_steps([1]) is not None and model.prepare_conditioning(text[0]) is not None
         expected = draw()
         patch(monkeypatch, model)
-        assert model.prepare_steps([1]) is None and model.prepare_conditioning(text[0]) is None
         assert (draw() - expected).abs().max() < 1e-8 * expected.abs().max()
-
-
-def test_a_patched_network_is_refused_weights_of_its_own_for_a_branch(released, monkeypatch):
-    model = load_model_from_config(*released)
-    patch_objects(monkeypatch, model)
-    with pytest.raises(UserError, match="nobody replaced or hooked"):
-        Rows(model, [torch.zeros(1, 77, 32)], (0,), aside=nullcontext)
 
 
 @pytest.mark.parametrize("sampler_name", ["ddim.DDIMSampler", "plms.PLMSSampler", "dpm_solver.DPMSolverSampler"])

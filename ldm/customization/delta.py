@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, Json
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint import (
     existing_file,
@@ -27,6 +29,7 @@ from ldm.customization.foreign import read_delta, schemes_of
 from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.dbim import BranchLayout
 from ldm.recognize import say_left_out
 from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
@@ -252,13 +255,22 @@ class AppliedConcept:
             self._write({name: base.float() + u.to(base.device).float() @ v.to(base.device).float()})
 
     @contextmanager
-    def put_aside(self) -> Iterator[None]:
-        """Gives the model the base's tensors back for a while; the concept's words stay."""
-        self._write(self._originals)
+    def base_in_auxiliary(self, layout: BranchLayout) -> Iterator[None]:
+        """Lets the auxiliary branch read keys and values through the base's weights (ablation "base_weights")."""
+        def hook(base: Tensor, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            first = len(output) // layout.blocks * layout.latents.index(1)       # the auxiliary's rows come last
+            return torch.cat([output[:first], F.linear(inputs[0][first:], base)])
+
+        network, handles = self.model.model.diffusion_model, []
+        for name, base in self._originals.items():
+            if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")):
+                layer = network.get_submodule(name.removesuffix(".weight"))
+                handles.append(layer.register_forward_hook(partial(hook, base)))
         try:
             yield
         finally:
-            self._write_concept()
+            for handle in handles:
+                handle.remove()
 
     def remove(self) -> None:
         """Restores the base's tensors and vocabulary."""

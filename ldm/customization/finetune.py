@@ -167,7 +167,7 @@ class ConceptFinetune(pl.LightningModule):
         self._seen = frozenset()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns what is trained, with learning rate and weight decay: weights, words, ico."""
+        """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
         lr = self.effective_learning_rate
         groups = [{"params": list(self.trained.values()), "lr": lr, "weight_decay": self.method.weight_decay},
                   {"params": self.word_blocks, "lr": lr, "weight_decay": 0.0},
@@ -195,7 +195,7 @@ class ConceptFinetune(pl.LightningModule):
         """Returns the trained tensors only: that is all a run needs beside its base."""
         tensors = {f"trained.{name}": parameter for name, parameter in self.trained.items()}
         tensors |= {f"words.{index}": block for index, block in enumerate(self.word_blocks)}
-        tensors |= {f"ico.{index}": block for index, block in enumerate(self.context_blocks)}
+        tensors |= {f"contexts.{index}": block for index, block in enumerate(self.context_blocks)}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()

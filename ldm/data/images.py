@@ -25,8 +25,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "GIF", "JPEG20
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 # White of the deep gray modes is the smallest entry no pixel exceeds: files of floats follow several customs.
 _WHITES: dict[str, tuple[float, ...]] = {"I": (65535,), "F": (1, 255, 65535)}
-_MODES = {"L": "grey", "LA": "grey", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
-          "I": "32-bit grey", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
+_MODES = {"L": "gray", "LA": "gray", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
+          "I": "32-bit gray", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
 CROPS = ("center", "pad")
 WORKERS = 2     # decoding threads
 BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
@@ -60,7 +60,7 @@ class DecodedImage:
 
     Attributes:
         image: upright 8-bit RGB; what is transparent shows the background.
-        alpha: upright 8-bit grey, 255 where opaque; None where nothing is transparent.
+        alpha: upright 8-bit gray, 255 where opaque; None where nothing is transparent.
         notes: what had to be done to it, for the inspection's table.
     """
 
@@ -383,7 +383,7 @@ def has_alpha(image: Image.Image) -> bool:
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
-    """Returns an image's opacity as 8-bit grey, 255 where opaque; None where all of it is."""
+    """Returns an image's opacity as 8-bit gray, 255 where opaque; None where all of it is."""
     if not has_alpha(image):
         return None
     alpha = image.convert("RGBA").getchannel("A")
@@ -399,7 +399,7 @@ def check_color(name: str) -> str:
     try:
         ImageColor.getrgb(name)
     except ValueError as error:
-        raise UserError(f"color '{name}' is unknown; give a name such as white or grey, or #rrggbb.") from error
+        raise UserError(f"color '{name}' is unknown; give a name such as white or gray, or #rrggbb.") from error
     return name
 
 

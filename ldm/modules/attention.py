@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,61 +37,6 @@ def normalization(channels: int, group_channels: int | None = None, eps: float =
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-WAYS_IN = ("forward", "_forward", "apply_model")     # what others replace on a class or an object of the network
-
-
-def _ways_in(kind: type[nn.Module]) -> list[object]:
-    return [getattr(kind, name, None) for name in WAYS_IN]
-
-
-def reads_prepared(kind: type[nn.Module]) -> type[nn.Module]:
-    """Marks a class that takes, as it is written here, what a run prepared: `ProjectedText` and `StepShifts`."""
-    kind.own_ways_in = _ways_in(kind)
-    return kind
-
-
-def is_own(module: nn.Module) -> bool:
-    """Says whether a module is of a marked class and runs as written; what others put in or hook on wants tensors."""
-    replaced = getattr(type(module), "own_ways_in", None) != _ways_in(type(module)) or \
-        not vars(module).keys().isdisjoint(WAYS_IN)
-    return not (replaced or module._forward_pre_hooks or module._forward_hooks)
-
-
-@dataclass(frozen=True, eq=False)
-class ProjectedText:
-    """Text as the cross-attention of a whole run reads it: projected once, not in every step.
-
-    Attributes:
-        layers: keys and values, each (R, H, T, d), by the layers' `index`.
-        latents: which block of the latents each of as many blocks of text rows denoises; (0, 0, 1) for rows u(x_c),
-            c(x_c), a(x_a). What comes before the first cross-attention is then computed once for each block of
-            latents. Empty where rows of text and latents correspond.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    latents: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Number of text rows, R."""
-        return len(self.layers[0][0])
-
-    def with_auxiliary(self, other: ProjectedText) -> ProjectedText:
-        """Returns this text, its rows of the auxiliary branch (latents 1) taken from `other`."""
-        rows = self.rows * self.latents.index(1) // len(self.latents)
-        layers = tuple((torch.cat([k[:rows], other_k[rows:]]), torch.cat([v[:rows], other_v[rows:]]))
-                       for (k, v), (other_k, other_v) in zip(self.layers, other.layers, strict=True))
-        return ProjectedText(layers, self.latents)
-
-
-def spread(x: Tensor, context: Tensor | ProjectedText | None) -> Tensor:
-    """Repeats image features (B, ...) so that every row of text has its own, (R, ...), where it has not yet."""
-    if not isinstance(context, ProjectedText) or len(x) == context.rows:
-        return x
-    blocks = x.chunk(max(context.latents) + 1)
-    return torch.cat([blocks[index] for index in context.latents])
-
-
 class GEGLU(nn.Module):
     """A linear layer gated by the GELU of a second one (Shazeer 2020)."""
 
@@ -118,12 +62,10 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-@reads_prepared
 class CrossAttention(nn.Module):
     """Multi-head attention of image features to a context, or to themselves where none is given.
 
-    `index` is the layer's place among a network's cross-attention layers, by which it finds projected text; the
-    network sets it. `masks` is a window for observers: it passes DBIM's concept and auxiliary masks through unchanged.
+    `masks` is a window for observers: it passes DBIM's concept and auxiliary masks through unchanged.
     """
 
     def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64,
@@ -137,7 +79,6 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
         self.masks = nn.Identity()
-        self.index: int | None = None
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Projects text features (B, T, D) of any floating format to keys and values (B, H, T, d)."""
@@ -147,19 +88,18 @@ class CrossAttention(nn.Module):
     def _split(self, y: Tensor) -> Tensor:
         return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None, mask: Tensor | None = None,
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         """Attends.
 
         Args:
             x: (B, N, C) image features.
-            context: (B, T, D) text features, or their projections; None attends to `x`.
+            context: (B, T, D) text features; None attends to `x`.
             mask: (B, T) bool, False where a context position is hidden.
             control: integrates two branches of the batch (DBIM); None is plain, fused attention.
         """
         q = self._split(self.to_q(x))                                                    # (B, H, N, d)
-        projected = isinstance(context, ProjectedText)
-        k, v = context.layers[self.index] if projected else self.keys_values(default(context, x))  # (B, H, T, d)
+        k, v = self.keys_values(default(context, x))                                     # (B, H, T, d)
         visible = None if mask is None else mask[:, None, None, :]                       # (B, 1, 1, T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)                 # (B, H, N, d)
         if control is not None:
@@ -180,7 +120,6 @@ class CrossAttention(nn.Module):
             return (q.to(wide) @ k.to(wide).mT * self.scale).softmax(dim=-1)
 
 
-@reads_prepared
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each normalized before and added after."""
 
@@ -195,21 +134,19 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.checkpoint = checkpoint
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+    def forward(self, x: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, context, use_reentrant=False, **dbim.keyword(control))
         return self._forward(x, context, **dbim.keyword(control))
 
-    def _forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+    def _forward(self, x: Tensor, context: Tensor | None = None,
                  control: DBIMControl | None = None) -> Tensor:
         x = self.attn1(self.norm1(x)) + x                                    # (B, N, C)
-        x = spread(x, context)                                               # (B, N, C), B now the text's
         x = self.attn2(self.norm2(x), context, **dbim.keyword(control)) + x  # (B, N, C)
         return self.ff(self.norm3(x)) + x                                    # (B, N, C)
 
 
-@reads_prepared
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a residual around them."""
 
@@ -225,7 +162,7 @@ class SpatialTransformer(nn.Module):
             for _ in range(depth))
         self.proj_out = zero_module(nn.Conv2d(inner_dim, in_channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | ProjectedText | None = None,
+    def forward(self, x: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x))                                       # (B, C', H, W)
@@ -234,7 +171,7 @@ class SpatialTransformer(nn.Module):
             h = block(h, context, **dbim.keyword(control))                   # (B, N, C')
         h = rearrange(h, "b (h w) c -> b c h w", h=height, w=width)          # (B, C', H, W)
         # The first operand decides the sum's memory format: x's stays, whatever the rearranged h has.
-        return spread(x, context) + self.proj_out(h)                         # (B, C, H, W)
+        return x + self.proj_out(h)                         # (B, C, H, W)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class RunIdentity:
     base: Named | None = None
     concepts: Named | None = None
     photos: Named | None = None
-    class_pictures: Named | None = None
+    class_pictures: Named | None = field(default=None, metadata={"title": "class images"})     # as states call it
 
 
 def identify(base: Mapping[str, str], schemes: Sequence[PromptScheme]) -> RunIdentity:
@@ -78,8 +78,8 @@ class Resumed:
             before, after = getattr(self.identity, part.name), getattr(now, part.name)
             if before is None or after is None or before == after:
                 continue
-            changed = (f"the run in '{self.folder}' was trained with the {part.name.replace('_', ' ')} {before.text}, "
-                       f"and this is {after.text}")
+            title = part.metadata.get("title", part.name)
+            changed = f"the run in '{self.folder}' was trained with the {title} {before.text}, and this is {after.text}"
             if not insist:
                 raise UserError(f"{changed}; give what it was trained with, or go on all the same with --insist.")
             print(f"warning: {changed}.")

@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.contestants import Preparing, as_the_release, build_random, theirs
+from benchmarks.contestants import as_the_release, build_random, theirs
 from benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors
 from ldm.config import MethodConfig
@@ -26,7 +25,8 @@ from ldm.data.batches import CaptionedImages, TrainingPlan
 from ldm.device import FORMATS, compile_network, set_format
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.guidance import DualBranch, DualBranchGuidance, Guidance
+from ldm.models.diffusion.dual_branch import DualBranch, DualBranchGuidance
+from ldm.models.diffusion.guidance import Guidance
 from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.util import instantiate_from_config
 
@@ -119,15 +119,15 @@ def control_of(bench: Bench, layout: BranchLayout) -> DBIMControl:
                        torch.tensor(0.5, device=bench.device), layout, bench.model.image_size**2)
 
 
-def guided(bench: Bench, model: Any, joint: bool) -> Callable[[], Tensor]:
+def guided(bench: Bench, joint: bool) -> Callable[[], Tensor]:
     """Returns one guided prediction of a run: 3 rows with DBIM and shared guidance, or 2 rows."""
+    model = bench.model
     concept, unconditional, auxiliary = bench.text(3).split(1)
     if joint:
         dual = DualBranch(auxiliary, control_of(bench, BranchLayout.SHARED), bench.agg_time)
         guidance: Guidance = DualBranchGuidance(model, concept, unconditional, 6.0, None, dual)
     else:
         guidance = Guidance(model, concept, unconditional, 6.0)
-    guidance.plan([STEP])
     return partial(guidance.eps, bench.latents(2 if joint else 1), STEP)
 
 
@@ -153,7 +153,7 @@ def unet_rows(bench: Bench) -> Iterator[Finding]:
         contestants[f"ours, every row in full, {LAYOUTS[other]}"] = Contestant(
             partial(unet, x, t, text), in_format(unet, other))
         if rows == 2:
-            contestants["ours, as sampled"] = Contestant(guided(bench, bench.model, False), best)
+            contestants["ours, as sampled"] = Contestant(guided(bench, False), best)
         yield from bench.time(f"U-Net, {rows} rows", contestants)
     yield from dbim_rows(bench)
 
@@ -174,19 +174,15 @@ def dbim_rows(bench: Bench) -> Iterator[Finding]:
 
 
 def run_rows(bench: Bench) -> Iterator[Finding]:
-    """A whole guided run, extrapolated from the times of its two kinds of steps, our savings added one by one."""
+    """A whole guided run, extrapolated from the times of its two kinds of steps."""
     best, release = partial(set_format, bench.model), partial(as_the_release, bench.device, bench.dtype)
-    ways = {"release's cost model": (Preparing(bench.model), release),
-            "ours, nothing prepared": (Preparing(bench.model), nullcontext),
-            "ours, times embedded": (Preparing(bench.model, times=True), nullcontext),
-            "ours, and text projected": (Preparing(bench.model, times=True, text=True), nullcontext),
-            "ours": (bench.model, nullcontext)}
+    ways = {"release's cost model": release, "ours": nullcontext}
     if bench.compiled:
-        ways["ours, compiled"] = (bench.model, nullcontext)
+        ways["ours, compiled"] = nullcontext
     found = {}
     for rows in (2, 3):
-        contestants = {name: Contestant(_within(context, guided(bench, model, rows == 3)), best)
-                       for name, (model, context) in ways.items()}
+        contestants = {name: Contestant(_within(context, guided(bench, rows == 3)), best)
+                       for name, context in ways.items()}
         for finding in bench.time(f"guided step, {rows} rows", contestants):
             found[finding.contestant, rows] = finding.seconds
             yield finding

@@ -50,37 +50,6 @@ def _one_group_count(module: nn.Module, width: int) -> None:
             part.num_groups = width // 8
 
 
-class Preparing:
-    """Our model with only some of what it prepares for a run, so that each saving's gain shows.
-
-    Args:
-        model: ours.
-        times: the run's time steps are embedded at once.
-        text: the text is projected once.
-        rows: rows of the same latents part only at the first cross-attention; needs `text`.
-    """
-
-    def __init__(self, model: LatentDiffusion, times: bool = False, text: bool = False, rows: bool = False):
-        self.model, self.num_timesteps, self.rows = model, model.num_timesteps, rows
-        self._latents: tuple[int, ...] = ()
-        if times:
-            self.prepare_steps = model.prepare_steps
-        if text:
-            self.prepare_conditioning = self._prepare
-
-    def _prepare(self, cond: Any, latents: tuple[int, ...] = ()) -> Mapping[str, Any] | None:
-        self._latents = () if self.rows else latents
-        return self.model.prepare_conditioning(cond, latents if self.rows else ())
-
-    def apply_model(self, x: Tensor, t: Any, cond: Any) -> Tensor:
-        """Predicts noise; latents that rows share are repeated here where the network is not to."""
-        if self._latents:
-            blocks = x.chunk(max(self._latents) + 1)
-            x = torch.cat([blocks[index] for index in self._latents])
-            t = t[:1] if isinstance(t, Tensor) else t               # one for all rows
-        return self.model.apply_model(x, t, cond)
-
-
 def _spelled_out(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Attention (B, H, N, d) whose probabilities are formed for every row; no mask is expected."""
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
@@ -118,6 +87,8 @@ def theirs(model: LatentDiffusion, model_node: DictConfig) -> tuple[nn.Module, n
 
 def _their_unet(ours: nn.Module, params: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
+    from diffusers.utils import logging
+    logging.set_verbosity_error()        # it warns of casts that the comparison asks for
     widths = [params["model_channels"] * mult for mult in params["channel_mult"]]
     heads = [params.get("num_heads") or width // params["num_head_channels"] for width in widths]
     crossed = [2**level in params["attention_resolutions"] for level in range(len(widths))]

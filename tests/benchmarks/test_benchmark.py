@@ -75,36 +75,16 @@ def test_every_row_is_measured(bench: Bench) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("joint", [False, True])
-def test_every_way_to_step_predicts_the_same(bench: Bench, joint: bool) -> None:
-    """What each saving leaves out is only work; the release's way differs in rounding alone."""
+def test_the_releases_way_to_step_predicts_the_same(bench: Bench, joint: bool) -> None:
+    """It differs in rounding alone."""
     bench.model.double()
     try:
-        ways = [cases.Preparing(bench.model), cases.Preparing(bench.model, times=True),
-                cases.Preparing(bench.model, times=True, text=True), bench.model]
-        first, *others = [cases.guided(bench, model, joint)() for model in ways]
+        ours = cases.guided(bench, joint)()
         with cases.as_the_release(CPU, torch.float32):
-            others.append(cases.guided(bench, ways[0], joint)())
+            release = cases.guided(bench, joint)()
     finally:
         bench.model.float()
-    assert all(torch.allclose(first, other, rtol=1e-5, atol=1e-5) for other in others) and first.std() > 1e-3
-
-
-def test_a_saving_left_out_is_done_in_full(bench: Bench, monkeypatch) -> None:
-    """The network sees as many rows at its first convolution, and projects text as often, as the name says."""
-    unet, seen = bench.model.model.diffusion_model, []
-    handle = unet.input_blocks[0][0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    projections = []
-    layer = unet._cross_attention()[0]
-    inner = layer.to_k.register_forward_pre_hook(lambda module, args: projections.append(1))
-    counts = {}
-    for name, model in {"nothing": cases.Preparing(bench.model), "text": cases.Preparing(bench.model, text=True),
-                        "all": bench.model}.items():
-        run = cases.guided(bench, model, joint=True)
-        seen.clear(), projections.clear()
-        run(), run()
-        counts[name] = (seen[0], len(projections))
-    handle.remove(), inner.remove()
-    assert counts == {"nothing": (3, 2), "text": (3, 0), "all": (2, 0)}
+    assert torch.allclose(ours, release, rtol=1e-5, atol=1e-5) and ours.std() > 1e-3
 
 
 def test_the_memory_a_comparison_needs() -> None:

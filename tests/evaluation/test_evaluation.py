@@ -11,7 +11,7 @@ from conftest import LABELS, ROOT, Call, SmallWorld, contents
 from PIL import Image, PngImagePlugin
 
 from ldm.checkpoint import load_state, save_safetensors
-from ldm.evaluation import features, layouts, scoring
+from ldm.evaluation import features, image_sets, scoring
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
@@ -121,14 +121,14 @@ def test_a_image_that_goes_between_being_found_and_read(call_script: Call, metri
     (tmp_path / "p").mkdir()
     for name in ("a.png", "b.png"):
         Image.new("RGB", (20, 30), "red").save(tmp_path / "p" / name)
-    list_images = layouts.list_images
+    list_images = image_sets.list_images
 
     def find(folder: Path) -> object:
         found = list_images(folder)
         (tmp_path / "p" / "b.png").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(layouts, "list_images", find)
+    monkeypatch.setattr(image_sets, "list_images", find)
     outcome = call_script("evaluate", "--images", tmp_path / "p", *metric_options, "--outdir", tmp_path / "out")
     assert f"image '{tmp_path / 'p' / 'b.png'}' does not exist; replace it or take it out" in outcome.error
 

@@ -58,7 +58,7 @@ def test_a_image_and_its_mirror_image_are_read_alike() -> None:
         assert torch.allclose(found[head], mirrored[head]) and not torch.allclose(*(one[head] for one in seen))
 
 
-@pytest.mark.parametrize(("prompt", "scene", "style", "colour"), [
+@pytest.mark.parametrize(("prompt", "scene", "style", "color"), [
     ("a photo of a {} in the snow", {"snow"}, (), ()),
     ("An OIL painting of a red and  blue cat, on the beach.", {"beach"}, {"oil painting"}, {"red", "blue"}),
     ("a cat in the snowy predawn", (), (), ()),                   # neither "in the snow" nor "red"

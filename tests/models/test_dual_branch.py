@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import DualBranch, Guidance, make_guidance
+from ldm.models.diffusion.dual_branch import DualBranch, make_guidance
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.schedule import schedule_buffers

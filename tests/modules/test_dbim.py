@@ -363,7 +363,7 @@ def test_masks_hardly_feel_half_precision(dtype, bounds, strength):
     control = DBIMControl(named, content, others, other_content, torch.tensor(strength), SHARED, full_pixels=256)
     handles = [layer.register_forward_pre_hook(lambda layer, args: layers.append((layer, *args)))
                for layer in model.model.diffusion_model.modules()
-               if isinstance(layer, CrossAttention) and layer.index is not None]
+               if isinstance(layer, CrossAttention) and layer.to_k.in_features != layer.to_q.in_features]
     x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(15))
     model.apply_model(x, torch.full((3,), 900), text)
     for handle in handles:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_BUFFERS
-from ldm.models.diffusion.guidance import Guidance, draw_noise, make_guidance
+from ldm.models.diffusion.dual_branch import make_guidance
+from ldm.models.diffusion.guidance import Guidance, draw_noise
 from ldm.models.diffusion.sampler import Sampler, SamplingRecord, StepOptions, refuse_set
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
 from ldm.modules.diffusionmodules.util import extract_into_tensor, noise_like
@@ -56,10 +57,9 @@ class DDIMSampler(Sampler):
 
     def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         """Goes from step `steps` - 1 down to 0."""
-        guidance.plan(self.ddim_timesteps[:steps])
         for index in progress(range(steps - 1, -1, -1), desc="DDIM", unit="step", quiet=not options.verbose):
             t = int(self.ddim_timesteps[index])
-            (x,) = guidance.narrow(t, x)
+            (x,) = guidance.end_joint_phase(t, x)     # DCI: the auxiliary branch leaves at t/T <= 1 - T_a
             x = self._keep(x, t, guidance, options)
             x, pred_x0 = self._step(x, guidance.eps(x, t), index, guidance.noise, options)        # (rows, C, h, w)
             record.step(steps - index - 1, x, pred_x0)
@@ -95,7 +95,7 @@ class DDIMSampler(Sampler):
         refuse_set(use_original_steps=use_original_steps, quantize_denoised=quantize_denoised,
                    score_corrector=score_corrector, corrector_kwargs=corrector_kwargs,
                    dynamic_threshold=dynamic_threshold)
-        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale, None, None)
+        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
         return self._step(x, guidance.eps(x, t[0].item()), index,
                           lambda x: noise_like(x.shape, x.device, repeat_noise),
                           StepOptions(temperature=temperature, noise_dropout=noise_dropout))
@@ -129,8 +129,7 @@ class DDIMSampler(Sampler):
             self.make_schedule(self.ddpm_num_timesteps)
         if not 1 <= t_enc <= len(self.ddim_timesteps):
             raise UserError(f"t_enc is {t_enc}; give 1 to {len(self.ddim_timesteps)}, the steps of the schedule.")
-        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale, None, None)
-        guidance.plan(self.ddim_timesteps[:t_enc])
+        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
         x, steps, states = x0, [], []
         for index in progress(range(t_enc), desc="encoding", unit="step"):
             eps = guidance.eps(x, int(self.ddim_timesteps[index]))                                # (B, C, h, w)
@@ -160,6 +159,6 @@ class DDIMSampler(Sampler):
         """Denoises latents from step index `t_start` of the schedule made before (image-to-image)."""
         if use_original_steps:
             self.make_schedule(self.ddpm_num_timesteps)
-        guidance = make_guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale, None, None)
+        guidance = make_guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
         record = SamplingRecord(x_latent, len(x_latent), t_start, t_start, callback, None)
         return self._loop(x_latent, guidance, t_start, record, StepOptions())

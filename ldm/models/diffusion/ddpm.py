@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_file
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.schedule import schedule_buffers
-from ldm.modules.attention import GROUPS, ProjectedText, is_own, reads_prepared
+from ldm.modules.attention import GROUPS
 from ldm.modules.dbim import DBIMControl, keyword
-from ldm.modules.diffusionmodules.openaimodel import StepShifts, UNetModel
 from ldm.modules.diffusionmodules.util import extract_into_tensor, noise_like
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -26,7 +25,6 @@ from ldm.util import UserError, instantiate_from_config
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any]
 
 
-@reads_prepared
 class DiffusionWrapper(pl.LightningModule):
     """Hands the conditioning to the network in the way `conditioning_key` says."""
 
@@ -37,8 +35,8 @@ class DiffusionWrapper(pl.LightningModule):
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
-    def forward(self, x: Tensor, t: Tensor | StepShifts, c_concat: Sequence[Tensor] | None = None,
-                c_crossattn: Sequence[Tensor | ProjectedText] | None = None,
+    def forward(self, x: Tensor, t: Tensor, c_concat: Sequence[Tensor] | None = None,
+                c_crossattn: Sequence[Tensor] | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         """Predicts noise for latents `x` (B, C, H, W) at `t` (B,); lists are joined along tokens and channels."""
         if self.conditioning_key in ("concat", "hybrid"):
@@ -152,7 +150,6 @@ def earlier_groups(unet: Mapping[str, Any], first_stage: Mapping[str, Any]) -> t
             {**first_stage, "params": {**params, "ddconfig": ddconfig}})
 
 
-@reads_prepared
 class LatentDiffusion(DDPM):
     """Diffusion in an autoencoder's latents, conditioned on text (Rombach et al. 2022).
 
@@ -216,7 +213,7 @@ class LatentDiffusion(DDPM):
         """Decodes as `decode_first_stage` does, with gradients."""
         return self.first_stage_model.decode(z / self.scale_factor)
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor | StepShifts, cond: Conditioning) -> Tensor:
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Predicts noise (B, C, h, w); `cond` is text features, a list of them, or DiffusionWrapper's keywords."""
         return self.model(x_noisy, t, **self._keywords(cond))
 
@@ -225,39 +222,6 @@ class LatentDiffusion(DDPM):
             return cond
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return {key: [cond] if isinstance(cond, Tensor) else cond}
-
-    def prepare_conditioning(self, cond: Conditioning, latents: tuple[int, ...] = (),
-                             aside: Callable[[], AbstractContextManager] | None = None) -> Mapping[str, Any] | None:
-        """Does once what a run's conditioning asks in every step; `apply_model` takes the result in its place.
-
-        Args:
-            cond: as `apply_model` takes it, of R rows in len(latents) blocks.
-            latents: which block of the latents each block of rows denoises, as in `ProjectedText`.
-            aside: opens a context in which the network has other weights, for the auxiliary branch's keys and values.
-
-        Returns:
-            Keywords of `DiffusionWrapper`, or None where the conditioning is not text alone or a part is not our own.
-        """
-        if self.model.conditioning_key != "crossattn" or not self._takes_prepared():
-            return None
-        keywords = self._keywords(cond)
-        text = torch.cat(list(keywords["c_crossattn"]), dim=1)
-        projected = self.model.diffusion_model.project_text(text, latents)
-        if aside is not None:
-            with aside():
-                projected = projected.with_auxiliary(self.model.diffusion_model.project_text(text, latents))
-        return {**keywords, "c_crossattn": [projected]}
-
-    def prepare_steps(self, timesteps: Sequence[float]) -> list[StepShifts] | None:
-        """Embeds a run's time steps at once, for `apply_model` to take as `t`; None where a part is not our own."""
-        if not self._takes_prepared():
-            return None
-        return self.model.diffusion_model.time_table(torch.tensor(timesteps, device=self.device))
-
-    def _takes_prepared(self) -> bool:
-        """Says whether nothing between a sampler and the layers was replaced or is watched by others."""
-        network = self.model.diffusion_model
-        return is_own(self) and is_own(self.model) and isinstance(network, UNetModel) and network.takes_prepared()
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) and text features of a batch with images (B, H, W, 3) under `k`."""

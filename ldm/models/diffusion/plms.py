@@ -39,14 +39,13 @@ class PLMSSampler(DDIMSampler):
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
     def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
-        guidance.plan([0, *self.ddim_timesteps[:steps]])
         earlier: list[Tensor] = []                                                # newest first, at most 3
         for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not options.verbose):
             t = int(self.ddim_timesteps[index])
             t_next = int(self.ddim_timesteps[index - 1]) if index else 0          # as `ddim_alphas_prev` has it
             alphas = float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index])
             # Once a step: its second prediction, if any, is of the rows that its first one was of.
-            x, *earlier = guidance.narrow(t, x, *earlier)
+            x, *earlier = guidance.end_joint_phase(t, x, *earlier)
             x = self._keep(x, t, guidance, options)
             history = [guidance.eps(x, t), *earlier]                              # (rows, C, h, w) each
             if earlier:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import DualBranch, Generators, Guidance, draw_noise, make_guidance
+from ldm.models.diffusion.dual_branch import DualBranch, make_guidance
+from ldm.models.diffusion.guidance import Generators, Guidance, draw_noise
 from ldm.util import UserError
 
 

@@ -2,41 +2,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import (
-    BasicTransformerBlock,
-    CrossAttention,
-    ProjectedText,
-    SpatialTransformer,
-    is_own,
-    normalization,
-    reads_prepared,
-    spread,
-    zero_module,
-)
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, normalization, zero_module
 from ldm.modules.dbim import DBIMControl, keyword
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.util import UserError
 
 
-@dataclass(frozen=True, eq=False)
-class StepShifts:
-    """What a time step all rows share adds in every residual block: (1, C') each, by the blocks' `index`."""
-
-    blocks: tuple[Tensor, ...]
-
-
-@reads_prepared
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also see the time embedding, and whose transformers see the text."""
 
-    def forward(self, x: Tensor, emb: Tensor | StepShifts, context: Tensor | ProjectedText | None = None,
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -70,18 +51,13 @@ class Downsample(nn.Module):
         return self.op(x)                                                    # (B, C, H/2, W/2)
 
 
-@reads_prepared
 class ResBlock(nn.Module):
-    """Two convolutions with the time embedding added between them.
-
-    `index` is the block's place among the network's, by which it finds its shift; the network sets it.
-    """
+    """Two convolutions with the time embedding added between them."""
 
     def __init__(self, channels: int, emb_channels: int, dropout: float, out_channels: int,
                  use_checkpoint: bool = False, group_channels: int | None = None):
         super().__init__()
         self.use_checkpoint = use_checkpoint
-        self.index: int | None = None
         self.in_layers = nn.Sequential(normalization(channels, group_channels), nn.SiLU(),
                                        nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
@@ -90,18 +66,16 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor | StepShifts) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
-    def _forward(self, x: Tensor, emb: Tensor | StepShifts) -> Tensor:
-        shift = emb.blocks[self.index] if isinstance(emb, StepShifts) else self.emb_layers(emb)  # (B | 1, C')
-        h = self.in_layers(x) + shift[:, :, None, None]                      # (B, C', H, W)
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]       # (B, C', H, W)
         return self.skip_connection(x) + self.out_layers(h)                  # (B, C', H, W)
 
 
-@reads_prepared
 class UNetModel(nn.Module):
     """Predicts the noise in latents from their noised value, the time step and the text.
 
@@ -142,15 +116,6 @@ class UNetModel(nn.Module):
         self._build_up(channel_mult, conv_resample, skips)
         self.out = nn.Sequential(normalization(model_channels, group_channels), nn.SiLU(),
                                  zero_module(nn.Conv2d(model_channels, out_channels, 3, padding=1)))
-        for kind in (self._res_blocks(), self._cross_attention()):
-            for index, layer in enumerate(kind):
-                layer.index = index
-
-    def _res_blocks(self) -> list[ResBlock]:
-        return [module for module in self.modules() if isinstance(module, ResBlock)]
-
-    def _cross_attention(self) -> list[CrossAttention]:
-        return [module.attn2 for module in self.modules() if isinstance(module, BasicTransformerBlock)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,42 +180,22 @@ class UNetModel(nn.Module):
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-    def takes_prepared(self) -> bool:
-        """Says whether all layers on the way run as written here; if not, every layer must be handed plain tensors."""
-        transformers = [module for module in self.modules() if isinstance(module, SpatialTransformer)]
-        sequences = [module for module in self.modules() if isinstance(module, TimestepEmbedSequential)]
-        blocks = [block for transformer in transformers for block in transformer.transformer_blocks]
-        parts = [self, *sequences, *self._res_blocks(), *transformers, *blocks]
-        return all(map(is_own, parts)) and all(is_own(block.attn1) and is_own(block.attn2) for block in blocks)
-
-    def project_text(self, context: Tensor, latents: tuple[int, ...] = ()) -> ProjectedText:
-        """Projects text features (R, T, D) for every layer; `latents` as in `ProjectedText`."""
-        return ProjectedText(tuple(layer.keys_values(context) for layer in self._cross_attention()), latents)
-
-    def time_table(self, timesteps: Tensor) -> list[StepShifts]:
-        """Returns what each time step of a run (S,) adds in the residual blocks."""
-        emb = self._embed_time(timesteps)                                        # (S, emb_channels)
-        tables = [block.emb_layers(emb).split(1) for block in self._res_blocks()]
-        return [StepShifts(shifts) for shifts in zip(*tables, strict=True)]
-
-    def _embed_time(self, timesteps: Tensor) -> Tensor:
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
-
-    def forward(self, x: Tensor, timesteps: Tensor | StepShifts, context: Tensor | ProjectedText | None = None,
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
         """Predicts noise for noised latents.
 
         Args:
             x: (B, C, H, W) latents, of any floating format.
-            timesteps: (B,), or one for all rows: (1,), or its entry of `time_table`.
-            context: (B, T, D) text features, or what `project_text` made of them.
+            timesteps: (B,), or one for all rows: (1,).
+            context: (B, T, D) text features.
             control: integrates two branches of the batch (DBIM).
 
         Returns:
-            (B, C, H, W) in the format of `x`, one row for each of the text's.
+            (B, C, H, W) in the format of `x`.
         """
         layer_control = None if control is not None and control.last_layer_only else control
-        emb = timesteps if isinstance(timesteps, StepShifts) else self._embed_time(timesteps)    # (B, emb_channels)
+        emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)                  # (B, model_channels)
+        emb = self.time_embed(emb)                                                               # (B, emb_channels)
         h, skips = x.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, context, **keyword(layer_control))
@@ -258,6 +203,6 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, context, **keyword(layer_control))
         for index, block in enumerate(self.output_blocks):
             last = index == len(self.output_blocks) - 1      # the last cross-attention layer stands in this block
-            h = torch.cat([h, spread(skips.pop(), context)], dim=1)
+            h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, context, **keyword(control if last else layer_control))
         return self.out(h).to(x.dtype)                                           # (B, C, H, W)

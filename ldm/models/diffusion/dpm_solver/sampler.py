@@ -74,10 +74,9 @@ class DPMSolverSampler(Sampler):
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double().numpy()
         levels = [noise_level(alpha) for alpha in alphas_between(alphas_cumprod, timesteps).tolist()]
         timesteps = timesteps.tolist()
-        guidance.plan(timesteps[:-1])
         before: list[Tensor] = []                                        # the data prediction of the step before
         for i in progress(range(steps), desc="DPM-Solver++", unit="step", quiet=not options.verbose):
-            x, *before = guidance.narrow(timesteps[i], x, *before)
+            x, *before = guidance.end_joint_phase(timesteps[i], x, *before)
             source, target = levels[i], levels[i + 1]
             pred_x0 = (x - source.sigma * guidance.eps(x, timesteps[i])) / source.alpha     # (rows, C, h, w)
             data = pred_x0

@@ -1,7 +1,5 @@
-"""Tests that what is done once, shared, cast or compiled gives what the plain computation gives."""
+"""Tests that what is cast, laid out, decoded in parts or compiled gives what the plain computation gives."""
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -22,17 +20,10 @@ from ldm.device import (
     set_format,
     supported_precision,
 )
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.guidance import DualBranch, make_guidance
-from ldm.models.diffusion.plms import PLMSSampler
-from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.pipeline import Generator, Row
 from ldm.training.run import Run
 from ldm.util import UserError
-
-TOKENS, STEPS = 77, 4
 
 
 @pytest.fixture(scope="module")
@@ -47,110 +38,12 @@ def embedded() -> LatentDiffusion:
     return build_model(OmegaConf.load(ROOT / "configs" / "model" / "tiny.yaml").model, BaseConfig())[0]
 
 
-class Plain:
-    """The model as CompVis's samplers know one: `apply_model`, in full for every row and step."""
-
-    def __init__(self, model: LatentDiffusion):
-        self.apply_model, self.num_timesteps, self.device = model.apply_model, model.num_timesteps, model.device
-        self.alphas_cumprod = model.alphas_cumprod
-
-
 def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mask(*positions: int, rows: int = 2) -> Tensor:
-    tokens = torch.zeros(rows, TOKENS, dtype=torch.bool)
-    tokens[:, list(positions)] = True
-    return tokens
-
-
-def make_control(layout: BranchLayout, strength: float = 0.7) -> DBIMControl:
-    return DBIMControl(mask(2, 3), mask(1, 2, 3, 4), mask(1, 3), mask(1, 2, 3), torch.tensor([strength, -strength]),
-                       layout, full_pixels=64)
-
-
-def run(model: Any, sampler: type, layout: BranchLayout | None, scale: float) -> Tensor:
-    """Samples two rows, two branches in the first half where there is a layout."""
-    text = drawn(6, TOKENS, 32, seed=1).double()
-    dual = None if layout is None else DualBranch(text[4:], make_control(layout), 0.5,
-                                                  [torch.Generator().manual_seed(seed) for seed in (8, 9)])
-    return sampler(model).sample(
-        STEPS, 2, (4, 8, 8), conditioning=text[:2], unconditional_conditioning=text[2:4], verbose=False, dual=dual,
-        unconditional_guidance_scale=scale, x_T=drawn(2, 4, 8, 8, seed=2).double())[0]
-
-
 def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
-
-
-# What a run prepares.
-
-@pytest.mark.parametrize(("sampler", "layout", "scale"), [
-    (DDIMSampler, None, 3.0), (DDIMSampler, None, 1.0), (DDIMSampler, BranchLayout.SHARED, 3.0),
-    (DDIMSampler, BranchLayout.SEPARATE, 3.0), (DDIMSampler, BranchLayout.UNGUIDED, 1.0),
-    (PLMSSampler, BranchLayout.SHARED, 3.0), (DPMSolverSampler, BranchLayout.SEPARATE, 3.0)])
-def test_a_prepared_run_gives_the_plain_runs_latents(model, sampler, layout, scale) -> None:
-    plain = run(Plain(model), sampler, layout, scale)
-    assert plain.isfinite().all() and plain.std() > 0.1
-    assert relative(run(model, sampler, layout, scale), plain) < 1e-8
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layout", [None, BranchLayout.SHARED, BranchLayout.SEPARATE])
-def test_a_prepared_step_equals_the_plain_one_in_float32(embedded: LatentDiffusion, layout) -> None:
-    text = embedded.get_learned_conditioning(["", "", "a red cat", "a dog", "a cat in the snow", "a dog on the beach"])
-    x, found = drawn(2 if layout is None else 4, 4, 16, 16, seed=2), []
-    for network in (embedded, Plain(embedded)):
-        dual = None if layout is None else DualBranch(text[4:], make_control(layout), 1.0)
-        guidance = make_guidance(network, text[2:4], text[:2], 3.0, None, dual)
-        guidance.plan([701, 301])
-        found.append(guidance.eps(x, 701))
-    assert relative(*found) < 1e-5
-
-
-def test_text_is_projected_once_and_rows_part_at_the_first_cross_attention(model) -> None:
-    """A joint run of four steps: 3 rows of text over 2 of latents, then 2 over 1."""
-    network, seen = model.model.diffusion_model, {"to_k": 0, "to_v": 0, "time": 0, "first": [], "attn1": [], "last": []}
-
-    def count(name: str):
-        return lambda *_: seen.__setitem__(name, seen[name] + 1)
-
-    def rows(name: str):
-        return lambda module, args, output: seen[name].append(len(output))
-
-    block = network.input_blocks[1][1].transformer_blocks[0]
-    handles = [module.register_forward_hook(count(name.rpartition(".")[2])) for name, module in network.named_modules()
-               if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    handles += [network.time_embed.register_forward_hook(count("time")),
-                network.input_blocks[0][0].register_forward_hook(rows("first")),
-                block.attn1.to_q.register_forward_hook(rows("attn1")), network.out.register_forward_hook(rows("last"))]
-    run(model, DDIMSampler, BranchLayout.SHARED, 3.0)
-    for handle in handles:
-        handle.remove()
-    layers = len(network._cross_attention())
-    assert seen["to_k"] == seen["to_v"] == 2 * layers == 20          # once for each kind of step, not once a step
-    assert seen["time"] == 1
-    assert seen["first"] == seen["attn1"] == [4, 4, 2, 2] and seen["last"] == [6, 6, 4, 4]
-
-
-@torch.no_grad()
-def test_a_time_table_holds_what_the_blocks_would_compute(model) -> None:
-    network, x = model.model.diffusion_model, drawn(2, 4, 8, 8, seed=3).double()
-    text = drawn(2, TOKENS, 32, seed=4).double()
-    for t, entry in zip((1, 501, 999), model.prepare_steps([1, 501, 999]), strict=True):
-        assert relative(network(x, entry, text), network(x, torch.tensor([t, t]), text)) < 1e-10
-        assert relative(network(x, torch.tensor([t]), text), network(x, torch.tensor([t, t]), text)) < 1e-10
-
-
-def test_conditioning_that_is_not_text_alone_is_left_to_the_wrapper(model, monkeypatch) -> None:
-    text = drawn(2, TOKENS, 32, seed=4).double()
-    halves = model.prepare_conditioning([text[:, :40], text[:, 40:]])["c_crossattn"][0]
-    whole = model.prepare_conditioning(text)["c_crossattn"][0]
-    assert all(torch.equal(a, b) for one, other in zip(halves.layers, whole.layers, strict=True)
-               for a, b in zip(one, other, strict=True))
-    monkeypatch.setattr(model.model, "conditioning_key", "hybrid")
-    assert model.prepare_conditioning({"c_crossattn": [text], "c_concat": [text]}) is None
 
 
 def test_prompts_are_encoded_once_and_by_themselves(small_world: SmallWorld, small_run: Run) -> None:
