@@ -36,10 +36,7 @@ def listed_concepts(path: Path, chosen: Sequence[str]) -> list[dict[str, Any]]:
     """Reads the concepts of concept_list.json, dataset.json or a tree of subjects, as entries of `concepts`.
 
     Raises:
-        UserError: as `ldm.data.captions.read_subjects` does.
+        UserError: as `ldm.data.concept_lists.choose_concepts` does.
     """
-    from ldm.data.captions import read_subjects  # torch loads only when there is work for it
-    found = [{"name": subject.name, "images": subject.images, "class_noun": subject.class_noun,
-              "words": list(subject.words) or None, "regularization": subject.regularization or None}
-             for subject in read_subjects(path, chosen)]
-    return literal(found)
+    from ldm.data.concept_lists import choose_concepts  # torch loads only when there is work for it
+    return literal([concept.entry() for concept in choose_concepts(path, chosen)])

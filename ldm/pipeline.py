@@ -21,7 +21,7 @@ from ldm.config import DCIConfig, SampleConfig
 from ldm.customization import tokens
 from ldm.customization.delta import AppliedConcept, Concept
 from ldm.customization.tokens import TokenSets
-from ldm.data.images import to_images
+from ldm.data.framing import to_images
 from ldm.device import (
     FORMATS,
     PRECISIONS,

@@ -8,8 +8,8 @@ import pytest
 from conftest import Call, SmallWorld
 from PIL import Image
 
-from ldm.data.captions import read_subjects
-from ldm.evaluation.image_sets import read_dataset, read_images, read_prompts
+from ldm.data.concept_lists import choose_concepts, read_concepts
+from ldm.evaluation.image_sets import read_images, read_prompts
 from ldm.records import load_json
 from ldm.text import read_lines, read_text
 from ldm.training.run import Run
@@ -51,17 +51,17 @@ def test_every_reader_knows_the_mark(tmp_path: Path) -> None:
     records = [{"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "instance_data_dir": "data",
                 "prompt_filename": "p.txt"}]
     concepts.write_bytes(MARK + json.dumps(records).encode())
-    assert read_subjects(concepts)[0].class_noun == read_dataset(concepts)[0].class_noun == "cat"
-    assert read_dataset(concepts)[0].prompts == ("a {} in the snow",)
+    assert choose_concepts(concepts)[0].class_noun == read_concepts(concepts, prompts=True)[0].class_noun == "cat"
+    assert read_concepts(concepts, prompts=True)[0].prompts == ("a {} in the snow",)
     text = "subject_name,class\r\npot,pot\r\n\r\nprompt_list = ['a {0} {1}']\r\nprompt_list = ['the {0} {1}']\r\n"
     classes.write_bytes(MARK + text.encode())
     (tmp_path / "pot").mkdir()
-    assert read_subjects(tmp_path)[0].class_noun == read_dataset(tmp_path)[0].class_noun == "pot"
-    for reader in (read_prompts, read_subjects, read_dataset):
-        path = classes if reader is read_dataset else concepts
+    assert choose_concepts(tmp_path)[0].class_noun == read_concepts(tmp_path, prompts=True)[0].class_noun == "pot"
+    for reader, path, given in ((read_prompts, prompts, prompts), (choose_concepts, concepts, concepts),
+                                (read_concepts, classes, tmp_path)):
         path.write_bytes("é".encode("latin-1"))
         with pytest.raises(UserError, match="is not UTF-8 text"):
-            reader(tmp_path if path is classes else path)
+            reader(given)
 
 
 def test_a_marked_prompt_file_gives_the_tokens_of_a_plain_one(small_world: SmallWorld, small_run: Run,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.customization.ico import PLACEHOLDER, PromptScheme
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
+from ldm.text import article
 from ldm.util import UserError
 
 # Common nouns tried in this order; the paper presets such a list without printing it (section 5, "limitations").
@@ -79,11 +80,11 @@ def named_scheme(prompt: str, schemes: Sequence[PromptScheme]) -> PromptScheme:
 
 def fit_article(before: str, noun: str) -> str:
     """Makes an "a" or "an" at the end of `before` agree with `noun`."""
-    def article(match: re.Match[str]) -> str:
-        word = "an" if noun[:1].lower() in "aeiou" else "a"
+    def fitting(match: re.Match[str]) -> str:
+        word = article(noun)
         return (word.capitalize() if match[1][0].isupper() else word) + match[2]
 
-    return re.sub(r"\b(an?)(\s+)$", article, before, flags=re.IGNORECASE)
+    return re.sub(r"\b(an?)(\s+)$", fitting, before, flags=re.IGNORECASE)
 
 
 def join_pieces(pieces: Sequence[str], noun: str, articles: bool = True) -> list[str]:

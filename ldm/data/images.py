@@ -1,22 +1,16 @@
-"""The one image loader: files in, upright RGB squares out, every skipped file named."""
+"""The one image decoder: a file or its bytes in, an upright 8-bit RGB image out, or one reason why not."""
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
-from os.path import isfile
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
-from ldm.text import read_lines
 from ldm.util import UserError
 
 T = TypeVar("T")
@@ -27,9 +21,6 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _WHITES: dict[str, tuple[float, ...]] = {"I": (65535,), "F": (1, 255, 65535)}
 _MODES = {"L": "gray", "LA": "gray", "P": "palette", "PA": "palette", "1": "black and white", "CMYK": "CMYK",
           "I": "32-bit gray", "F": "floating-point grey"} | dict.fromkeys(("I;16", "I;16B", "I;16L"), "16-bit grey")
-CROPS = ("center", "pad")
-WORKERS = 2     # decoding threads
-BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
 # Phones take images of 200 megapixels. Pillow refuses twice as many by a file's header alone; what is decoded whole
 # must keep to this number.
 Image.MAX_IMAGE_PIXELS = 200_000_000
@@ -39,19 +30,8 @@ SAME = 3                    # 8-bit levels by which a color profile may differ f
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A file that was passed over, and why, worded to follow its name ("is empty")."""
-
-    path: Path
-    reason: str
-
-    def __str__(self) -> str:
-        return f"'{self.path.name}' {self.reason}"
-
-
 class Unusable(Exception):
-    """Why a file gives no image, worded as `Skipped.reason` is."""
+    """Why a file gives no image, worded to follow its name ("is empty")."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,72 +47,6 @@ class DecodedImage:
     image: Image.Image
     alpha: Image.Image | None
     notes: tuple[str, ...] = ()
-
-
-def list_images(folder: Path, check: Callable[[Path], str | None] | None = None) -> tuple[list[Path], list[Skipped]]:
-    """Finds the usable images of a folder (in natural order), of a list file (in its order), or one file.
-
-    What a file holds decides, not its suffix: each is decoded whole. A list file is UTF-8 text with one path
-    per line, seen from the list's folder, that folder's parent, or the current one. `check` says why a file is
-    unusable, in place of `why_unusable`; it is called from several threads.
-
-    Raises:
-        UserError: nothing is there, or nothing there is a usable image.
-    """
-    folder, check = Path(folder), check or why_unusable
-    if folder.is_dir():
-        candidates = sorted(entries_of(folder), key=_natural)
-    elif folder.is_file():
-        problem = check(folder)
-        if problem is None:
-            return [folder], []
-        try:
-            candidates = [find_listed(line, folder) for line in read_lines(folder, "list") if line]
-        except UserError as error:
-            raise UserError(f"'{folder}' {problem}; give a folder of images or a list of them.") from error
-    else:
-        raise UserError(f"image folder '{folder}' does not exist; give a folder of images or a list of them.")
-    hidden = [folder.is_dir() and path.name.startswith(".") for path in candidates]
-    with ThreadPoolExecutor(WORKERS) as pool:      # Pillow decodes outside the interpreter's lock
-        unusable = pool.map(lambda path, hide: None if hide else check(path), candidates, hidden)
-        reasons = ["is hidden" if hide else reason for hide, reason in zip(hidden, unusable, strict=True)]
-    paths = [path for path, reason in zip(candidates, reasons, strict=True) if reason is None]
-    skipped = [Skipped(path, reason) for path, reason in zip(candidates, reasons, strict=True) if reason]
-    if not paths:
-        raise UserError(f"'{folder}' holds no usable image ({some_skipped(skipped) or 'it is empty'}); "
-                        "put at least one JPEG, PNG or WebP there.")
-    return paths, skipped
-
-
-def entries_of(folder: Path) -> list[Path]:
-    """Lists what a folder holds, in order of names.
-
-    Raises:
-        UserError: it cannot be opened.
-    """
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be opened ({error.strerror}); check it.") from error
-
-
-def find_listed(line: str, listing: Path) -> Path:
-    """Returns the path a list's line means; where nothing is there, as seen from the list's folder."""
-    for base in (listing.parent, listing.absolute().parent.parent, Path()):
-        if isfile(base / line):     # a line may be anything, also what no file can be called
-            return base / line
-    return listing.parent / line
-
-
-def some_skipped(skipped: list[Skipped]) -> str:
-    """Names the first three skipped files with their reasons, and counts the others."""
-    return "; ".join(map(str, skipped[:3])) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Orders names as people number them: img2 before img10."""
-    parts = re.split(r"(\d+)", path.name.casefold())  # text and digits take turns, so like meets like
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
 def why_unusable(path: Path) -> str | None:
@@ -401,150 +315,3 @@ def check_color(name: str) -> str:
     except ValueError as error:
         raise UserError(f"color '{name}' is unknown; give a name such as white or gray, or #rrggbb.") from error
     return name
-
-
-def square(image: Image.Image, size: int, crop: str = "center", fill: int | str = "white") -> Image.Image:
-    """Resizes an image to `size` pixels a side without squashing it, smoothing as it shrinks.
-
-    Args:
-        crop: "center" cuts the largest centered square out; "pad" keeps all of it on a square of color `fill`.
-    """
-    if crop == "pad":
-        scale = size / max(image.size)
-        inner = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        page = Image.new(image.mode, (size, size), fill)
-        page.paste(inner, ((size - inner.width) // 2, (size - inner.height) // 2))
-        return page
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def has_black_bars(pixels: np.ndarray) -> bool:
-    """Says whether a square (S, S, 3) uint8 has black on two opposite sides, as letterboxed photos do."""
-    dark = pixels.max(axis=2) <= BLACK                                                              # (S, S)
-    depth = max(1, len(pixels) // 32)
-    return any(bool(one[:depth].all() and one[-depth:].all()) for one in (dark, dark.T))
-
-
-def bars_advice(trim: bool) -> str:
-    """Words the warning of black bars; with `trim` those that are unmistakable are gone already."""
-    way = "crop them off by hand" if trim else "data.trim_bars=true crops them off"
-    return f"black bars, which would be learned too; {way}"
-
-
-def trim_bars(decoded: DecodedImage) -> DecodedImage:
-    """Crops black bars on two opposite sides off an image, as letterboxed and pillarboxed photos have them.
-
-    Sure signs are wanted: both bars are black from end to end, no broader than two fifths of the image, and end
-    sharply in a line that is lit for the most part. So a night's sky, a dark floor and a thing on black cloth stay.
-    """
-    pixels = np.asarray(decoded.image).max(axis=2)                                                  # (H, W)
-    top, bottom = _between_bars(pixels)
-    left, right = _between_bars(pixels[top:bottom].T)
-    if (top, bottom) == (0, len(pixels)):       # bars at the sides may have kept those above and below from ending lit
-        top, bottom = _between_bars(pixels[:, left:right])
-    box = (left, top, right, bottom)
-    if box == (0, 0, *decoded.image.size):
-        return decoded
-    alpha = decoded.alpha.crop(box) if decoded.alpha is not None else None
-    note = f"black bars cropped off: {right - left} x {bottom - top} px are left"
-    return DecodedImage(decoded.image.crop(box), alpha, (*decoded.notes, note))
-
-
-def _between_bars(pixels: np.ndarray) -> tuple[int, int]:
-    """Returns the rows, from and to, that lie between a black bar above and one below; all where there are not both."""
-    count = len(pixels)
-    dark, lit = (pixels <= BLACK).mean(axis=1), (pixels > 3 * BLACK).mean(axis=1)                   # (H,)
-    ends = [_end_of_bar(*shares, count) for shares in ((dark, lit), (dark[::-1], lit[::-1]))]
-    if None in ends:
-        return 0, count
-    return ends[0], count - ends[1]
-
-
-def _end_of_bar(dark: np.ndarray, lit: np.ndarray, count: int) -> int | None:
-    """Returns how many of `count` rows a bar at their beginning takes, its blurred edge included; None without a bar.
-
-    Args:
-        dark, lit: (H,) shares of each row that are black, and far from it.
-    """
-    depth = int(np.argmax(dark < 0.98))       # 0 where the first row is no bar, or every row is
-    if not 0 < depth <= 0.4 * count:
-        return None
-    edge = slice(depth, depth + max(8, count // 100))       # JPEG blurs what lies in one block of 8
-    sharp = (dark[edge] <= 1 / 3) & (lit[edge] >= 1 / 2)
-    return depth + int(np.argmax(sharp)) + 1 + count // 500 if sharp.any() else None
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How images of any shape become squares of one size.
-
-    Attributes:
-        size: side in px.
-        crop: "center" cuts the largest centered square out, "pad" keeps everything and fills up with `background`.
-        background: color behind what is transparent, and beside what is padded.
-        alpha_mask: leaves transparent pixels out of the loss.
-        trim_bars: crops black bars off first.
-    """
-
-    size: int
-    crop: str = "center"
-    background: str = "white"
-    alpha_mask: bool = False
-    trim_bars: bool = False
-
-    def frame(self, decoded: DecodedImage) -> tuple[np.ndarray, np.ndarray]:
-        """Returns an image as (size, size, 3) uint8 and its loss mask as (size, size) uint8, 255 where it counts."""
-        if self.trim_bars:
-            decoded = trim_bars(decoded)
-        image = square(decoded.image, self.size, self.crop, self.background)
-        opacity = decoded.alpha if self.alpha_mask else None
-        if opacity is None and self.crop == "center":
-            return np.asarray(image), np.full((self.size, self.size), 255, np.uint8)
-        if opacity is None:
-            opacity = Image.new("L", decoded.image.size, 255)
-        return np.asarray(image), np.asarray(square(opacity, self.size, self.crop, 0))
-
-
-def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor | None]:
-    """Reads images as squares.
-
-    Returns:
-        Images (N, size, size, 3) uint8 and their loss masks (N, size, size) uint8, 255 where a pixel counts; None
-        in place of masks where every pixel of every image does.
-
-    Raises:
-        UserError: an image cannot be read, or nothing of it would count.
-    """
-    with ThreadPoolExecutor(WORKERS) as pool:
-        framed = list(pool.map(partial(_open_framed, framing=framing), paths))
-    images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*framed, strict=True))
-    return images, None if bool((masks == 255).all()) else masks
-
-
-def _open_framed(path: Path, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
-    image, mask = framing.frame(load_decoded(path, framing.background))
-    if not mask.any():
-        raise UserError(f"image '{path}' is transparent all over, so nothing of it would be learned; take it out, or "
-                        "set data.alpha_mask to false.")
-    return image, mask
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Turns an RGB image into (H, W, 3) float32 in [-1, 1]."""
-    if image.mode != "RGB":
-        raise ValueError(f"expected an RGB image, got mode {image.mode}")
-    return torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1                          # (H, W, 3)
-
-
-def to_images(x: Tensor) -> list[Image.Image]:
-    """Turns decoded images (B, 3, H, W), in [-1, 1] but for overshoot, into 8-bit RGB images.
-
-    Raises:
-        UserError: a value is not finite, so the image would be noise or black.
-    """
-    if not torch.isfinite(x).all():
-        raise UserError("the decoded image holds values that are not finite numbers; run in full precision.")
-    x = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)                    # (B, 3, H, W)
-    return [Image.fromarray(pixels) for pixels in x.permute(0, 2, 3, 1).cpu().numpy()]              # (H, W, 3) each

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.data.captions import CAPTIONS, IMAGES, captioned, read_captions
-from ldm.data.images import Skipped, find_listed, some_skipped, to_rgb, why_unusable
+from ldm.data.images import to_rgb, why_unusable
+from ldm.data.listing import Skipped, find_listed, some_skipped
 from ldm.files import write_atomically
-from ldm.text import read_lines
+from ldm.text import article, read_lines
 from ldm.util import UserError, folder_name, shipped
 
 URLS = "urls.txt"
-# Decided by the first sound, which the first letters nearly always tell.
-_TAKES_AN = re.compile(r"(?!uni|use|uku|eu|one\b)[aeiou]|hour|heir|honest", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class RegularizationSet:
 
 def class_caption(class_noun: str) -> str:
     """Words the caption of an image about which only the class is known."""
-    return f"a photo of {'an' if _TAKES_AN.match(class_noun) else 'a'} {class_noun}"
+    return f"a photo of {article(class_noun)} {class_noun}"
 
 
 def read_regularization(path: Path, class_noun: str, caption: str | None = None) -> RegularizationSet:

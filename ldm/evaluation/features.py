@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_state, load_weights, weights_hash
-from ldm.data.images import square, to_tensor
+from ldm.data.framing import square, to_tensor
 from ldm.evaluation.open_clip_file import read_open_clip
 from ldm.evaluation.small_clip import SIDE, embedded, load_small_clip, text_vectors
 from ldm.util import UserError

@@ -1,21 +1,16 @@
-"""Which images belong to which prompts: our own folders, and the layouts of CustomConcept101 and DreamBooth."""
+"""Which generated images belong to which prompts: our own folders, and the layouts of other people's results."""
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
-from ldm.data.images import entries_of, list_images
+from ldm.data.listing import entries_of, list_images
 from ldm.records import load_json
 from ldm.sheets import read_settings
-from ldm.text import read_lines, read_text
+from ldm.text import read_lines
 from ldm.util import UserError, shipped
-
-KEYS = ("instance_data_dir", "prompt_filename", "class_prompt")     # of an entry of CustomConcept101's list
-LIVE_CLASSES = ("cat", "dog")       # DreamBooth's data set has prompts of their own for them
 
 
 @dataclass(frozen=True)
@@ -25,17 +20,6 @@ class Found:
     path: Path
     prompt: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class DatasetConcept:
-    """One concept of a data set: its folder of photos, its class noun, its prompts with {} for the concept."""
-
-    name: str
-    images: Path
-    class_noun: str
-    prompts: tuple[str, ...]
-    regularization: Path | None = None
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -129,49 +113,3 @@ def _read_json(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}.")
     return content
-
-
-def read_dataset(path: Path) -> list[DatasetConcept]:
-    """Reads CustomConcept101's dataset.json, or DreamBooth's folder with its prompts_and_classes.txt.
-
-    Raises:
-        UserError: it is neither, or a part of it is missing.
-    """
-    if path.suffix == ".json":
-        return _custom_concept_101(path)
-    if (path / "prompts_and_classes.txt").is_file():
-        return _dreambooth(path)
-    raise UserError(f"'{path}' is no data set known here; give CustomConcept101's dataset.json or DreamBooth's folder "
-                    "with prompts_and_classes.txt.")
-
-
-def _custom_concept_101(path: Path) -> list[DatasetConcept]:
-    concepts = []
-    for index, entry in enumerate(_read_json(path, list)):
-        lacking = [key for key in KEYS if not isinstance(entry, dict) or not isinstance(entry.get(key), str)]
-        if lacking:
-            raise UserError(f"'{path}': entry {index} lacks '{lacking[0]}'; is it CustomConcept101's dataset.json?")
-        folder, prompts, noun = (entry[key] for key in KEYS)
-        texts = tuple(line for line in read_lines(path.parent / prompts, "prompt file") if line)
-        real = path.parent / str(entry["class_data_dir"]) if "class_data_dir" in entry else None
-        images = path.parent / folder
-        concepts.append(DatasetConcept(images.name, images, noun, texts, real if real and exists(real) else None))
-    return concepts
-
-
-def _dreambooth(folder: Path) -> list[DatasetConcept]:
-    source = folder / "prompts_and_classes.txt"
-    text = read_text(source, "list of classes")
-    classes = re.findall(r"^([\w-]+),([\w -]+)$", text, flags=re.MULTILINE)[1:]         # the first line is a heading
-    lists = [tuple(_dreambooth_prompt(prompt) for prompt in re.findall(r"'([^']*\{0\}[^']*)'", part))
-             for part in text.split("prompt_list")[1:]]
-    if not classes or len(lists) != 2 or not all(lists):
-        raise UserError(f"'{source}' is not as DreamBooth's data set has it: a table of classes and two prompt lists.")
-    objects, live = lists
-    return [DatasetConcept(name, folder / name, noun.strip(), live if noun.strip() in LIVE_CLASSES else objects)
-            for name, noun in classes]
-
-
-def _dreambooth_prompt(text: str) -> str:
-    """Writes {} for the concept's word, and leaves out its class."""
-    return " ".join(text.replace("{0}", "{}").replace("{1}", "").split())

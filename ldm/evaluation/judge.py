@@ -14,7 +14,7 @@ from pydantic import Field, Json
 from torch import Tensor, nn
 
 from ldm.checkpoint import load_state, load_weights, read_metadata, refuse_non_finite, save_safetensors
-from ldm.data.images import square, to_tensor
+from ldm.data.framing import square, to_tensor
 from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
 

@@ -12,16 +12,8 @@ from PIL import Image, ImageDraw
 
 from ldm.config import require
 from ldm.data.captions import Captioned, captioned
-from ldm.data.images import (
-    CROPS,
-    Framing,
-    Unusable,
-    bars_advice,
-    check_color,
-    decode,
-    has_black_bars,
-    trim_bars,
-)
+from ldm.data.framing import CROPS, Framing, bars_advice, has_black_bars, trim_bars
+from ldm.data.images import Unusable, check_color, decode
 from ldm.files import claim_results, write_text
 from ldm.sheets import fit, font, save_png, sheet
 from ldm.util import UserError

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.folder_lock import turn_in
-from ldm.data.images import Framing, load_framed, why_unusable
+from ldm.data.framing import Framing, load_framed
+from ldm.data.images import why_unusable
 from ldm.data.regularization import (
     IMAGES,
     RegularizationSet,

@@ -37,7 +37,8 @@ from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.customization.ico import PromptScheme, caption_template
 from ldm.data.batches import CaptionedImages, TrainingPlan
 from ldm.data.captions import Captioned, captioned
-from ldm.data.images import CROPS, Framing, bars_advice, check_color, has_black_bars, load_framed, size_of
+from ldm.data.framing import CROPS, Framing, bars_advice, has_black_bars, load_framed
+from ldm.data.images import check_color, size_of
 from ldm.device import choose_device, out_of_memory
 from ldm.embedded import warn_of_photos
 from ldm.files import NameTaken, take_folder, write_text

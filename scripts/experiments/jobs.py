@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from omegaconf import OmegaConf
 
 from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
-from ldm.evaluation.image_sets import read_dataset, read_prompts
+from ldm.data.concept_lists import read_concepts
+from ldm.evaluation.image_sets import read_prompts
 from ldm.text import literal
 from ldm.util import UserError, shipped
 
@@ -162,18 +164,18 @@ def _from_files(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Su
 
 
 def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Subject]:
-    concepts = {concept.name: concept for concept in read_dataset(Path(config.dataset))}
+    concepts = {concept.name: concept for concept in read_concepts(Path(config.dataset), prompts=prompts is None)}
     for name in config.dataset_concepts:
         if name not in concepts:
             raise UserError(f"data set '{config.dataset}' has no concept '{name}'; it has {', '.join(concepts)}.")
     found = []
     for name in config.dataset_concepts or concepts:
         concept = concepts[name]
-        entry = {"name": name, "images": str(concept.images), "class_noun": concept.class_noun}
-        if concept.regularization:
-            entry["regularization"] = str(concept.regularization)
+        entry = {"name": name, "images": concept.images, "class_noun": concept.class_noun}
+        if exists(concept.regularization):
+            entry["regularization"] = concept.regularization
         found.append(Subject(name, concept.class_noun, spread(prompts or concept.prompts, config.max_prompts),
-                             _references(config, name, concept.images), entry=tuple(entry.items())))
+                             _references(config, name, Path(concept.images)), entry=tuple(entry.items())))
     return found
 
 

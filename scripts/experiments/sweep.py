@@ -28,7 +28,8 @@ from ldm.customization.delta import load_concept
 from ldm.customization.ico import PLACEHOLDER
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
 from ldm.data.captions import CAPTIONS, IMAGES, captioned
-from ldm.data.images import list_images, open_image, size_of
+from ldm.data.images import open_image, size_of
+from ldm.data.listing import list_images
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.report import write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text

@@ -19,7 +19,8 @@ from ldm.checkpoint import read_metadata
 from ldm.config import TrainConfig, merge
 from ldm.customization.finetune import ConceptFinetune, make_scheme
 from ldm.data.batches import CaptionedImages, TrainingPlan, TrainingRows
-from ldm.data.images import Framing, list_images, load_framed
+from ldm.data.framing import Framing, load_framed
+from ldm.data.listing import list_images
 from ldm.modules.attention import SpatialTransformer
 from ldm.training.run import Run, effective_learning_rate, fine_tune
 from ldm.util import UserError

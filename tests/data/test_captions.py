@@ -13,7 +13,8 @@ from PIL import Image
 from ldm.config import TrainConfig, merge
 from ldm.customization.delta import load_concept
 from ldm.customization.ico import PromptScheme, caption_template
-from ldm.data.captions import captioned, read_subjects
+from ldm.data.captions import captioned
+from ldm.data.concept_lists import choose_concepts, read_concepts
 from ldm.data.regularization import read_regularization
 from ldm.evaluation.image_sets import read_images
 from ldm.training.inspection import inspect_run
@@ -136,14 +137,14 @@ def test_custom_diffusions_concept_list(tmp_path: Path) -> None:
     path = tmp_path / "assets" / "concept_list.json"
     path.parent.mkdir()
     path.write_text(json.dumps(RECORDS))
-    cat, pot = read_subjects(path)
+    cat, pot = choose_concepts(path)
     assert (cat.name, cat.class_noun, cat.words) == ("my_cat", "cat", ("<new1>",))
     assert (pot.name, pot.class_noun, pot.words) == ("pot", "wooden pot", ("<new2>",))
     assert Path(cat.images).samefile(tmp_path / "data/my_cat") and pot.regularization == ""
     assert Path(cat.regularization).samefile(tmp_path / "reg/cat")
-    assert [subject.name for subject in read_subjects(path, ["pot"])] == ["pot"]
+    assert [subject.name for subject in choose_concepts(path, ["pot"])] == ["pot"]
     with pytest.raises(UserError, match="has no subject 'dog'; choose with --subject among my_cat, pot"):
-        read_subjects(path, ["dog"])
+        choose_concepts(path, ["dog"])
 
 
 @pytest.mark.parametrize(("class_prompt", "instance_prompt", "noun"), [
@@ -162,10 +163,10 @@ def test_a_class_noun_is_a_noun(tmp_path: Path, class_prompt: str, instance_prom
     path.write_text(json.dumps([{"instance_prompt": instance_prompt, "class_prompt": class_prompt,
                                  "instance_data_dir": "data"}]))
     if noun is not None:
-        assert read_subjects(path)[0].class_noun == noun
+        assert choose_concepts(path)[0].class_noun == noun
         return
     with pytest.raises(UserError, match=f"concept 1 of '.*list.json': .* from class_prompt '{class_prompt}'; write "):
-        read_subjects(path)
+        choose_concepts(path)
 
 
 def test_class_pictures_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
@@ -173,9 +174,29 @@ def test_class_pictures_that_are_missing_are_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(RECORDS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_subjects(tmp_path / "list.json", ["my_cat"])[0].regularization.endswith("reg/cat")
-    with pytest.warns(UserWarning, match=r"class_data_dir 'reg/none' of 'pot' in '.*' does not exist"):
-        assert read_subjects(tmp_path / "list.json", ["pot"])[0].regularization == ""
+        assert choose_concepts(tmp_path / "list.json", ["my_cat"])[0].regularization.endswith("reg/cat")
+    with pytest.warns(UserWarning, match=r"class_data_dir '.*reg/none' of 'pot' in '.*' does not exist"):
+        assert choose_concepts(tmp_path / "list.json", ["pot"])[0].regularization == ""
+
+
+def test_custom_concepts_pairs(tmp_path: Path) -> None:
+    """Each group of dataset_multiconcept.json has two concepts, and a third entry that names prompts for both."""
+    put(tmp_path, "benchmark_dataset/pet_cat1/a.png", "benchmark_dataset/wearable_jacket1/a.png")
+    (tmp_path / "prompts").mkdir()
+    for noun in ("cat", "jacket"):
+        (tmp_path / "prompts" / f"{noun}.txt").write_text(f"a {{}} {noun}\n")
+    pair = [{"instance_prompt": f"photo of a <new{number}> {noun}", "class_prompt": noun,
+             "instance_data_dir": f"./benchmark_dataset/{folder}", "prompt_filename": f"prompts/{noun}.txt",
+             "class_data_dir": f"./real_reg/{noun}"}
+            for number, (noun, folder) in enumerate((("cat", "pet_cat1"), ("jacket", "wearable_jacket1")), 1)]
+    path = tmp_path / "dataset_multiconcept.json"
+    path.write_text(json.dumps([[*pair, {"prompt_filename_compose": "prompts/cat_jacket.txt"}]]))
+    found = read_concepts(path, prompts=True)
+    assert [(item.name, item.class_noun, item.words, item.prompts) for item in found] == [
+        ("pet_cat1", "cat", ("<new1>",), ("a {} cat",)), ("wearable_jacket1", "jacket", ("<new2>",), ("a {} jacket",))]
+    path.write_text(json.dumps([[*pair, {"prompt_filename": "x"}]]))
+    with pytest.raises(UserError, match="concept 3 of .* lacks instance_data_dir or class_prompt"):
+        read_concepts(path)
 
 
 def test_custom_concept_101(tmp_path: Path) -> None:
@@ -186,23 +207,23 @@ def test_custom_concept_101(tmp_path: Path) -> None:
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps(records))
     with pytest.raises(UserError, match="holds 2 subjects; choose with --subject among scene_barn, pet_cat1"):
-        read_subjects(path)
-    (cat,) = read_subjects(path, ["pet_cat1"])
+        choose_concepts(path)
+    (cat,) = choose_concepts(path, ["pet_cat1"])
     assert (cat.class_noun, cat.words, Path(cat.images)) == ("cat", ("<new1>",),
                                                             tmp_path / "benchmark_dataset/pet_cat1")
-    assert [subject.words for subject in read_subjects(path, ["pet_cat1", "scene_barn"])] == [(), ()]
+    assert [subject.words for subject in choose_concepts(path, ["pet_cat1", "scene_barn"])] == [(), ()]
 
 
 def test_a_tree_of_subjects(tmp_path: Path) -> None:
     put(tmp_path, "cat2/a.png", "colorful_sneaker/a.png", ".cache/a.png", "wooden_pot_3/a.png")
     assert [(subject.name, subject.class_noun) for subject in
-            read_subjects(tmp_path, ["cat2", "colorful_sneaker", "wooden_pot_3"])] == [
+            choose_concepts(tmp_path, ["cat2", "colorful_sneaker", "wooden_pot_3"])] == [
         ("cat2", "cat"), ("colorful_sneaker", "colorful sneaker"), ("wooden_pot_3", "wooden pot")]
     (tmp_path / "prompts_and_classes.txt").write_text("Classes\n\nsubject_name,class\ncolorful_sneaker,sneaker\n\n"
                                                       "Prompts\n'a {0} {1}'.format(unique_token, class_token),\n")
-    assert read_subjects(tmp_path, ["colorful_sneaker"])[0].class_noun == "sneaker"
+    assert choose_concepts(tmp_path, ["colorful_sneaker"])[0].class_noun == "sneaker"
     with pytest.raises(UserError, match="holds 3 subjects"):
-        read_subjects(tmp_path)
+        choose_concepts(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -212,7 +233,7 @@ def test_lists_that_are_none(tmp_path: Path, text: str | None, message: str) -> 
     if text is not None:
         (tmp_path / "list.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_subjects(tmp_path / "list.json")
+        choose_concepts(tmp_path / "list.json")
 
 
 def test_a_list_of_concepts_becomes_a_configuration(call_script: Call, tmp_path: Path) -> None:
@@ -352,6 +373,6 @@ def test_a_folder_that_may_not_be_opened_is_a_sentence(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    for read in (read_subjects, captioned, read_images):
+    for read in (choose_concepts, captioned, read_images):
         with pytest.raises(UserError, match=r"cannot be opened \(Permission denied\); check it"):
             read(tmp_path)

@@ -13,7 +13,9 @@ import torch
 from PIL import Image, PngImagePlugin, features
 
 from ldm.data import images
-from ldm.data.images import list_images, open_image, size_of, square, texts_of, to_images, to_rgb, to_tensor
+from ldm.data.framing import square, to_images, to_tensor
+from ldm.data.images import open_image, size_of, texts_of, to_rgb
+from ldm.data.listing import list_images
 from ldm.data.regularization import class_caption, read_regularization, write_regularization
 from ldm.util import UserError
 
@@ -490,7 +492,11 @@ def test_any_folder_of_images_gets_the_class_caption(folder: Path) -> None:
 @pytest.mark.parametrize(("noun", "caption"), [
     ("cat", "a photo of a cat"), ("Apple", "a photo of an Apple"), ("hourglass", "a photo of an hourglass"),
     ("unicorn", "a photo of a unicorn"), ("urn", "a photo of an urn"), ("owl", "a photo of an owl"),
-    ("teddy bear", "a photo of a teddy bear")])
+    ("teddy bear", "a photo of a teddy bear"), ("uniform", "a photo of a uniform"),
+    ("European bison", "a photo of a European bison"), ("one-eyed cat", "a photo of a one-eyed cat"),
+    ("onesie", "a photo of a onesie"), ("hour", "a photo of an hour"), ("house", "a photo of a house"),
+    ("unimpressed cat", "a photo of an unimpressed cat"), ("usher", "a photo of an usher"),
+    ("user", "a photo of a user"), ("x-ray", "a photo of an x-ray"), ("u-boat", "a photo of a u-boat")])
 def test_class_captions_take_the_right_article(noun: str, caption: str) -> None:
     assert class_caption(noun) == caption
 

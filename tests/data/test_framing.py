@@ -15,7 +15,8 @@ from PIL import Image
 
 from ldm.customization.finetune import masked_mean
 from ldm.data.batches import CaptionedImages, TrainingPlan
-from ldm.data.images import DecodedImage, Framing, decode, load_framed, open_image, square, trim_bars
+from ldm.data.framing import Framing, load_framed, square, trim_bars
+from ldm.data.images import DecodedImage, decode, open_image
 from ldm.files import RECORD
 from ldm.training.inspection import CELL, LABEL, inspect_sets
 from ldm.util import UserError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ldm.data.images import Framing, Unusable, decode
+from ldm.data.framing import Framing
+from ldm.data.images import Unusable, decode
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings

@@ -8,7 +8,8 @@ import pytest
 from experiments.jobs import spread
 from PIL import Image
 
-from ldm.evaluation.image_sets import read_dataset, read_images, read_prompts
+from ldm.data.concept_lists import read_concepts
+from ldm.evaluation.image_sets import read_images, read_prompts
 from ldm.evaluation.scoring import plain_text
 from ldm.sheets import save_png
 from ldm.util import UserError
@@ -81,13 +82,14 @@ def test_custom_concept_101(tmp_path: Path) -> None:
     entry = {"instance_prompt": "photo of a <new1> cat", "class_prompt": "cat", "prompt_filename": "prompts/cat.txt",
              "instance_data_dir": "./benchmark_dataset/pet_cat1", "class_data_dir": "./regularization/cat"}
     (tmp_path / "dataset.json").write_text(json.dumps([entry, {**entry, "class_data_dir": "./none"}]))
-    first, second = read_dataset(tmp_path / "dataset.json")
+    first, second = read_concepts(tmp_path / "dataset.json", prompts=True)
     assert (first.name, first.class_noun, first.prompts) == ("pet_cat1", "cat", ("a {} in a pool", "photo of {}"))
-    assert first.images == tmp_path / "benchmark_dataset" / "pet_cat1"
-    assert first.regularization == tmp_path / "regularization" / "cat" and second.regularization is None
+    assert Path(first.images) == tmp_path / "benchmark_dataset" / "pet_cat1"
+    assert Path(first.regularization) == tmp_path / "regularization" / "cat"
+    assert Path(second.regularization) == tmp_path / "none"
     (tmp_path / "dataset.json").write_text(json.dumps([{"class_prompt": "cat"}]))
-    with pytest.raises(UserError, match="entry 0 lacks 'instance_data_dir'"):
-        read_dataset(tmp_path / "dataset.json")
+    with pytest.raises(UserError, match="concept 1 of .* lacks instance_data_dir"):
+        read_concepts(tmp_path / "dataset.json", prompts=True)
 
 
 def test_dreambooth(tmp_path: Path) -> None:
@@ -98,20 +100,21 @@ def test_dreambooth(tmp_path: Path) -> None:
     (tmp_path / "prompts_and_classes.txt").write_text(
         "Classes\n\nsubject_name,class\nbear_plushie,stuffed animal\ndog2,dog\n\nPrompts\n\nObject Prompts\n\n"
         + prompts("in the jungle", "on a rug") + "\nLive Subject Prompts\n\n" + prompts("wearing a red hat"))
-    bear, dog = read_dataset(tmp_path)
-    assert (bear.name, bear.class_noun, bear.images) == ("bear_plushie", "stuffed animal", tmp_path / "bear_plushie")
+    bear, dog = read_concepts(tmp_path, prompts=True)
+    assert (bear.name, bear.class_noun) == ("bear_plushie", "stuffed animal")
+    assert Path(bear.images) == tmp_path / "bear_plushie"
     assert bear.prompts == ("a {} in the jungle", "a {} on a rug") and dog.prompts == ("a {} wearing a red hat",)
     hostile = "{0} {0.__class__} {5} {x}"                           # a text, whatever it looks like
     (tmp_path / "prompts_and_classes.txt").write_text("a,b\nbear,toy\n" + f"prompt_list = ['{hostile}']\n" * 2)
-    assert read_dataset(tmp_path)[0].prompts == (hostile.replace("{0}", "{}"),)
+    assert read_concepts(tmp_path, prompts=True)[0].prompts == (hostile.replace("{0}", "{}"),)
     (tmp_path / "prompts_and_classes.txt").write_text("nothing")
     with pytest.raises(UserError, match="two prompt lists"):
-        read_dataset(tmp_path)
+        read_concepts(tmp_path, prompts=True)
 
 
 def test_other_things_are_no_data_sets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set"):
-        read_dataset(tmp_path)
+        read_concepts(tmp_path, prompts=True)
 
 
 @pytest.mark.parametrize(("prompt", "text"), [

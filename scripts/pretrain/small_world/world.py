@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.text import article
 from small_world.scenes import SCENES, Rng, edge
 from small_world.sprites import (
     COLOURS,
@@ -214,7 +215,7 @@ CONCEPTS: dict[str, Concept] = {
 
 def with_article(words: str) -> str:
     """Put the right indefinite article before the words."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return f"{article(words)} {words}"
 
 
 def object_phrase(noun: str, colours: tuple[str, ...], pattern: str | None, variant: int = 0) -> str:
