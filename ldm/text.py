@@ -14,8 +14,8 @@ _LOOKUP = re.compile(r"(\\*)\$\{")      # backslashes make what follows them a t
 _HALF = re.compile("[\ud800-\udfff]")     # of a letter: what Python makes of bytes that are no text
 # "an" goes by the first sound: vowels but those that begin with a "y" or "w" (unicorn, user, European, one-eyed), the
 # silent h (hour, heir, honest), and letters that are spelled (x-ray).
-_TAKES_AN = re.compile(r"(?!uni(?![nm])|u[kst][aeiou]|ufo|u\b|eu|ewe|one(?:sies?)?\b|once)[aeiou]|hour|heir|hon(?:est|ou?r)"
-                       r"|[fhlmnrsx](?=-|\b)", re.IGNORECASE)
+_TAKES_AN = re.compile(r"(?!uni(?![nm])|u[kst][aeiou]|ufo|u\b|eu|ewe|one(?:sies?)?\b|once)[aeiou]|hour|heir"
+                       r"|hon(?:est|ou?r)|[fhlmnrsx](?=-|\b)", re.IGNORECASE)
 NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
 
 
