@@ -20,7 +20,7 @@ train="bash $(printf '%q' "${here}train.sh")"
 if [[ -z "$CONCEPT" ]]; then
     CONCEPT="$(find -L logs -path '*/checkpoints/step-*.safetensors' -exec ls -t {} + 2>/dev/null | head -n 1 || true)"
     if [[ -z "$CONCEPT" ]]; then
-        echo "error: there is no concept under '$PWD/logs'; give CONCEPT=FILE, or teach one first with: $train" >&2
+        echo "error: there is no concept under '$PWD/logs'; give CONCEPT=FILE, or train one first with: $train" >&2
         exit 1
     fi
     echo "concept:  $CONCEPT (the newest under logs/; CONCEPT=FILE draws another)"
@@ -34,7 +34,7 @@ if [[ -z "$OUTDIR" ]]; then
 fi
 
 arguments=(--delta_ckpt "$CONCEPT" --outdir "$OUTDIR")
-[[ -n "$CKPT" ]] && arguments+=(-b configs/model/sd-v1.yaml configs/sample/paper.yaml --ckpt "$CKPT")
+[[ -n "$CKPT" ]] && arguments+=(-b configs/sample-sd-v1.yaml --ckpt "$CKPT")
 if [[ -n "$PROMPT" ]]; then arguments+=(--prompt "$PROMPT"); else arguments+=(--from-file "$PROMPTS"); fi
 read -ra strengths <<< "$LAMBDAS"
 [[ -n "${strengths[*]-}" ]] && arguments+=(--agg_lambda "${strengths[@]}")
@@ -49,8 +49,7 @@ if [[ -z "$PROMPT" ]]; then
     echo "next:     PROMPT=\"a {} in the forest\" $again"
     example=striped_cat
     [[ "$CONCEPT" == *"$example"* ]] && example=checkered_car
-    [[ -n "$CKPT" ]] || echo "or:       $train -b configs/model/tiny.yaml configs/method/ico_for_dci.yaml" \
-        "configs/method/tiny.yaml configs/concept/$example.yaml"
+    [[ -n "$CKPT" ]] || echo "or:       $train -b configs/tiny.yaml configs/concept/$example.yaml"
 elif [[ -z "$LAMBDAS" ]]; then
     echo "next:     $same LAMBDAS=\"-1 0 1 2\" $again"
 elif [[ " $* " != *" --save"[-_]"masks "* ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches the model one concept. Untouched: the embedded example on the embedded model, on a CPU, in minutes. Every
+# Trains the model on one concept. Untouched: the embedded example on the embedded model, on a CPU, in minutes. Every
 # variable can also be set from outside (CLASS_NOUN="teddy bear" bash train.sh); further options follow the command.
 #
 # For Stable Diffusion v1.4 set CKPT, DATAPATH and CLASS_NOUN (and REG_DATAPATH, recommended).
@@ -20,10 +20,9 @@ source "${here}scripts/environment.sh"
 
 arguments=()
 if [[ -n "$CKPT" ]]; then
-    arguments+=(-b configs/model/sd-v1.yaml configs/method/ico.yaml "${METHOD:-configs/method/ico_for_dci.yaml}")
-    arguments+=(--ckpt "$CKPT")
+    arguments+=(-b configs/sd-v1.yaml ${METHOD:+"$METHOD"} --ckpt "$CKPT")
 elif [[ -n "$METHOD" ]]; then
-    arguments+=(-b configs/model/tiny.yaml "$METHOD" configs/method/tiny.yaml configs/concept/dotted_backpack.yaml)
+    arguments+=(-b configs/tiny.yaml "$METHOD" configs/method/tiny.yaml)
 fi
 [[ -n "$DATAPATH" ]] && arguments+=(--datapath "$DATAPATH")
 [[ -n "$CLASS_NOUN" ]] && arguments+=(--class_noun "$CLASS_NOUN")

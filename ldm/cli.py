@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         text = action.help or ""
         silent = action.default is False or action.default in (None, "", [], argparse.SUPPRESS)
         return text if silent else f"{text} (default: %(default)s)"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)      # files' names stay whole
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +81,7 @@ class Parser(argparse.ArgumentParser):
     @cached_property
     def _configurations(self) -> dict[str, DictConfig]:
         """The shipped configurations."""
-        from ldm.config import merge
+        from ldm.config_files import merge
         return {name: merge(self.schema, files) for name, files in self.shipped.items()}
 
     def explain(self, text: str) -> str:
@@ -85,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         named = re.fullmatch(r"(.*)\(([\w.]+)\)", text)
         if self.schema is None or named is None:
             return text
-        from ldm.config import meanings  # torch comes with it, which nothing but a key's help needs here
+        from ldm.config_files import meanings  # torch comes with it, which nothing but a key's help needs here
         words, key = named[1].strip(), named[2]
         values = {name: OmegaConf.select(config, key) for name, config in self._configurations.items()}
         usual = values.pop("", None)

@@ -1,53 +1,86 @@
-"""Configuration: typed schemas, files merged left to right, overrides, unknown keys refused in words."""
+"""Settings: the typed schemas of training and sampling, with their ranges and choices beside the fields.
+
+Files of them are read and merged by `ldm/config_files.py`. Objects of these classes check themselves when they are
+made; a configuration that is still being merged becomes one through `typed`.
+"""
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import inspect
-import re
-from collections.abc import Iterator, Sequence
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
-import yaml
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from ldm.files import write_text
-from ldm.text import is_unicode, literal, looks_up, read_text
-from ldm.util import UserError, folder_name, shipped
+from ldm.modules.dbim_gains import MASK_SUM, SPATIAL_GAIN, TOKEN_GAIN
+from ldm.util import UserError
 
-MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
-RETRIEVING = ("url", "index", "clip", "threshold", "allow_private")     # keys of data.reg in earlier versions
-LARGEST = 10 ** 300    # what whole numbers stay below
+T = TypeVar("T")
+MAX_SEED = 2 ** 63 - 1
+NUMPY_SEED = 2 ** 32 - 1     # numpy's generator takes no more
+MAX_STRENGTH = 50.0          # beyond it the auxiliary branch is off, or all there is, at every scale
+MAX_IMAGES = 100_000         # of one run, which are listed before the first is made
+MAX_TOKENS = 75              # of a prompt, beside its start and end
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuses a value, called `name`, that is none of the choices."""
+    if value not in choices:
+        raise UserError(f"{name} '{value}' is unknown; use one of {', '.join(choices)}.")
+
+
+def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
+    """Refuses a seed, called `name`, that random generators do not take."""
+    if not 0 <= seed <= most:
+        raise UserError(f"{name} is {seed}; give a whole number from 0 to {most}.")
+
+
+def check_ranges(section: str, settings: object, least: Mapping[str, float], most: Mapping[str, float]) -> None:
+    """Refuses numbers of a section outside their range; None says that none is set."""
+    for key, limit in least.items():
+        value = getattr(settings, key)
+        if value is not None and not limit <= value < math.inf:
+            raise UserError(f"{section}.{key} is {value}; give a finite number, at least {limit}.")
+    for key, limit in most.items():
+        value = getattr(settings, key)
+        if value is not None and value > limit:
+            raise UserError(f"{section}.{key} is {value}; give at most {limit}.")
 
 
 @dataclass
 class MethodConfig:
-    """What is learned and how: configs/method/*.yaml."""
+    """What is learned and how; what has no value here has it in configs/method/ico.yaml, the default method."""
 
-    name: str = "ico"
-    words: list[str] = field(default_factory=lambda: ["<new1>", "<new2>"])   # concept contexts "V", n of them
-    initial_words: list[str] = field(default_factory=lambda: ["pll", "ktn"])
-    prefix: str = "photo of a"            # words the prefix contexts start from, or "random", or "" for none
+    name: str = MISSING
+    words: list[str] = MISSING            # concept contexts "V", n of them
+    initial_words: list[str] = MISSING    # rare tokens the words start from, in order; "random" draws one
+    prefix: str = MISSING                 # words the prefix contexts start from, or "random", or "" for none
     prefix_length: int | None = None      # p where prefix is "random"
-    suffix: str = "."
+    suffix: str = MISSING                 # likewise behind the concept
     suffix_length: int | None = None      # s where suffix is "random"
-    template: str = "{}"                  # fixed words around the concept; "photo of a {}" is the manual baseline
-    train: str = "crossattn-kv"           # crossattn-kv | crossattn | none (words only)
-    detach_first_token: bool = True       # no gradient through the start token's keys and values
-    steps: int = 900
-    batch_size: int = 3                   # reference images per device and step; as many regularization images
+    template: str = MISSING               # fixed words around the concept; "photo of a {}" is the manual baseline
+    train: str = MISSING                  # crossattn-kv | crossattn | none (words only)
+    detach_first_token: bool = MISSING    # no gradient through the start token's keys and values
+    steps: int = MISSING
+    batch_size: int = MISSING             # reference images per device and step; as many regularization images
     accumulate: int = 1                   # micro-steps per optimizer step
-    learning_rate: float = 6.0e-5         # of K/V and concept words
-    context_lr_factor: float = 10.0       # image-specific contexts learn this much faster
+    learning_rate: float = MISSING        # of K/V and concept words
+    context_lr_factor: float = MISSING    # image-specific contexts learn this much faster
     scale_lr: bool = False                # multiply by devices x nodes x 2 batch_size x accumulate, as the release does
-    weight_decay: float = 0.01            # of K/V; words have none
-    prior_weight: float = 1.0             # weight of regularization images in the loss
+    weight_decay: float = MISSING         # of K/V; words have none
+    prior_weight: float = MISSING         # weight of regularization images in the loss
     flip: bool = True                     # mirror images at random
+
+    def __post_init__(self) -> None:
+        if self.name == MISSING:
+            return                        # the schema itself, of which OmegaConf makes an object
+        check_ranges("method", self,
+                     least={"steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "context_lr_factor": 0,
+                            "weight_decay": 0, "prior_weight": 0, "prefix_length": 0, "suffix_length": 0},
+                     # Beyond these even the plan of a step is too large.
+                     most={"batch_size": 4096, "accumulate": 65536, "prefix_length": MAX_TOKENS,
+                           "suffix_length": MAX_TOKENS})
 
 
 @dataclass
@@ -72,6 +105,11 @@ class BaseConfig:
     any_base: bool = False                # use concepts that were made for another base, too, with a warning
 
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")      # Lightning's names
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+LOGGERS = ("csv", "tensorboard", "wandb")
+
+
 @dataclass
 class TrainerConfig:
     """How a run is carried out."""
@@ -90,6 +128,16 @@ class TrainerConfig:
     logger: str = "csv"                   # csv | tensorboard | wandb
     image_size: int | None = None         # images' side in px; null is the model's own
 
+    def __post_init__(self) -> None:
+        check_ranges("trainer", self, least={"devices": 1, "num_nodes": 1, "save_every": 1},
+                     most={"devices": 1024, "num_nodes": 1024})
+        if self.save_dtype not in ("fp16", "fp32"):
+            raise UserError(f"trainer.save_dtype '{self.save_dtype}' is unknown; use fp16 or fp32.")
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+        check_seed("trainer.seed", self.seed, NUMPY_SEED)
+        check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
+        check_choice("trainer.logger", self.logger, LOGGERS)
+
 
 @dataclass
 class PreviewConfig:
@@ -102,6 +150,12 @@ class PreviewConfig:
     agg_lambda: list[float] = field(default_factory=lambda: [0.0, 1.0])   # DCI's strengths beside the plain image
     agg_time: float = 0.3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed("preview.seed", self.seed)
+
+
+REGULARIZATION_MODES = ("folder", "generate", "none")
 
 
 @dataclass
@@ -118,6 +172,20 @@ class RegularizationConfig:
     batch_size: int = 4
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.mode == "retrieve":       # the release's training did; here it is a command of its own
+            raise UserError("data.reg.mode is 'retrieve', and training reads folders only; retrieve images first, with "
+                            "scripts/retrieve.py, and give their folder with --reg_datapath.")
+        if self.mode is not None:
+            check_choice("data.reg.mode", self.mode, REGULARIZATION_MODES)
+        for name in ("num", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.reg.{name} is {getattr(self, name)}; give at least 1.")
+        check_seed("data.reg.seed", self.seed, MAX_SEED - self.num)     # every image adds 1 to it
+
+
+CROPS = ("center", "pad")
+
 
 @dataclass
 class DataConfig:
@@ -130,10 +198,15 @@ class DataConfig:
     captions: bool = False                # use captions beside the references, around the concept, as templates
     reg: RegularizationConfig = field(default_factory=RegularizationConfig)
 
+    def __post_init__(self) -> None:
+        check_choice("data.crop", self.crop, CROPS)
+
 
 @dataclass
 class TrainConfig:
     """A whole training run."""
+
+    DEFAULTS: ClassVar[tuple[str, ...]] = ("configs/method/ico.yaml",)     # files that come before all others
 
     model: Any = MISSING
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -157,9 +230,20 @@ class DCIConfig:
     noise: str = "independent"            # independent | common noise of the two branches
     match_cost: bool = False              # fewer steps, so that the work equals plain guidance with `steps`
     ablation: str = "none"                # none | no_mask | no_full_prompt | last_layer | base_weights
-    token_gain: float = 10.0
-    spatial_gain: float = 10.0
-    mask_sum: float = 500.0
+    token_gain: float = TOKEN_GAIN
+    spatial_gain: float = SPATIAL_GAIN
+    mask_sum: float = MASK_SUM
+
+    def __post_init__(self) -> None:
+        check_choice("dci.guidance", self.guidance, ("separate", "shared"))
+        check_choice("dci.noise", self.noise, ("independent", "common"))
+        check_choice("dci.ablation", self.ablation, ("none", "no_mask", "no_full_prompt", "last_layer", "base_weights"))
+        for strength in self.agg_lambda:
+            if not abs(strength) <= MAX_STRENGTH:
+                raise UserError(f"agg_lambda {strength} is out of range; give numbers between -{MAX_STRENGTH:g} and "
+                                f"{MAX_STRENGTH:g} (useful: -2 to 2).")
+        if not 0.0 <= self.agg_time <= 1.0:
+            raise UserError(f"agg_time {self.agg_time} is out of range; give a share of the steps between 0 and 1.")
 
 
 @dataclass
@@ -177,180 +261,64 @@ class SampleConfig:
     width: int | None = None              # of images in px; null is the model's own
     n_samples: int = 3                    # images per prompt and iteration
     n_iter: int = 1                       # iterations, numbered on by seed
-    batch_size: int = 4                   # rows sampled together; does not change the images
+    batch_size: int = 4                   # images sampled together; does not change them
     seed: int = 42                        # of a prompt's first image; the next ones count on
     plain: bool = True                    # draw the fine-tuned model without DCI too
     precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
     compile: bool = False                 # compile the U-Net: minutes once, then faster; for many images of a size
     device: str = "auto"                  # auto | cpu | cuda | mps
 
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, ("ddim", "plms", "dpm_solver"))
+        check_choice("precision", self.precision, ("full", "bf16", "fp16", "autocast"))
+        if not 0.0 <= self.eta <= 1.0:
+            raise UserError(f"eta {self.eta} is out of range; give a number between 0 and 1.")
+        if self.eta > 0 and self.sampler != "ddim":
+            raise UserError(f"the sampler '{self.sampler}' is deterministic; set eta to 0 (--ddim_eta 0) or use ddim.")
+        if not math.isfinite(self.scale):
+            raise UserError(f"scale {self.scale} is not a finite number.")
+        if self.dci.use and not (self.dci.agg_lambda or self.plain):
+            raise UserError("there is nothing to draw: dci.agg_lambda is empty and plain is false; give --agg_lambda.")
+        for name in ("n_samples", "n_iter", "batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give at least 1.")
+        if self.n_samples * self.n_iter > MAX_IMAGES:
+            raise UserError(f"n_samples {self.n_samples} times n_iter {self.n_iter} are too many images; a run "
+                            f"draws up to {MAX_IMAGES:,}.")
+        check_seed("seed", self.seed, MAX_SEED - self.n_samples * self.n_iter)    # every image adds 1 to it
 
-def meanings(schema: type, path: str = "") -> dict[str, str]:
-    """Returns what each dotted key of a schema means: the comment in its margin, "" where there is none."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
-    found = {}
-    for name, kind in get_type_hints(schema).items():
-        found[f"{path}{name}"] = comments.get(name, "")
-        if dataclasses.is_dataclass(kind):
-            found |= meanings(kind, f"{path}{name}.")
-    return found
 
+def typed(config: T | DictConfig) -> T:
+    """Returns a configuration as an object of its class, whose fields have been checked; objects come back as they are.
 
-def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = (), extra: DictConfig | None = None,
-          data: bool = False) -> DictConfig:
-    """Merges YAML files left to right, then `extra`, then `key=value` overrides, into `schema`.
-
-    Args:
-        data: nobody named the files as configurations, as with a run's folder: they may look nothing up.
+    The node `model`, which a class of the user's may read, stays OmegaConf's.
 
     Raises:
-        UserError: a file is missing or no YAML; a key is unknown (the nearest is named) or a value has another type.
+        UserError: a value is outside its range, or one that has no default is missing.
     """
-    config = OmegaConf.structured(schema)
-    parts = [(str(path), _read_yaml(Path(path))) for path in files]
-    for _, part in parts if data else ():
-        _upgrade(part)
-    for source, part in parts if data else ():
-        if looks_up(OmegaConf.to_container(part, resolve=False)):
-            raise UserError(f"{source}: holds ${{...}}, which is looked up in configuration files given with -b alone; "
-                            "write the value itself.")
-    if extra is not None:
-        parts.append(("the options", extra))
-    for source, part in parts:
-        try:
-            for key in _unknown_keys(part, config):
-                raise UserError(f"{source}: unknown key '{key}'{_nearest(key, config)}")
-            config = OmegaConf.merge(config, part)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(f"{source}: {_first_line(error)}") from error
-    for item in overrides:
-        _override(config, item)
-    try:
-        values = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
-    for key, value in _values(values):
-        if isinstance(value, str) and not is_unicode(value):
-            raise UserError(f"'{key}' is '{value}', which is not Unicode text; type it again, or rename what it names.")
-        if isinstance(value, int) and abs(value) >= LARGEST:     # Python prints no number of 4,300 digits
-            raise UserError(f"'{key}' is a whole number of more than 300 digits; give a smaller one.")
-    OmegaConf.set_readonly(config, True)
-    return config
-
-
-def _upgrade(part: DictConfig) -> None:
-    """Rewrites the configuration of an earlier version's run, whose training retrieved images of the class itself."""
-    settings = OmegaConf.select(part, "data.reg")
-    if not isinstance(settings, DictConfig):
-        return
-    for key in RETRIEVING:
-        settings.pop(key, None)
-    if settings.get("mode") == "retrieve":
-        settings.mode = "folder"
-        for concept in part.get("concepts", []):
-            concept.regularization = f"{settings.root}/samples_{folder_name(concept.class_noun)}"
-
-
-def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the texts and numbers of a configuration with their dotted keys, and those keys' own names."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield key, name
-            yield from _values(item, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _values(item, f"{key}.{number}")
-    else:
-        yield key, value
-
-
-def _override(config: DictConfig, item: str) -> None:
-    """Sets one key=value (or --key=value); the key must exist, list entries are numbered: concepts.0.images."""
-    key, equals, _ = item.lstrip("-").partition("=")
-    if not is_unicode(item):
-        raise UserError(f"override '{item}' is not Unicode text; type it again, or rename what it names.")
-    if not equals:
-        raise UserError(f"'{item}' is neither an option nor an override; overrides are written key=value.")
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    known = node.keys() if isinstance(node, DictConfig) else \
-        [str(index) for index in range(len(node))] if isinstance(node, ListConfig) else ()
-    if name not in known:
-        raise UserError(f"unknown key '{key}'{_nearest(key, config)}")
-    try:
-        value = OmegaConf.from_dotlist([f"value={literal(item.partition('=')[2])}"]).value
-        OmegaConf.update(config, key, literal(value) if isinstance(value, str) else value, merge=False)
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise UserError(f"override '{item}': {_first_line(error)}") from error
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    path = shipped(path)
-    text = read_text(path, "configuration file", MOST_YAML)
-    try:
-        _check_size(yaml.compose(text, yaml.SafeLoader))
-        config = OmegaConf.load(StringIO(text))
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise UserError(f"configuration file '{path}' is no YAML ({_first_line(error)}).") from error
     if not isinstance(config, DictConfig):
-        raise UserError(f"configuration file '{path}' must hold keys and values.")
-    return config
+        return config
+    kind, config = OmegaConf.get_type(config), copy.copy(config)
+    model = None if OmegaConf.is_missing(config, "model") else config.model
+    if kind is TrainConfig:
+        check_complete(config)
+    OmegaConf.set_readonly(config, False)
+    config.model = None
+    made = OmegaConf.to_object(config)
+    made.model = model
+    return made
 
 
-def _check_size(root: yaml.Node | None) -> None:
-    """Counts what a YAML file holds once its aliases are written out, each of which may hold others.
-
-    Raises:
-        ValueError: that is more than any configuration has, or has no end.
-    """
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node, above: frozenset[int]) -> int:
-        if id(node) in above or len(above) > MOST_DEEP:
-            raise ValueError("it is nested without end")
-        if id(node) not in sizes:
-            children = node.value if isinstance(node, yaml.CollectionNode) else ()
-            pairs = [child if isinstance(child, tuple) else (child,) for child in children]
-            sizes[id(node)] = 1 + sum(size(child, above | {id(node)}) for pair in pairs for child in pair)
-        if sizes[id(node)] > MOST_NODES:
-            raise ValueError(f"it holds more than {MOST_NODES:,} values")
-        return sizes[id(node)]
-
-    if root is not None:
-        size(root, frozenset())
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).splitlines()
-    key = getattr(error, "full_key", None)
-    return (f"'{key}': " if key else "") + (message[0] if message else type(error).__name__)
-
-
-def _unknown_keys(part: DictConfig, schema: DictConfig, path: str = "") -> Iterator[str]:
-    """Yields the keys of `part` that the schema lacks; below `model` anything may stand.
-
-    Raises:
-        TypeError: a section of the schema is given as something else.
-    """
-    for key in part:
-        full = f"{path}{key}"
-        if key not in schema.keys():   # `in` would deny keys that are missing a value
-            yield full
-            continue
-        if full == "model":
-            continue
-        value = part._get_node(key)
-        node = schema._get_node(key)
-        if isinstance(node, DictConfig):
-            if OmegaConf.get_type(node) is dict:      # its keys are the user's to name
-                continue
-            if not isinstance(value, DictConfig):
-                raise TypeError(f"'{full}' must hold keys and values.")
-            yield from _unknown_keys(value, node, f"{full}.")
-        if isinstance(value, ListConfig) and full == "concepts":
-            entry_schema = OmegaConf.structured(ConceptConfig)
-            for index, entry in enumerate(value):
-                yield from _unknown_keys(entry, entry_schema, f"{full}.{index}.")
+def check_complete(config: DictConfig) -> None:
+    """Refuses a training run that lacks model or concepts, or a concept's name, images or class noun."""
+    if OmegaConf.is_missing(config, "model"):
+        raise UserError("no model is configured; add configs/model/*.yaml with -b.")
+    if not config.concepts:
+        raise UserError("no concept is configured; add configs/concept/*.yaml with -b, or give --datapath and "
+                        "--class_noun.")
+    for index, concept in enumerate(config.concepts):
+        for key in ("name", "images", "class_noun"):
+            require(concept, index, key)
 
 
 def require(concept: DictConfig, index: int, key: str) -> None:
@@ -361,42 +329,9 @@ def require(concept: DictConfig, index: int, key: str) -> None:
     """
     if not OmegaConf.is_missing(concept, key):
         return
-    ways = {"images": "DATAPATH for train.sh, or --datapath", "class_noun": "CLASS_NOUN for train.sh, or --class_noun"}
-    how = f"; give {ways[key]}" if key in ways and index == 0 else "; set it in the concept's file"
-    raise UserError(f"concepts.{index}.{key} is not set{how}.")
-
-
-def all_keys(schema: DictConfig, path: str = "") -> list[str]:
-    """Returns all dotted keys of a schema."""
-    keys = []
-    for key in schema:
-        node = schema._get_node(key)
-        keys.append(f"{path}{key}")
-        if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():
-            keys += all_keys(node, f"{path}{key}.")
-    return keys
-
-
-def _nearest(key: str, schema: DictConfig) -> str:
-    """Ends an error's sentence with the key probably meant: a sibling, a like path, the same name elsewhere."""
-    known = all_keys(schema)
-    if "concepts" in schema:
-        known += [f"concepts.0.{entry.name}" for entry in dataclasses.fields(ConceptConfig)]
-    parent, _, leaf = key.rpartition(".")
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
-    close = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, 1)] \
-        or difflib.get_close_matches(key, known, 1, 0.85) \
-        or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, 1)]
-    return f"; did you mean '{close[0]}'?" if close else f"; the main keys are {', '.join(schema.keys())}."
-
-
-def save_config(config: Any, path: Path, head: str = "", new: bool = False) -> None:
-    """Writes a resolved configuration that can be run again, below comment lines `head`.
-
-    Raises:
-        UserError, NameTaken: as `ldm.files.write_atomically` does.
-    """
-    container = OmegaConf.to_container(config if OmegaConf.is_config(config) else OmegaConf.structured(config),
-                                       resolve=True)
-    write_text(path, head + OmegaConf.to_yaml(OmegaConf.create(literal(container))), new)
+    how = "set it in the concept's file"
+    if index == 0 and key == "images":
+        how = "give DATAPATH for train.sh, or --datapath"
+    elif index == 0 and key == "class_noun":
+        how = "give CLASS_NOUN for train.sh, or --class_noun"
+    raise UserError(f"concepts.{index}.{key} is not set; {how}.")

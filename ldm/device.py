@@ -1,11 +1,14 @@
 """Where and how a model computes: device, number format, memory layout, compilation, decoding in little memory."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +99,27 @@ def weights_precision(model: LatentDiffusion) -> str:
     return next((name for name, dtype in FORMATS.items() if formats == {dtype}), "full")
 
 
+def autocast_to(precision: str, model: LatentDiffusion, own: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context to compute in a precision in: none for weights in the format that is asked for.
+
+    Args:
+        own: the weights' format, as `weights_precision` names it.
+
+    Raises:
+        UserError: the weights are in another half precision already.
+    """
+    device = model.device
+    wanted = supported_precision(precision, device)
+    if wanted == own:
+        return contextlib.nullcontext()
+    if own != "full":
+        raise UserError(f"these weights are in {own} and cannot draw in precision {wanted}; load the model again.")
+    half = model.model.diffusion_model.dtype
+    if wanted == "autocast" and half == torch.float32:
+        half = torch.bfloat16 if device.type == "cpu" else torch.float16
+    return torch.autocast(device.type, FORMATS.get(wanted, half))
+
+
 def compile_network(model: LatentDiffusion, backend: str = "inductor") -> None:
     """Compiles the U-Net: one graph with DBIM and one without, for any strength, time step and prompt.
 
@@ -129,6 +153,19 @@ def out_of_memory(error: BaseException) -> bool:
     """Says whether an error means that memory ran out, on a GPU or in the machine."""
     words = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(phrase in words for phrase in NO_MEMORY)
+
+
+@contextlib.contextmanager
+def memory_for(images: int) -> Iterator[None]:
+    """Turns memory that runs out while so many images are sampled at once into advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fewer = "batch_size=1, then " if images > 1 else ""
+        raise UserError(f"the memory does not hold {images} image(s) at once; try {fewer}--precision bf16, then a "
+                        "smaller --H and --W.") from error
 
 
 def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) -> int:

@@ -13,15 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.base import build_model, empty_model
-from ldm.config import SampleConfig, save_config
+from ldm.config import SampleConfig, typed
+from ldm.config_files import save_config
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.tokens import AUTO
 from ldm.data.images import Unusable, decode
 from ldm.device import FORMATS, choose_device, supported_precision
 from ldm.embedded import warn_of_words
 from ldm.files import NameTaken
-from ldm.pipeline import Generator, Row, Sample, check_settings
+from ldm.pipeline import Generator, Sample
 from ldm.progress import progress
+from ldm.requests import ImageRequest
 from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError
 
@@ -43,19 +45,19 @@ def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts
     """Plans a run without the base's weights, and returns a generator that can tell of it but cannot draw.
 
     Raises:
-        UserError: what `Generator.plan` refuses, a concept that does not fit the model, no image whose masks to draw.
+        UserError: what `Generator.requests` refuses; a concept that does not fit the model; no image has masks.
     """
     generator = Generator(empty_model(config.model), dict(concept.base) if concept else {}, "meta")
     generator.load(concept)
-    rows = generator.plan(prompts, config)
+    requests = generator.requests(prompts, config)
     if masks:
-        watched_rows(rows)
+        watched_requests(requests)
     return generator
 
 
 def check_run(config: SampleConfig | DictConfig) -> None:
     """Refuses settings out of range, and a run without a model."""
-    check_settings(config)
+    typed(config)
     if isinstance(config, DictConfig) and OmegaConf.is_missing(config, "model"):
         raise UserError("no model is configured; add configs/model/*.yaml with -b.")
 
@@ -80,19 +82,19 @@ def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, wo
                 class_noun: str | Sequence[str], prompts: Sequence[str]) -> str:
     """Returns the tokens of both branches' prompts; weights are read only where they choose the auxiliary noun."""
     if config.dci.replace_noun == AUTO:
-        return load_generator(config, concept_path, words, class_noun, prompts).describe(prompts, config.dci)
+        return load_generator(config, concept_path, words, class_noun, prompts).prompts.describe(prompts, config.dci)
     check_run(config)
     concept = load_concept(concept_path, words, class_noun) if concept_path else None
-    return rehearse(config, concept, prompts).describe(prompts, config.dci)
+    return rehearse(config, concept, prompts).prompts.describe(prompts, config.dci)
 
 
 def file_name(number: int, sample: Sample, first_seed: int) -> str:
     """Names an image: prompt number, image number, the prompt's words, plain or lambda (in full past two places)."""
-    words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]*>|[{}]", "", sample.row.prompt.lower())).strip("-")[:40]
-    strength, way = sample.row.strength, "plain"
+    words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]*>|[{}]", "", sample.request.prompt.lower())).strip("-")[:40]
+    strength, way = sample.request.strength, "plain"
     if strength is not None:
         way = f"lambda{strength:+.2f}" if round(strength, 2) == strength else f"lambda{strength:+}"
-    return f"{number:03d}-{sample.row.seed - first_seed:02d}-{words}-{way}.png"
+    return f"{number:03d}-{sample.request.seed - first_seed:02d}-{words}-{way}.png"
 
 
 def claim_names(outdir: Path, config: SampleConfig | DictConfig, count: int) -> tuple[int, str]:
@@ -120,9 +122,10 @@ def claim_names(outdir: Path, config: SampleConfig | DictConfig, count: int) -> 
 
 def free_tail(outdir: Path) -> str:
     """Returns the first end of a sheet's name that no run into a folder has."""
-    tails = itertools.chain([""], (f"-{run:04d}" for run in itertools.count(1)))
-    return next(tail for tail in tails if not ((outdir / f"grid{tail}.png").exists() or
-                                               (outdir / f"config{tail}.yaml").exists()))
+    tail, numbers = "", itertools.count(1)
+    while (outdir / f"grid{tail}.png").exists() or (outdir / f"config{tail}.yaml").exists():
+        tail = f"-{next(numbers):04d}"
+    return tail
 
 
 def first_free_number(outdir: Path) -> int:
@@ -148,24 +151,25 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     stand beside earlier ones.
     """
     prompts = list(dict.fromkeys(prompts))
-    rows = generator.plan(prompts, config)
-    warn_of_words(generator.identity, generator.texts(prompts))
-    watched = watched_rows(rows) if masks else []
+    requests = generator.requests(prompts, config)
+    warn_of_words(generator.identity, generator.prompts.texts(prompts))
+    watched = watched_requests(requests) if masks else []
     references = reference_images(concept_path) if grid else []
     first, tail = claim_names(outdir, config, len(prompts))
     if first:
         print(f"'{outdir}' holds images already; those of this run are numbered from {first:03d}", flush=True)
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
-    print_auxiliary(generator, config, rows)
-    drawn: dict[Row, Image.Image] = {}
+    print_auxiliary(generator, config, requests)
+    drawn: dict[ImageRequest, Image.Image] = {}
     files, panels = [], []
-    with progress(total=len(rows), desc="sampling", unit="image") as bar:
+    with progress(total=len(requests), desc="sampling", unit="image") as bar:
         for sample in generator.generate(prompts, config, bar.update, watched):
-            name = file_name(number[sample.row.prompt], sample, config.seed)
+            prompt_number = number[sample.request.prompt]
+            name = file_name(prompt_number, sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
-            drawn[sample.row] = sample.image
-            if sample.row in watched:
-                panels.append(draw_masks(generator, sample, outdir / "masks" / f"{number[sample.row.prompt]:03d}.png"))
+            drawn[sample.request] = sample.image
+            if sample.request in watched:
+                panels.append(draw_masks(generator, sample, outdir / "masks" / f"{prompt_number:03d}.png"))
     sheets = []
     if grid:
         page = comparison_sheet(generator, config, prompts, drawn, references)
@@ -173,24 +177,33 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     return Written(outdir, len(drawn), sheets + panels, files)
 
 
-def watched_rows(rows: Sequence[Row]) -> list[Row]:
+def watched_requests(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
     """Returns the first DCI image of each prompt, whose masks are drawn.
 
     Raises:
         UserError: no image uses DCI.
     """
-    first = {row.prompt: row for row in reversed(rows) if row.strength is not None}
+    first: dict[str, ImageRequest] = {}
+    for request in requests:
+        if request.strength is not None:
+            first.setdefault(request.prompt, request)
     if not first:
         raise UserError("there are no masks to draw: no image uses DCI; set dci.use to true.")
     return list(first.values())
 
 
-def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, rows: Sequence[Row]) -> None:
+def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, requests: Sequence[ImageRequest]) -> None:
     """Says which noun stands for the concept in the second branch, and in how many prompts where they differ."""
-    prompts = dict.fromkeys(row.prompt for row in rows if row.strength is not None)
-    nouns = Counter(filter(None, (generator.auxiliary_noun(prompt, config.dci) for prompt in prompts)))
-    told = [noun if count == len(prompts) else f"{noun} ({count} of {len(prompts)} prompts)"
-            for noun, count in nouns.most_common()]
+    prompts = {request.prompt for request in requests if request.strength is not None}
+    nouns: Counter[str] = Counter()
+    for request in requests:
+        if request.prompt in prompts:
+            prompts.remove(request.prompt)         # once each, in the prompts' order
+            nouns[generator.prompts.auxiliary_noun(request.prompt, config.dci) or ""] += 1
+    del nouns[""]
+    told = []
+    for noun, count in nouns.most_common():
+        told.append(noun if count == nouns.total() else f"{noun} ({count} of {nouns.total()} prompts)")
     if told:
         print(f"auxiliary noun: {', '.join(told)}", flush=True)
 
@@ -213,28 +226,35 @@ def reference_images(concept_path: Path | None) -> list[Image.Image]:
 
 
 def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str],
-                     drawn: dict[Row, Image.Image], references: Sequence[Image.Image], title: str = "") -> Image.Image:
+                     drawn: dict[ImageRequest, Image.Image], references: Sequence[Image.Image],
+                     title: str = "") -> Image.Image:
     """Lays images out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed.
 
     A row's caption names the noun that stood for the concept in DCI's second branch.
     """
-    strengths = list(dict.fromkeys(row.strength for row in drawn))
-    base = "fine-tuned" if generator.concept else "base model"
-    columns = (["reference"] if references else []) + [base if strength is None else f"+ DCI, lambda {strength:g}"
-                                                       for strength in strengths]
+    strengths = list(dict.fromkeys(request.strength for request in drawn))
+    seeds = sorted({request.seed for request in drawn})
+    columns = ["reference"] if references else []
+    for strength in strengths:
+        if strength is None:
+            columns.append("fine-tuned" if generator.concept else "base model")
+        else:
+            columns.append(f"+ DCI, lambda {strength:g}")
     rows = []
     for index, prompt in enumerate(prompts):
-        noun = generator.auxiliary_noun(prompt, config.dci) if strengths != [None] else None
+        noun = None
+        if strengths != [None]:
+            noun = generator.prompts.auxiliary_noun(prompt, config.dci)
         how = f", auxiliary noun: {noun}" if noun else ""
-        for seed in sorted({row.seed for row in drawn}):
+        for seed in seeds:
             cells = [references[index % len(references)]] if references else []
-            cells += [drawn[Row(prompt, seed, strength)] for strength in strengths]
-            rows.append((f"{generator.texts([prompt])[0]}   (seed {seed}{how})", cells))
+            cells += [drawn[ImageRequest(prompt, seed, strength)] for strength in strengths]
+            rows.append((f"{generator.prompts.texts([prompt])[0]}   (seed {seed}{how})", cells))
     return sheet(columns, rows, title=title)
 
 
 def draw_masks(generator: Generator, sample: Sample, path: Path) -> Path:
     """Draws DBIM's masks of an image that was watched."""
-    row = sample.row
-    title = f"{generator.texts([row.prompt])[0]} (seed {row.seed}, lambda {row.strength:g})"
+    request = sample.request
+    title = f"{generator.prompts.texts([request.prompt])[0]} (seed {request.seed}, lambda {request.strength:g})"
     return save_png(mask_panel(sample.image, sample.masks, title), path)

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import cli
-from ldm.config import SampleConfig, merge
+from ldm.config import SampleConfig
+from ldm.config_files import merge
 from ldm.util import UserError
 
-EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
+EMBEDDED = ("configs/sample-tiny.yaml",)
 PROMPTS = "configs/prompts/evaluation.txt"
 
 

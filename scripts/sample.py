@@ -7,12 +7,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm import cli
-from ldm.config import SampleConfig, merge
+from ldm.config import SampleConfig
+from ldm.config_files import merge
 from ldm.text import read_lines
 from ldm.util import UserError, shipped
 
-EMBEDDED = ("configs/model/tiny.yaml", "configs/sample/tiny.yaml")
-SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/sample/paper.yaml")}
+EMBEDDED = ("configs/sample-tiny.yaml",)
+SHIPPED = {"": EMBEDDED, "SD v1": ("configs/sample-sd-v1.yaml",)}
 
 
 def parser() -> cli.Parser:

@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm import cli
-from ldm.config import merge
+from ldm.config_files import merge
 from ldm.util import UserError
 
 EMBEDDED, QUICK = ("configs/sweep/tiny.yaml",), "configs/sweep/quick.yaml"

@@ -1,4 +1,4 @@
-"""Teaches a model one or several concepts: parse, build, fine-tune, say where the files are."""
+"""Trains a model on one or several concepts: parse, build, fine-tune, say where the files are."""
 from __future__ import annotations
 
 import shlex
@@ -8,15 +8,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ldm import cli
-from ldm.config import TrainConfig, merge
+from ldm.config import TrainConfig
+from ldm.config_files import merge
 from ldm.familiar import ONE_CONCEPT, caption_to_method, check_list, listed_concepts
 from ldm.text import literal
 from ldm.util import UserError, from_here
 
-EMBEDDED = ("configs/model/tiny.yaml", "configs/method/ico_for_dci.yaml", "configs/method/tiny.yaml",
-            "configs/concept/dotted_backpack.yaml")
-SHIPPED = {"": EMBEDDED, "SD v1": ("configs/model/sd-v1.yaml", "configs/method/ico.yaml",
-                                   "configs/method/ico_for_dci.yaml")}
+EMBEDDED = ("configs/tiny.yaml",)
+SHIPPED = {"": EMBEDDED, "SD v1": ("configs/sd-v1.yaml",)}
 
 
 def parser() -> cli.Parser:

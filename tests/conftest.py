@@ -20,7 +20,8 @@ from PIL import Image
 from ldm import cli
 from ldm.base import build_model
 from ldm.checkpoint import load_state, save_safetensors
-from ldm.config import SampleConfig, TrainConfig, merge
+from ldm.config import SampleConfig, TrainConfig
+from ldm.config_files import merge
 from ldm.evaluation.judge import Court, Judge, save_court
 from ldm.evaluation.small_clip import TEXT_PREFIX, SmallCLIP, embedded, pack_small_clip
 from ldm.models.diffusion.ddpm import LatentDiffusion

@@ -215,7 +215,7 @@ def test_wandb_wants_its_login_before_any_work(call_script: Call, small_world: S
                                                message: str | None) -> None:
     (packages / "wandb").mkdir(parents=True)
     (packages / "wandb" / "__init__.py").write_text(f"class api:\n    api_key = '{key}'\n")
-    monkeypatch.setattr("ldm.training.run.build_model", lambda *_: pytest.fail("it built a model"))
+    monkeypatch.setattr("ldm.training.setup.build_model", lambda *_: pytest.fail("it built a model"))
     arguments = ["train", "-b", *small_world.training_files, "trainer.logger=wandb", "-l", tmp_path / "logs",
                  "concepts.0.images=none"]                                              # what is refused next
     assert (message or "image folder 'none' does not exist") in call_script(*arguments).error
@@ -246,7 +246,7 @@ def test_training_asks_for_the_device_that_sampling_would(small_world: SmallWorl
         asked.append(name)
         return torch.device("cpu")
 
-    monkeypatch.setattr("ldm.training.run.choose_device", choose)
+    monkeypatch.setattr("ldm.training.setup.choose_device", choose)
     fine_tune(small_world.train_config(tmp_path, f"trainer.accelerator={accelerator}", "method.steps=1"))
     assert asked == [device]
 

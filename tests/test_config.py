@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from ldm.cli import set_options
-from ldm.config import MethodConfig, SampleConfig, TrainConfig, all_keys, meanings, merge, save_config
+from ldm.config import SampleConfig, TrainConfig
+from ldm.config_files import all_keys, meanings, merge, save_config
 from ldm.data.captions import captioned
 from ldm.data.regularization import read_regularization
 from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
@@ -120,7 +121,8 @@ def test_later_files_win_and_options_and_overrides_after_them(tmp_path: Path) ->
     overrides = ["method.steps=4", "concepts.0.images=other", "--method.prefix_length=null"]
     last = merge(TrainConfig, paths, overrides, extra)
     assert last.method.steps == 4 and last.concepts[0].images == "other" and last.method.prefix_length is None
-    assert last.method.batch_size == MethodConfig.batch_size             # what nobody mentions keeps its default
+    # What nobody mentions keeps its default.
+    assert last.method.batch_size == merge(TrainConfig, []).method.batch_size
 
 
 def test_a_merged_configuration_is_frozen() -> None:
@@ -229,7 +231,8 @@ def test_the_shipped_files_are_the_known_ones() -> None:
     assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 7 and names(SAMPLES) == {"paper", "tiny"}
     assert names(METHODS) == {"custom_diffusion", "ico", "ico_for_dci", "tiny"}
     assert {path.name for path in CONFIGS.iterdir()} == {
-        "concept", "method", "model", "prompts", "sample", "sweep", "trainer"}
+        "concept", "method", "model", "prompts", "sample", "sweep", "trainer",
+        "tiny.yaml", "sd-v1.yaml", "sd-v1-custom-diffusion.yaml", "sample-tiny.yaml", "sample-sd-v1.yaml"}
     assert {path.suffix for path in CONFIGS.rglob("*") if path.is_file()} == {".yaml", ".txt"}
 
 
@@ -248,6 +251,36 @@ def test_sampling_files_merge(model: Path, sample: Path) -> None:
     assert merge(SampleConfig, [model, sample]).steps == OmegaConf.load(sample).steps
 
 
+def test_the_files_of_whole_runs_are_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder, and whatever else a file says wins over what it includes."""
+    parts = {"tiny": ("model/tiny", "method/ico_for_dci", "method/tiny", "concept/dotted_backpack"),
+             "sd-v1": ("model/sd-v1", "method/ico_for_dci"),
+             "sd-v1-custom-diffusion": ("model/sd-v1", "method/custom_diffusion")}
+    monkeypatch.chdir(tmp_path)
+    for name, included in parts.items():
+        files = [f"configs/{part}.yaml" for part in included]
+        assert merge(TrainConfig, [f"configs/{name}.yaml"]) == merge(TrainConfig, files)
+    for name, included in {"sample-tiny": ("model/tiny", "sample/tiny"),
+                           "sample-sd-v1": ("model/sd-v1", "sample/paper")}.items():
+        files = [f"configs/{part}.yaml" for part in included]
+        assert merge(SampleConfig, [f"configs/{name}.yaml"]) == merge(SampleConfig, files)
+    (tmp_path / "inner.yaml").write_text("steps: 3\neta: 0.5\n")
+    (tmp_path / "outer.yaml").write_text("include: [inner.yaml]\nsteps: 4\n")
+    config = merge(SampleConfig, ["outer.yaml"])
+    assert (config.steps, config.eta) == (4, 0.5)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("include: [a.yaml]", "a.yaml: it includes itself"), ("include: b.yaml", "include must be a list"),
+    ("include: [none.yaml]", "'none.yaml' does not exist"), ("include: [[]]", "include must be a list")])
+def test_what_cannot_be_included(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        merge(SampleConfig, [tmp_path / "a.yaml"])
+    with pytest.raises(UserError, match="unknown key 'include'"):
+        merge(SampleConfig, [tmp_path / "a.yaml"], data=True)      # a run's folder names no other files
+
+
 def test_prompts_name_the_concept() -> None:
     for path in (CONFIGS / "prompts").iterdir():
         lines = [line for line in path.read_text().splitlines() if line.strip()]
@@ -257,7 +290,7 @@ def test_prompts_name_the_concept() -> None:
 def test_numbers_of_the_papers_release() -> None:
     """Rates, batch, steps and sampling as the release of the paper's authors runs them on three GPUs."""
     ico = merge(TrainConfig, [CONFIGS / "method" / "ico.yaml"]).method
-    assert ico == OmegaConf.structured(MethodConfig)                         # the schema's defaults are ICO
+    assert ico == merge(TrainConfig, []).method                              # the default method is ICO
     assert (ico.learning_rate, ico.learning_rate * ico.context_lr_factor) == pytest.approx((6e-5, 6e-4))
     assert (ico.steps, 2 * ico.batch_size, ico.prior_weight, ico.weight_decay) == (900, 6, 1.0, 0.01)
     for_dci = merge(TrainConfig, [CONFIGS / "method" / name for name in ("ico.yaml", "ico_for_dci.yaml")]).method

@@ -21,7 +21,8 @@ from ldm.device import (
     supported_precision,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.pipeline import Generator, Row
+from ldm.pipeline import Generator
+from ldm.requests import ImageRequest
 from ldm.training.run import Run
 from ldm.util import UserError
 
@@ -137,7 +138,7 @@ def test_formats_and_memory_of_apples_gpus(monkeypatch) -> None:
 def test_weights_in_half_do_not_draw_in_full(small_world: SmallWorld, monkeypatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     generator = Generator(*small_world.build(), precision="bf16")
-    row = Row("a cat", 5, None)
+    row = ImageRequest("a cat", 5, None)
     assert generator.latents([row], small_world.sample_config("precision=bf16")).isfinite().all()
     with pytest.raises(UserError, match="these weights are in bf16 and cannot draw in precision full"):
         generator.latents([row], small_world.sample_config())
@@ -183,18 +184,18 @@ def test_two_graphs_for_all_strengths_steps_and_prompts(small_world: SmallWorld,
     counter, plain = CompileCounter(), Generator(*small_world.build())
     compiled = Generator(*small_world.build())
     compile_network(compiled.model, backend=counter)
-    drawn: dict[Row, Tensor] = {}
+    drawn: dict[ImageRequest, Tensor] = {}
     for generator in (plain, compiled):
         generator.load(load_concept(small_run.concept))
         for strength, steps, prompt in ((0.5, 4, "a {}"), (-1.0, 6, "a {} in the snow"), (2.0, 4, "{} on the beach")):
-            row = Row(prompt, 5, strength)
+            row = ImageRequest(prompt, 5, strength)
             latents = generator.latents([row], small_world.sample_config(f"steps={steps}"))
             if generator is plain:
                 drawn[row] = latents
             else:
                 assert relative(latents, drawn[row]) < 1e-4      # the small world's, see `model`
                 assert counter.frame_count == 2                  # with DBIM and without, from the first run on
-    assert len(compiled.masks(Row("a {}", 5, 0.5), small_world.sample_config())[1]) == 20
+    assert len(compiled.masks(ImageRequest("a {}", 5, 0.5), small_world.sample_config())[1]) == 20
     assert counter.frame_count == 2
     assert {key for key in compiled.model.state_dict()} == {key for key in plain.model.state_dict()}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from conftest import ROOT, Call
 from safetensors.torch import load_file
 
-from ldm.config import TrainConfig, merge
+from ldm.config import TrainConfig
+from ldm.config_files import merge
 from ldm.customization.delta import load_concept
 
 RUN = ROOT / "tests" / "fixtures" / "earlier_run"

@@ -18,13 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import sheets
-from ldm.config import SampleConfig, merge
+from ldm.config import SampleConfig
+from ldm.config_files import merge
 from ldm.customization.delta import load_concept
 from ldm.customization.ico import PromptScheme
 from ldm.customization.tokens import TokenSets
 from ldm.device import choose_device
 from ldm.modules.attention import SpatialTransformer
-from ldm.pipeline import Generator, Row, cost_matched_steps
+from ldm.pipeline import Generator
+from ldm.requests import ImageRequest as Request
+from ldm.requests import cost_matched_steps
 from ldm.sampling import draw_run
 from ldm.sheets import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
 from ldm.training.run import Run
@@ -42,7 +45,7 @@ def small_generator(small_world: SmallWorld, small_run: Run) -> Generator:
     return generator
 
 
-def draw(generator: Generator, settings: DictConfig, *rows: Row) -> Tensor:
+def draw(generator: Generator, settings: DictConfig, *rows: Request) -> Tensor:
     return generator.latents(rows, settings)
 
 
@@ -51,8 +54,8 @@ def gap(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / first.abs().max())
 
 
-def images(generator: Generator, settings: DictConfig, prompts: Sequence[str] = (PROMPT,)) -> dict[Row, np.ndarray]:
-    return {sample.row: np.asarray(sample.image).astype(int) for sample in generator.generate(prompts, settings)}
+def images(generator: Generator, settings: DictConfig, prompts: Sequence[str] = (PROMPT,)) -> dict[Request, np.ndarray]:
+    return {sample.request: np.asarray(sample.image).astype(int) for sample in generator.generate(prompts, settings)}
 
 
 # Switches.
@@ -63,12 +66,12 @@ def test_dci_off_is_plain_sampling_bit_for_bit(small_world: SmallWorld, small_ge
     def config(*overrides: str) -> DictConfig:
         return small_world.sample_config(f"sampler={sampler}", f"eta={eta}", *overrides)
 
-    plain, joint = Row(PROMPT, 5, None), Row(PROMPT, 5, 1.0)
+    plain, joint = Request(PROMPT, 5, None), Request(PROMPT, 5, 1.0)
     expected = draw(small_generator, config(), plain)
     assert expected.isfinite().all()
     assert torch.equal(draw(small_generator, config("dci.agg_time=0"), joint), expected)
     assert gap(draw(small_generator, config(), joint), expected) > 1e-3
-    rows = small_generator.plan([PROMPT], config("dci.use=false"))
+    rows = small_generator.requests([PROMPT], config("dci.use=false"))
     assert rows == [plain]
     assert torch.equal(draw(small_generator, config("dci.use=false"), *rows), expected)
 
@@ -76,26 +79,26 @@ def test_dci_off_is_plain_sampling_bit_for_bit(small_world: SmallWorld, small_ge
 def test_a_very_negative_strength_is_plain_sampling(small_world: SmallWorld, small_generator: Generator) -> None:
     """M^a -> 0 as lambda -> -inf; at 8 x 8 pixels the smallest logit is far below float32's resolution of 1."""
     config = small_world.sample_config("dci.mask_sum=1.0e+6")
-    assert gap(draw(small_generator, config, Row(PROMPT, 5, -50.0)),
-               draw(small_generator, config, Row(PROMPT, 5, None))) < 1e-5
+    assert gap(draw(small_generator, config, Request(PROMPT, 5, -50.0)),
+               draw(small_generator, config, Request(PROMPT, 5, None))) < 1e-5
 
 
 def test_plan_lists_images_in_order(small_world: SmallWorld, small_generator: Generator) -> None:
     config = small_world.sample_config("n_samples=2", "seed=9", "dci.agg_lambda=[0.0,1.5]")
-    assert small_generator.plan([PROMPT, "{}"], config) == [
-        Row(prompt, seed, strength)
+    assert small_generator.requests([PROMPT, "{}"], config) == [
+        Request(prompt, seed, strength)
         for prompt in (PROMPT, "{}") for seed in (9, 10) for strength in (None, 0.0, 1.5)]
     without_plain = small_world.sample_config("plain=false")
-    assert small_generator.plan([PROMPT], without_plain) == [Row(PROMPT, 5, 1.0)]
+    assert small_generator.requests([PROMPT], without_plain) == [Request(PROMPT, 5, 1.0)]
 
 
 def test_braces_stand_for_the_concept(small_world: SmallWorld, small_generator: Generator) -> None:
     config = small_world.sample_config()
     spelled = PROMPT.replace("{}", "<new1> <new2> cat")
-    assert small_generator.texts([PROMPT, spelled]) == [spelled, spelled]
+    assert small_generator.prompts.texts([PROMPT, spelled]) == [spelled, spelled]
     for strength in (None, 1.0):
-        assert torch.equal(draw(small_generator, config, Row(PROMPT, 5, strength)),
-                           draw(small_generator, config, Row(spelled, 5, strength)))
+        assert torch.equal(draw(small_generator, config, Request(PROMPT, 5, strength)),
+                           draw(small_generator, config, Request(spelled, 5, strength)))
 
 
 @pytest.mark.parametrize("override", ["dci.use=true", "dci.use=false", "dci.ablation=no_full_prompt"])
@@ -103,22 +106,22 @@ def test_a_concept_that_is_cut_off_is_told_before_anything_is_drawn(small_world:
                                                                     small_generator: Generator, override: str) -> None:
     config = small_world.sample_config(override)
     late = "red " * 73 + "{}"                # three tokens, of which two fit
-    small_generator.plan([PROMPT, late.removeprefix("red ")], config)
+    small_generator.requests([PROMPT, late.removeprefix("red ")], config)
     message = "the concept '<new1> <new2> cat' is cut off: it ends at token 76 and 75 fit"
     with warnings.catch_warnings(), pytest.raises(UserError, match=message):
         warnings.simplefilter("error")       # one sentence is enough
-        small_generator.plan([PROMPT, late], config)
+        small_generator.requests([PROMPT, late], config)
 
 
 def test_an_auxiliary_noun_that_is_cut_off_is_told(small_world: SmallWorld, small_generator: Generator) -> None:
     config = small_world.sample_config("dci.replace_noun='old red dog house'")
     with pytest.raises(UserError, match="the auxiliary noun 'old red dog house' is cut off: it ends at token 76"):
-        small_generator.plan([PROMPT, "red " * 72 + "{}"], config)
+        small_generator.requests([PROMPT, "red " * 72 + "{}"], config)
 
 
 def test_the_class_said_twice_is_warned_of(small_world: SmallWorld, small_generator: Generator) -> None:
     with pytest.warns(UserWarning, match="^the prompt 'my cat {}' says 'cat' beside the concept") as told:
-        small_generator.plan([PROMPT, "my cat {}"], small_world.sample_config("dci.use=false"))
+        small_generator.requests([PROMPT, "my cat {}"], small_world.sample_config("dci.use=false"))
     assert len(told) == 1
 
 
@@ -146,8 +149,8 @@ def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_ge
     """Where it names two, the file's first has DCI and the other is context."""
     prompts = [PROMPT, "a <new3>  <NEW4> dog on the beach", "a <new3> <new4> dog beside {}", PROMPT]
     config = small_world.sample_config()
-    concept, auxiliary = joint_generator.token_sets(prompts, config.dci)
-    assert concept.prompts == joint_generator.texts(prompts) == [
+    concept, auxiliary = joint_generator.prompts.token_sets(prompts, config.dci)
+    assert concept.prompts == joint_generator.prompts.texts(prompts) == [
         "a <new1> <new2> cat in the snow", "a <new3> <new4> dog on the beach",
         "a <new3> <new4> dog beside <new1> <new2> cat", "a <new1> <new2> cat in the snow"]
     first, second = ["<new1>", "<new2>", "cat"], ["<new3>", "<new4>", "dog"]
@@ -155,23 +158,24 @@ def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_ge
     assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a <new3> <new4> dog beside man",
                                  "a dog in the snow"]
     assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["man"], ["dog"]]
-    alone, rest = joint_generator.token_sets(prompts[:2], small_world.sample_config("dci.ablation=no_full_prompt").dci)
+    divided = small_world.sample_config("dci.ablation=no_full_prompt").dci
+    alone, rest = joint_generator.prompts.token_sets(prompts[:2], divided)
     assert named(joint_generator, alone) == [first, second] and rest.prompts == ["in the snow", "on the beach"]
     with pytest.raises(UserError, match="write {} or '<new1> <new2> cat' or '<new3> <new4> dog' where"):
-        joint_generator.plan([PROMPT, "a <new3> dog"], config)
+        joint_generator.requests([PROMPT, "a <new3> dog"], config)
 
 
 def test_the_second_concept_is_drawn_alone_and_among_others(small_world: SmallWorld,
                                                             joint_generator: Generator) -> None:
     config, prompt = small_world.sample_config("eta=1.0"), "a <new3> <new4> dog on the beach"
     for strength in (None, 1.0):
-        together = draw(joint_generator, config, Row(PROMPT, 5, strength), Row(prompt, 6, strength))
-        assert gap(draw(joint_generator, config, Row(prompt, 6, strength))[0], together[1]) < 1e-4
+        together = draw(joint_generator, config, Request(PROMPT, 5, strength), Request(prompt, 6, strength))
+        assert gap(draw(joint_generator, config, Request(prompt, 6, strength))[0], together[1]) < 1e-4
         assert gap(*together) > 1e-3
     plain, joint = joint_generator.generate([prompt], config)
     assert plain.settings["concept"] == {"words": ["<new3>", "<new4>"], "class_noun": "dog", "step": 2}
     assert (plain.settings["text"], joint.settings["auxiliary_text"]) == (prompt, "a cat on the beach")
-    assert joint_generator.plan([prompt], small_world.sample_config("dci.use=false")) == [Row(prompt, 5, None)]
+    assert joint_generator.requests([prompt], small_world.sample_config("dci.use=false")) == [Request(prompt, 5, None)]
 
 
 # Batches.
@@ -181,7 +185,8 @@ def test_a_image_does_not_depend_on_its_batch(small_world: SmallWorld, small_gen
                                                 eta: float) -> None:
     """Different prompts, seeds and strengths side by side equal separate runs."""
     config = small_world.sample_config(f"sampler={sampler}", f"eta={eta}")
-    rows = [Row(PROMPT, 5, -1.0), Row(PROMPT, 5, 0.0), Row(PROMPT, 5, 2.0), Row("{} on the beach", 6, 1.0)]
+    rows = [Request(PROMPT, 5, -1.0), Request(PROMPT, 5, 0.0), Request(PROMPT, 5, 2.0),
+            Request("{} on the beach", 6, 1.0)]
     together = draw(small_generator, config, *rows)
     for row, latents in zip(rows, together, strict=True):
         assert gap(draw(small_generator, config, row)[0], latents) < 1e-4
@@ -197,8 +202,8 @@ def test_seeds_count_images_not_batches(small_world: SmallWorld, small_generator
     for row in whole:
         assert abs(whole[row] - single[row]).max() <= 1 and abs(whole[row] - repeated[row]).max() <= 1
     (alone,) = images(small_generator, small_world.sample_config("eta=1.0", "seed=6", "dci.use=false")).values()
-    assert abs(alone - whole[Row(PROMPT, 6, None)]).max() <= 1
-    assert abs(alone - whole[Row(PROMPT, 5, None)]).max() > 1
+    assert abs(alone - whole[Request(PROMPT, 6, None)]).max() <= 1
+    assert abs(alone - whole[Request(PROMPT, 5, None)]).max() > 1
 
 
 # Options.
@@ -206,7 +211,7 @@ def test_seeds_count_images_not_batches(small_world: SmallWorld, small_generator
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 def test_sampling_without_guidance(small_world: SmallWorld, small_generator: Generator, sampler: str) -> None:
     unguided, guided = (small_world.sample_config(f"sampler={sampler}", f"scale={scale}") for scale in (1, 3))
-    plain, joint = Row(PROMPT, 5, None), Row(PROMPT, 5, 1.0)
+    plain, joint = Request(PROMPT, 5, None), Request(PROMPT, 5, 1.0)
     results = [draw(small_generator, unguided, plain), draw(small_generator, unguided, joint),
                draw(small_generator, guided, plain)]
     for first, second in itertools.combinations(results, 2):
@@ -219,7 +224,7 @@ def test_every_option_changes_the_image(small_world: SmallWorld, small_generator
     options += [[f"dci.ablation={name}"] for name in ("no_mask", "no_full_prompt", "last_layer", "base_weights")]
     options += [["dci.replace_noun=car"], ["dci.agg_time=0.75"], ["dci.token_gain=1.0"], ["dci.spatial_gain=0.0"],
                 ["dci.mask_sum=50.0"]]
-    drawn = [draw(small_generator, small_world.sample_config("dci.agg_time=1.0", *overrides), Row(PROMPT, 5, 1.5))
+    drawn = [draw(small_generator, small_world.sample_config("dci.agg_time=1.0", *overrides), Request(PROMPT, 5, 1.5))
              for overrides in options]
     for (one, first), (other, second) in itertools.combinations(zip(options, drawn, strict=True), 2):
         assert gap(first, second) > 1e-5, (one, other)
@@ -229,7 +234,7 @@ def test_every_option_changes_the_image(small_world: SmallWorld, small_generator
 def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, small_run: Run, monkeypatch,
                                                      guidance: str) -> None:
     """Keys and values of its rows are those of a network without the concept, all others the concept's."""
-    generator, rows = Generator(*small_world.build()), [Row(PROMPT, 5, 1.0), Row("a {} on the beach", 6, 1.0)]
+    generator, rows = Generator(*small_world.build()), [Request(PROMPT, 5, 1.0), Request("a {} on the beach", 6, 1.0)]
     unet, seen = generator.model.model.diffusion_model, []
     layer = unet.middle_block[1].transformer_blocks[0].attn2
     project = layer.keys_values
@@ -240,7 +245,7 @@ def test_the_auxiliary_branch_with_the_bases_weights(small_world: SmallWorld, sm
     generator.latents(rows, config)
     assert all(torch.equal(value, tuned[name]) for name, value in unet.state_dict().items())
 
-    concept, auxiliary = generator.token_sets([row.prompt for row in rows], config.dci)
+    concept, auxiliary = generator.prompts.token_sets([row.prompt for row in rows], config.dci)
     texts = ["", "", *concept.prompts, "", "", *auxiliary.prompts]
     texts = texts if guidance == "separate" else [*texts[:4], *texts[6:]]
     text, keys, values = seen[0]
@@ -268,8 +273,8 @@ def test_match_cost_spends_what_plain_sampling_does(small_world: SmallWorld, sma
     handle = small_generator.model.model.diffusion_model.register_forward_hook(
         lambda module, args, eps: rows.append(len(eps)))
     config = small_world.sample_config("steps=30", "dci.match_cost=true")
-    draw(small_generator, config, Row(PROMPT, 5, None))
-    draw(small_generator, config, Row(PROMPT, 5, 1.0))
+    draw(small_generator, config, Request(PROMPT, 5, None))
+    draw(small_generator, config, Request(PROMPT, 5, 1.0))
     handle.remove()
     assert rows == [2] * 30 + [4] * 10 + [2] * 10         # 30 / 1.5 = 20 steps, half of them joint: 60 rows each
 
@@ -278,10 +283,10 @@ def test_match_cost_spends_what_plain_sampling_does(small_world: SmallWorld, sma
 
 def test_unloading_restores_the_base(small_world: SmallWorld, small_run: Run) -> None:
     generator, config = Generator(*small_world.build()), small_world.sample_config()
-    row = Row("a cat in the snow", 5, None)
+    row = Request("a cat in the snow", 5, None)
     before = {name: value.clone() for name, value in generator.model.state_dict().items()}
     expected, words = draw(generator, config, row), len(generator.model.cond_stage_model.tokenizer)
-    assert generator.plan([row.prompt], config) == [row]       # without a concept there is nothing to inject around
+    assert generator.requests([row.prompt], config) == [row]       # without a concept there is nothing to inject around
     generator.load(load_concept(small_run.concept))
     changed = {name for name, value in generator.model.state_dict().items()
                if name not in before or not torch.equal(value, before[name])}
@@ -293,7 +298,7 @@ def test_unloading_restores_the_base(small_world: SmallWorld, small_run: Run) ->
     assert len(generator.model.cond_stage_model.tokenizer) == words
     assert torch.equal(draw(generator, config, row), expected)
     with pytest.raises(UserError, match="unknown word <new1>"):
-        generator.plan(["a <new1> cat"], config)
+        generator.requests(["a <new1> cat"], config)
 
 
 def test_a_concept_of_another_base_is_refused(small_world: SmallWorld, small_run: Run) -> None:
@@ -309,7 +314,7 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     network = small_generator.model.model.diffusion_model
     layers = sum(isinstance(module, SpatialTransformer) for module in network.modules())
-    image, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
+    image, record = small_generator.masks(Request(PROMPT, 5, 1.0), small_world.sample_config())
     assert len(record) == 2 * layers == 20                     # half of four steps are joint
     assert [name for name, _ in record[:layers]] == [name for name, _ in record[layers:]]
     sizes = [tuple(masks.shape[-2:]) for _, masks in record[:layers]]
@@ -317,21 +322,21 @@ def test_masks_of_every_joint_step_and_layer(small_world: SmallWorld, small_gene
     for _, masks in record:
         assert masks.shape[:2] == (2, 1) and torch.allclose(masks.sum(dim=0), torch.ones(()))
     (drawn,) = small_generator.generate([PROMPT], small_world.sample_config("plain=false"))
-    assert (drawn.row.seed, drawn.row.strength) == (5, 1.0) and image == drawn.image
+    assert (drawn.request.seed, drawn.request.strength) == (5, 1.0) and image == drawn.image
     short, panel = (mask_panel(image, record, title, cell=48) for title in ("a cat", "a cat " * 20))
     assert panel.width == 3 * (48 + 8) + 8 and panel.height > short.height          # the title has room
     monkeypatch.setattr(sheets, "sheet", lambda *given: given)
     columns, rows, _, title = mask_panel(image, record, "a cat in the snow", cell=48)
     assert columns == ["image", "step 1", "step 2"] and title.endswith(": a cat in the snow")
     assert len(rows) == 3 and all(cells[0] is image and len(cells) == 3 for _, cells in rows)
-    _, none = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0"))
+    _, none = small_generator.masks(Request(PROMPT, 5, 1.0), small_world.sample_config("dci.agg_time=0"))
     with pytest.raises(UserError, match="no masks to draw: agg_time"):
         mask_panel(image, none, "a cat")
 
 
 def test_masks_of_images_that_are_not_square(small_world: SmallWorld, small_generator: Generator,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    image, record = small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
+    image, record = small_generator.masks(Request(PROMPT, 5, 1.0), small_world.sample_config("height=32", "width=96"))
     assert image.size == (96, 32) and {tuple(masks.shape[-2:]) for _, masks in record} == {(8, 24), (4, 12), (2, 6)}
     first = record[0][1]
     monkeypatch.setattr(sheets, "sheet", lambda *given: given)
@@ -358,8 +363,8 @@ def test_watched_images_are_drawn_once_and_unchanged(small_world: SmallWorld, sm
     assert calls == alone and [path.name for path in watched.sheets] == ["000.png", "001.png"]
     before, after = contents(tmp_path / "plain"), contents(tmp_path / "watched")
     assert all(after[name] == content for name, content in before.items())
-    rows = [Row(PROMPT, 5, 1.0), Row(prompts[1], 6, 0.0)]
-    samples = {sample.row: sample for sample in small_generator.generate(prompts, config, watched=rows)}
+    rows = [Request(PROMPT, 5, 1.0), Request(prompts[1], 6, 0.0)]
+    samples = {sample.request: sample for sample in small_generator.generate(prompts, config, watched=rows)}
     assert [row for row, sample in samples.items() if sample.masks] == rows
     for row in rows:
         _, expected = small_generator.masks(row, config)
@@ -402,19 +407,20 @@ def test_dci_that_would_do_nothing_is_refused(small_world: SmallWorld, small_gen
         calls: list[int] = []
         handle = small_generator.model.model.diffusion_model.register_forward_hook(
             lambda module, args, eps, calls=calls: calls.append(len(eps)))
-        draw(small_generator, config, Row(PROMPT, 5, 1.0))
+        draw(small_generator, config, Request(PROMPT, 5, 1.0))
         handle.remove()
         try:
-            small_generator.plan([PROMPT], config)
+            small_generator.requests([PROMPT], config)
         except UserError as error:
             assert f"with steps={steps} and agg_time={agg_time:g} no step has two branches" in str(error)
             refused.append((steps, agg_time))
         assert (4 in calls) == ((steps, agg_time) not in refused)
     assert refused == ([(2, 0.0)] if sampler == "dpm_solver" else [(1, 0.5), (2, 0.3), (3, 0.3), (2, 0.0)])
     few = ("steps=2", "dci.agg_time=0.3")
-    assert small_generator.plan([PROMPT], small_world.sample_config(*few, "dci.use=false")) == [Row(PROMPT, 5, None)]
+    plain = small_generator.requests([PROMPT], small_world.sample_config(*few, "dci.use=false"))
+    assert plain == [Request(PROMPT, 5, None)]
     with pytest.raises(UserError, match="with steps=3"):       # so many are left of 4
-        small_generator.plan([PROMPT], small_world.sample_config("dci.agg_time=0.3", "dci.match_cost=true"))
+        small_generator.requests([PROMPT], small_world.sample_config("dci.agg_time=0.3", "dci.match_cost=true"))
 
 
 @pytest.mark.parametrize("error", [
@@ -430,7 +436,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(small_world: SmallWorld, sma
     with pytest.raises(UserError, match=many):
         next(small_generator.generate([PROMPT], small_world.sample_config("n_samples=3")))
     with pytest.raises(UserError, match="memory does not hold 1 image\\(s\\) at once; try --precision bf16"):
-        small_generator.masks(Row(PROMPT, 5, 1.0), small_world.sample_config())
+        small_generator.masks(Request(PROMPT, 5, 1.0), small_world.sample_config())
     error = RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"):
         next(small_generator.generate([PROMPT], small_world.sample_config()))
@@ -476,13 +482,13 @@ def test_the_largest_seed(small_world: SmallWorld, small_generator: Generator) -
 
 def test_contradictory_settings(small_world: SmallWorld, small_generator: Generator) -> None:
     with pytest.raises(UserError, match="plms' is deterministic"):
-        small_generator.plan([PROMPT], small_world.sample_config("sampler=plms", "eta=1.0"))
+        small_generator.requests([PROMPT], small_world.sample_config("sampler=plms", "eta=1.0"))
     with pytest.raises(UserError, match="nothing to draw"):
-        small_generator.plan([PROMPT], small_world.sample_config("plain=false", "dci.agg_lambda=[]"))
+        small_generator.requests([PROMPT], small_world.sample_config("plain=false", "dci.agg_lambda=[]"))
     with pytest.raises(UserError, match="does not mention the concept"):
-        small_generator.plan(["a dog"], small_world.sample_config())
+        small_generator.requests(["a dog"], small_world.sample_config())
     with pytest.raises(UserError, match="is the class noun itself"):
-        small_generator.plan([PROMPT], small_world.sample_config("dci.replace_noun=cat"))
+        small_generator.requests([PROMPT], small_world.sample_config("dci.replace_noun=cat"))
 
 
 def test_other_sizes(small_world: SmallWorld, small_generator: Generator) -> None:
@@ -503,8 +509,8 @@ def test_a_image_can_be_drawn_again_from_its_settings(small_world: SmallWorld, s
         names = ("sampler", "steps", "eta", "scale", "height", "width", "precision", "dci")
         own = {name: settings[name] for name in names}
         again = merge(SampleConfig, [], extra=small_world.sample_config() | own)
-        row = Row(settings["prompt"], settings["seed"], settings["strength"])
-        assert row == sample.row
+        row = Request(settings["prompt"], settings["seed"], settings["strength"])
+        assert row == sample.request
         latents = draw(small_generator, again, row)
         assert torch.equal(latents, draw(small_generator, config, row))
         assert settings["concept"] == {"words": ["<new1>", "<new2>"], "class_noun": "cat", "step": 2}

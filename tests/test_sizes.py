@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from ldm.base import empty_model
 from ldm.checkpoint import load_file
+from ldm.config import typed
 from ldm.pipeline import Generator
-from ldm.training.run import Run, check_config
+from ldm.training.run import Run
 from ldm.util import UserError
 
 
@@ -24,14 +25,14 @@ def test_images_without_number_or_measure(small_world: SmallWorld, settings: dic
     generator = Generator(*small_world.build())
     config = small_world.sample_config(*(f"{name}={value}" for name, value in settings.items()))
     with pytest.raises(UserError, match=sentence):
-        generator.plan([f"a cat, {number}" for number in range(9)], config)
+        generator.requests([f"a cat, {number}" for number in range(9)], config)
 
 
 @pytest.mark.parametrize("change", ["method.batch_size=1000000000", "method.prefix_length=1000000000",
                                     "trainer.devices=1000000000", "method.accumulate=1000000000000"])
 def test_training_without_measure(small_world: SmallWorld, tmp_path: Path, change: str) -> None:
     with pytest.raises(UserError, match="give at most"):
-        check_config(small_world.train_config(tmp_path, change))
+        typed(small_world.train_config(tmp_path, change))
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [

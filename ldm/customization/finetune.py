@@ -17,22 +17,10 @@ from ldm.customization.delta import Concept
 from ldm.customization.feature_cache import CaptionFeatures, Posteriors, cast_frozen
 from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import stopped_first_token, trained_parameters
-from ldm.data.batches import TrainingPlan, TrainingRows
+from ldm.data.batches import TrainingBatch, TrainingPlan
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import UserError
-
-
-def make_scheme(model: LatentDiffusion, method: MethodConfig, class_noun: str, words: Sequence[str],
-                index: int = 0) -> PromptScheme:
-    """Builds a concept's prompt scheme: p and s follow from the method's words and lengths."""
-    embedder = model.cond_stage_model
-    if not words:
-        raise UserError("a concept has no words to learn; give at least one with --modifier_token.")
-    return PromptScheme(tuple(words), class_noun.strip(),
-                        ico.context_length(embedder, method.prefix, method.prefix_length, "prefix"),
-                        ico.context_length(embedder, method.suffix, method.suffix_length, "suffix"),
-                        method.template, index)
 
 
 def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
@@ -77,7 +65,7 @@ class ConceptFinetune(pl.LightningModule):
         self.captions: list[str] = []                   # P_i of each reference image (Eq 2)
         self._seen: frozenset[int] = frozenset()        # reference images since the last optimizer step
         self.posteriors: Posteriors | None = None       # of all images, where they are kept
-        self.text: Callable[[Sequence[str]], Tensor] = model.cond_stage_model.encode
+        self.text: Callable[[Sequence[str]], Tensor] = model.cond_stage_model.encode     # (B, T, D) of captions
         self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
 
     def _add_words(self, image_counts: Sequence[int], templates: Sequence[str | None],
@@ -90,7 +78,8 @@ class ConceptFinetune(pl.LightningModule):
         for scheme, count in zip(self.schemes, image_counts, strict=True):
             for image in range(count):
                 template = templates[len(self.captions)] if templates else None
-                self.captions.append((replace(scheme, template=template) if template else scheme).caption(image))
+                framed = replace(scheme, template=template) if template else scheme
+                self.captions.append(framed.caption(image))
                 names = scheme.context_words(image)
                 if names:
                     vectors = ico.initial_contexts(embedder, method.prefix, method.suffix, scheme, generator)
@@ -124,7 +113,7 @@ class ConceptFinetune(pl.LightningModule):
         self.model.first_stage_model.release(decoder)
         self.model.first_stage_model.cpu()
 
-    def training_step(self, batch: TrainingRows, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         latents, t, noise = self._noised_inputs(batch)                                   # (B, C, h, w), (B,), same
         cond = self.text(batch.captions)                                                # (B, T, D)
         unet = self.model.model.diffusion_model
@@ -137,17 +126,20 @@ class ConceptFinetune(pl.LightningModule):
         return loss
 
     @torch.no_grad()
-    def _noised_inputs(self, batch: TrainingRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws latents, time steps and noise, each row from its own seed, whatever the device and the batch."""
-        moments = self._moments(batch.images) if self.posteriors is None else \
-            self.posteriors.moments(batch.seen).to(self.device)                      # (B, 2C, h, w)
+    def _noised_inputs(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws latents, time steps and noise: one seed per row, independent of device and batch size."""
+        if self.posteriors is None:
+            moments = self._moments(batch.images)                                        # (B, 2C, h, w)
+        else:
+            moments = self.posteriors.moments(batch.seen).to(self.device)                # (B, 2C, h, w)
         latents, steps, noise = [], [], []
         for row, seed in zip(moments, batch.seeds, strict=True):
             rng = torch.Generator().manual_seed(seed)
             posterior = DiagonalGaussianDistribution(row[None])
-            draw = [torch.randn(posterior.mean.shape, generator=rng).to(row) for _ in range(2)]
-            latents.append(self.model.scale_factor * posterior.sample(draw[0]))
-            noise.append(draw[1])
+            shape = posterior.mean.shape
+            # The order of the three draws decides every run's result.
+            latents.append(self.model.scale_factor * posterior.sample(torch.randn(shape, generator=rng).to(row)))
+            noise.append(torch.randn(shape, generator=rng).to(row))
             steps.append(torch.randint(0, self.model.num_timesteps, (1,), generator=rng))
         return torch.cat(latents), torch.cat(steps).to(self.device), torch.cat(noise)
 
@@ -156,7 +148,8 @@ class ConceptFinetune(pl.LightningModule):
         """Encodes images (B, H, W, 3) to mean and log-variance (B, 2C, h, w)."""
         return self.model.encode_first_stage(images.to(self.device).permute(0, 3, 1, 2)).parameters
 
-    def transfer_batch_to_device(self, batch: TrainingRows, device: torch.device, dataloader_idx: int) -> TrainingRows:
+    def transfer_batch_to_device(self, batch: TrainingBatch, device: torch.device,
+                                 dataloader_idx: int) -> TrainingBatch:
         return batch       # frozen; the training step moves what it needs
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -168,11 +161,9 @@ class ConceptFinetune(pl.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
-        lr = self.effective_learning_rate
-        groups = [{"params": list(self.trained.values()), "lr": lr, "weight_decay": self.method.weight_decay},
-                  {"params": self.word_blocks, "lr": lr, "weight_decay": 0.0},
-                  {"params": self.context_blocks, "lr": lr * self.method.context_lr_factor, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        return ico.learning_rate_groups(list(self.trained.values()), self.word_blocks, self.context_blocks,
+                                        self.effective_learning_rate, self.method.context_lr_factor,
+                                        self.method.weight_decay)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameter_groups(), lr=self.effective_learning_rate)
@@ -214,9 +205,11 @@ class ConceptFinetune(pl.LightningModule):
 
     def concept(self) -> Concept:
         """Returns what has been learned so far, on the CPU."""
-        vectors = self.model.cond_stage_model.word_vectors()
-        own = {word for scheme in self.schemes for word in scheme.words}
+        own: set[str] = set()
+        for scheme in self.schemes:
+            own.update(scheme.words)
+        words, contexts = {}, {}
+        for name, vector in self.model.cond_stage_model.word_vectors().items():
+            (words if name in own else contexts)[name] = vector
         weights = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
-        return Concept({name: vector for name, vector in vectors.items() if name in own},
-                       {name: vector for name, vector in vectors.items() if name not in own},
-                       weights, self.schemes, self.base, self.global_step, self.info)
+        return Concept(words, contexts, weights, self.schemes, self.base, self.global_step, self.info)

@@ -1,13 +1,19 @@
-"""ICO's fine-tuning prompts (paper Eq 2): the words of a concept, their first vectors, the captions that use them."""
+"""ICO, image-specific contexts around a concept (paper section 3.2): fine-tuning prompts, initial values, rates.
+
+A fixed template gives way to learnable contexts, one set per reference image (Eq 2). The words "V" and the contexts
+are rows of the text encoder's vocabulary, so a caption alone says which of them a training step sees.
+"""
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.config import MethodConfig
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
 from ldm.records import is_line
@@ -68,6 +74,34 @@ class PromptScheme:
         return " ".join([*contexts[: self.prefix], middle, *contexts[self.prefix:]])
 
 
+def make_scheme(embedder: FrozenCLIPEmbedder, method: MethodConfig, class_noun: str, words: Sequence[str],
+                index: int = 0) -> PromptScheme:
+    """Builds a concept's prompt scheme: p and s follow from the method's words and lengths.
+
+    Raises:
+        UserError: there are no words, or the method contradicts itself about p or s.
+    """
+    if not words:
+        raise UserError("a concept has no words to learn; give at least one with --modifier_token.")
+    prefix = context_length(embedder, method.prefix, method.prefix_length, "prefix")
+    suffix = context_length(embedder, method.suffix, method.suffix_length, "suffix")
+    return PromptScheme(tuple(words), class_noun.strip(), prefix, suffix, method.template, index)
+
+
+def learning_rate_groups(weights: Sequence[nn.Parameter], words: Sequence[nn.Parameter],
+                         contexts: Sequence[nn.Parameter], rate: float, context_factor: float,
+                         weight_decay: float) -> list[dict[str, Any]]:
+    """Returns the optimizer's groups, the empty ones left out.
+
+    K/V weights and the words "V" learn at `rate`; the contexts `context_factor` times as fast, 10 in the paper, so
+    that they take up what is particular to an image before the words do. Weights alone decay, as in the release.
+    """
+    groups = [{"params": list(weights), "lr": rate, "weight_decay": weight_decay},
+              {"params": list(words), "lr": rate, "weight_decay": 0.0},
+              {"params": list(contexts), "lr": rate * context_factor, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def caption_template(caption: str, scheme: PromptScheme) -> str:
     """Turns a reference image's caption into a template: {} where it names the concept or, failing that, its class.
 
@@ -106,9 +140,9 @@ def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None,
 def initial_contexts(embedder: FrozenCLIPEmbedder, prefix_words: str, suffix_words: str, scheme: PromptScheme,
                      generator: torch.Generator) -> Tensor:
     """Returns the first vectors (p+s, D) of one image's contexts, from words or at random."""
-    parts = [_vectors(embedder, words, count, generator)
-             for words, count in ((prefix_words, scheme.prefix), (suffix_words, scheme.suffix))]
-    return torch.cat(parts)
+    prefix = _vectors(embedder, prefix_words, scheme.prefix, generator)
+    suffix = _vectors(embedder, suffix_words, scheme.suffix, generator)
+    return torch.cat([prefix, suffix])
 
 
 def _vectors(embedder: FrozenCLIPEmbedder, words: str, count: int, generator: torch.Generator) -> Tensor:
@@ -129,7 +163,8 @@ def initial_words(embedder: FrozenCLIPEmbedder, count: int, sources: Sequence[st
         UserError: a source is more than one token.
     """
     vectors = []
-    for source in [*sources, *[RANDOM] * count][:count]:
+    for index in range(count):
+        source = sources[index] if index < len(sources) else RANDOM
         if source == RANDOM:
             vectors.append(random_vectors(embedder, 1, generator))
             continue

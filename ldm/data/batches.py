@@ -40,7 +40,7 @@ class SeenImage(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingRows:
+class TrainingBatch:
     """One device's share of one batch.
 
     Attributes:
@@ -102,13 +102,13 @@ class TrainingPlan(IterableDataset):
             self._members.setdefault(group, []).append(item)
         self._masked = any(source is not None and source.masks is not None for source in (concept, regularization))
 
-    def __iter__(self) -> Iterator[TrainingRows]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         micro_step = self.first
         while True:
-            yield self.rows(micro_step)
+            yield self.batch(micro_step)
             micro_step += 1
 
-    def rows(self, micro_step: int) -> TrainingRows:
+    def batch(self, micro_step: int) -> TrainingBatch:
         """Returns this device's rows of a micro-step."""
         shown = self.shown(micro_step)
         seen = [image for image, _ in shown]
@@ -118,7 +118,7 @@ class TrainingPlan(IterableDataset):
         weights = torch.tensor([self.prior_weight if image.source else 1.0 for image in seen])
         masks = torch.stack([self.mask(image) for image in seen]) if self._masked else None
         full = 2 * self.batch_size if self._members else self.batch_size
-        return TrainingRows(images, captions, weights, full, seeds, frozenset(self.picks(micro_step)), masks, seen)
+        return TrainingBatch(images, captions, weights, full, seeds, frozenset(self.picks(micro_step)), masks, seen)
 
     def picks(self, micro_step: int) -> list[int]:
         """Returns the reference images of a micro-step, of all devices one after the other."""

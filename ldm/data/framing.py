@@ -16,7 +16,6 @@ from ldm.data.images import DecodedImage, load_decoded
 from ldm.data.listing import WORKERS
 from ldm.util import UserError
 
-CROPS = ("center", "pad")
 BLACK = 16      # 8-bit level up to which a pixel counts as black: JPEG leaves some noise in black
 
 
@@ -138,6 +137,16 @@ def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor
         framed = list(pool.map(partial(_open_framed, framing=framing), paths))
     images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*framed, strict=True))
     return images, None if bool((masks == 255).all()) else masks
+
+
+def join_masks(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Puts the loss masks of several sets (N, H, W) behind each other, all-counting where a set has none."""
+    if all(own is None for own in masks):
+        return None
+    joined = []
+    for pixels, own in zip(images, masks, strict=True):
+        joined.append(torch.full(pixels.shape[:3], 255, dtype=torch.uint8) if own is None else own)
+    return torch.cat(joined)
 
 
 def _open_framed(path: Path, framing: Framing) -> tuple[np.ndarray, np.ndarray]:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.modules.dbim_gains import MASK_SUM, SPATIAL_GAIN, TOKEN_GAIN
 from ldm.util import UserError
 
-TOKEN_GAIN = 10.0      # sharpens the softmax over tokens of Eq 3 (release behaviour; the paper's text has no number)
-SPATIAL_GAIN = 10.0    # sharpens the softmax over pixels of Eq 4
-MASK_SUM = 500.0       # what Eq 4's spatial masks sum to in every layer at 512x512
 REFERENCE_PIXELS = 64 * 64  # the finest layer at 512x512, where MASK_SUM was chosen
 
 

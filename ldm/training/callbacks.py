@@ -20,14 +20,10 @@ from ldm.sampling import comparison_sheet
 from ldm.sheets import save_png
 from ldm.signals import Interrupt, Signals
 from ldm.training.resume import state_tensors
+from ldm.training.run_folder import concept_file
 from ldm.util import UserError
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-
-
-def concept_file(folder: Path, step: int) -> Path:
-    """Returns where the concept file of a step is in a folder of checkpoints."""
-    return folder / f"step-{step:06d}.safetensors"
 
 
 class SaveConcept(Callback):
@@ -169,7 +165,7 @@ class Preview(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.start = trainer.global_step
         if self.settings.prompts:    # a mistake in them should come to light before the work
-            self.generator(module).plan(self.settings.prompts, self.sampling())
+            self.generator(module).requests(self.settings.prompts, self.sampling())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step, every = trainer.global_step, self.settings.every
@@ -187,22 +183,15 @@ class Preview(Callback):
     def generator(self, module: Any) -> Generator:
         """Returns a door to the model as far as it has learned."""
         generator = Generator(module.model, module.base, module.device)
-        generator.applied = _Learning(module.concept())
+        generator.adopt(module.concept())
         return generator
 
     def draw(self, module: Any, step: int) -> Path:
         """Writes images/preview-000123.png and returns its path; the model trains on unchanged."""
         training, home = module.model.training, module.model.first_stage_model.device
         generator = self.generator(module)
-        drawn = {sample.row: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}
+        drawn = {sample.request: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}
         page = comparison_sheet(generator, self.sampling(), self.settings.prompts, drawn, [], f"step {step}")
         module.model.train(training)
         module.model.first_stage_model.to(home)     # where it waits while the rest trains
         return save_png(page, self.folder / f"preview-{step:06d}.png")
-
-
-class _Learning:
-    """Stands for a concept that is being learned: its words and tensors are in the model already."""
-
-    def __init__(self, concept: Any):
-        self.concept = concept

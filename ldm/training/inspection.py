@@ -10,12 +10,13 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 
-from ldm.config import require
+from ldm.config import DataConfig, require
 from ldm.data.captions import Captioned, captioned
-from ldm.data.framing import CROPS, Framing, bars_advice, has_black_bars, trim_bars
+from ldm.data.framing import Framing, bars_advice, has_black_bars, trim_bars
 from ldm.data.images import Unusable, check_color, decode
 from ldm.files import claim_results, write_text
 from ldm.sheets import fit, font, save_png, sheet
+from ldm.training.references import framing_of
 from ldm.util import UserError
 
 COLUMNS, PER_PAGE = 6, 48
@@ -186,9 +187,7 @@ def inspect_run(config: DictConfig, folder: Path) -> None:
     Raises:
         UserError: no images are configured or usable, or the disk refuses.
     """
-    data = config.data
-    if data.crop not in CROPS:
-        raise UserError(f"data.crop '{data.crop}' is unknown; use one of {', '.join(CROPS)}.")
+    data: DataConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data))
     sets = []
     for index, concept in enumerate(config.concepts):
         require(concept, index, "images")
@@ -198,7 +197,8 @@ def inspect_run(config: DictConfig, folder: Path) -> None:
                          not concept.regularization_caption))
     if not sets:
         raise UserError("no concept is configured; give DATAPATH for train.sh, or --datapath.")
-    framing = Framing(side_of(config), data.crop, check_color(data.background), data.alpha_mask, data.trim_bars)
+    check_color(data.background)
+    framing = framing_of(data, side_of(config))
     report = inspect_sets(sets, framing, folder, config.method.flip)
     for line in report.lines:
         print(line)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from ldm.config import MethodConfig, TrainConfig, TrainerConfig
 from ldm.customization.feature_cache import cast_frozen, castable
 from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.selection import trained_parameters
@@ -57,7 +58,9 @@ class Tally:
     def total(self, checkpointing: bool) -> int:
         """Returns the bytes kept; when blocks are recomputed, their inputs and the largest block at work."""
         blocks = self.inside.values()
-        return self.outside + (sum(self.inputs.values()) + max(blocks) if checkpointing else sum(blocks))
+        if checkpointing:
+            return self.outside + sum(self.inputs.values()) + max(blocks)
+        return self.outside + sum(blocks)
 
 
 def _storage(value: Tensor) -> int:
@@ -114,29 +117,35 @@ class MemoryEstimate:
                 f"{self.trained / GB:.1f}, activations {self.activations / GB:.1f}, CUDA {RUNTIME / GB:.1f}")
 
 
-def estimate_memory(config: DictConfig, module: ConceptFinetune, size: int) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> MemoryEstimate:
     """Estimates a run's memory for images of `size` px; the VAE is not part of it where `trainer.cache` drops it."""
     model, method = module.model, config.method
     unet = model.model.diffusion_model
     side = size // model.first_stage_model.encoder.reduction
-    parts = [unet, model.cond_stage_model, *([] if config.trainer.cache else [model.first_stage_model])]
+    parts = [unet, model.cond_stage_model]
+    if not config.trainer.cache:
+        parts.append(model.first_stage_model)
     trained = [*module.trained.values(), *module.word_blocks, *module.context_blocks]
     dtype, checkpointing = MIXED.get(config.trainer.precision), config.trainer.checkpointing
-    activations = activation_bytes(
-        config.model.params.unet_config, method.train, (2 * method.batch_size, model.channels, side, side),
-        model.cond_stage_model.max_length, dtype, unet.use_checkpoint if checkpointing is None else checkpointing)
-    return MemoryEstimate(sum(weights_bytes(part, dtype) for part in parts),
-                    3 * sum(parameter.nbytes for parameter in trained), activations)
+    if checkpointing is None:
+        checkpointing = unet.use_checkpoint
+    latents = (2 * method.batch_size, model.channels, side, side)      # references and as many class images
+    activations = activation_bytes(config.model.params.unet_config, method.train, latents,
+                                   model.cond_stage_model.max_length, dtype, checkpointing)
+    weights = sum(weights_bytes(part, dtype) for part in parts)
+    return MemoryEstimate(weights, 3 * sum(parameter.nbytes for parameter in trained), activations)
 
 
 def weights_bytes(network: nn.Module, dtype: torch.dtype | None) -> int:
     """Counts a network's weights as training keeps them: frozen ones in what autocast computes in, if it does."""
-    saved = 0 if dtype is None else sum(parameter.nbytes - parameter.numel() * dtype.itemsize
-                                        for parameter in castable(network))
-    return sum(parameter.nbytes for parameter in network.parameters()) - saved
+    total = sum(parameter.nbytes for parameter in network.parameters())
+    if dtype is not None:
+        for parameter in castable(network):
+            total -= parameter.nbytes - parameter.numel() * dtype.itemsize
+    return total
 
 
-def check_memory(config: DictConfig, module: ConceptFinetune, size: int) -> None:
+def check_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> None:
     """Prints the estimate where `trainer.memory_gb` says how much there is.
 
     Raises:
@@ -148,17 +157,20 @@ def check_memory(config: DictConfig, module: ConceptFinetune, size: int) -> None
     need = estimate_memory(config, module, size)
     print(f"memory: {need}; {room:g} GB are there")
     if need.total > room * GB:
-        raise UserError(f"the run needs {need}, but trainer.memory_gb is {room:g}; {advice(config)}.")
+        raise UserError(f"the run needs {need}, but trainer.memory_gb is {room:g}; "
+                        f"{advice(config.method, config.trainer)}.")
 
 
-def advice(config: DictConfig) -> str:
+def advice(method: MethodConfig, trainer: TrainerConfig) -> str:
     """Names the overrides that save memory, those that change least first."""
-    trainer, method = config.trainer, config.method
-    rows = method.batch_size * method.accumulate
-    overrides = [text for text, open_to in (
-        ("trainer.precision=bf16-mixed", trainer.precision not in MIXED),
-        ("trainer.cache=true", not trainer.cache),
-        (f"method.batch_size=1 method.accumulate={rows}", method.batch_size > 1),
-        ("trainer.checkpointing=true", trainer.checkpointing is not True)) if open_to]
+    overrides = []
+    if trainer.precision not in MIXED:
+        overrides.append("trainer.precision=bf16-mixed")
+    if not trainer.cache:
+        overrides.append("trainer.cache=true")
+    if method.batch_size > 1:      # the same images a step, one by one
+        overrides.append(f"method.batch_size=1 method.accumulate={method.batch_size * method.accumulate}")
+    if trainer.checkpointing is not True:
+        overrides.append("trainer.checkpointing=true")
     overrides.append("a smaller trainer.image_size")
     return f"try {', then '.join(overrides)}"

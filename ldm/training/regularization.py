@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
 from ldm.config import ConceptConfig, DCIConfig, RegularizationConfig, SampleConfig
 from ldm.data.batches import CaptionedImages
 from ldm.data.folder_lock import turn_in
-from ldm.data.framing import Framing, load_framed
+from ldm.data.framing import Framing, join_masks, load_framed
 from ldm.data.images import why_unusable
 from ldm.data.regularization import (
     IMAGES,
@@ -31,7 +30,6 @@ from ldm.progress import progress
 from ldm.text import NEW_WORD
 from ldm.util import UserError, folder_name
 
-MODES = ("folder", "generate", "none")
 NOUN = "{}"       # stands for the class noun in data.reg.prompt
 
 
@@ -40,28 +38,28 @@ def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
     return settings.mode or ("none" if concept.regularization is None else "folder")
 
 
-def make_prior(config: DictConfig, model: LatentDiffusion, identity: dict[str, str], side: int,
-               device: torch.device) -> None:
+def make_class_images(settings: RegularizationConfig, concepts: Sequence[ConceptConfig], model: LatentDiffusion,
+                      identity: dict[str, str], side: int, device: torch.device) -> None:
     """Draws (on `device`, with `side` px) every concept's class images where that is configured.
 
     Raises:
         UserError: what the base model draws cannot be written.
     """
-    settings = config.data.reg
-    for concept in config.concepts:
+    for concept in concepts:
         if chosen_mode(settings, concept) == "generate":
-            generate_prior(Generator(model, identity, device), concept.class_noun, settings, side)
+            generate_class_images(Generator(model, identity, device), concept.class_noun, settings, side)
 
 
-def load_prior(config: DictConfig, identity: dict[str, str], framing: Framing) -> CaptionedImages | None:
+def load_class_images(settings: RegularizationConfig, concepts: Sequence[ConceptConfig], identity: dict[str, str],
+                      framing: Framing) -> CaptionedImages | None:
     """Reads every concept's class images, saying for each how many there are and from where; None without any.
 
     Raises:
         UserError: a folder is wrong.
     """
     images, captions, masks, groups = [], [], [], []
-    for index, concept in enumerate(config.concepts):
-        found = prior_set(config, concept, identity, framing.size)
+    for index, concept in enumerate(concepts):
+        found = class_images_of(concept, settings, identity, framing.size)
         if found is None:
             print(f"{concept.name}: no regularization images, so the class may be forgotten (see real_reg/README.md)")
             continue
@@ -83,20 +81,10 @@ def without_tags(caption: str, class_noun: str) -> str:
     return " ".join(NEW_WORD.sub(" ", caption).split()) or class_caption(class_noun)
 
 
-def join_masks(images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Puts the loss masks of several sets (N, H, W) behind each other, all-counting where a set has none."""
-    if all(own is None for own in masks):
-        return None
-    joined = []
-    for pixels, own in zip(images, masks, strict=True):
-        joined.append(torch.full(pixels.shape[:3], 255, dtype=torch.uint8) if own is None else own)
-    return torch.cat(joined)
-
-
-def prior_set(config: DictConfig, concept: ConceptConfig, identity: dict[str, str],
-              side: int) -> RegularizationSet | None:
+def class_images_of(concept: ConceptConfig, settings: RegularizationConfig, identity: dict[str, str],
+                    side: int) -> RegularizationSet | None:
     """Returns one concept's class images, which are there; None without any."""
-    settings, mode = config.data.reg, chosen_mode(config.data.reg, concept)
+    mode = chosen_mode(settings, concept)
     if mode == "none":
         return None
     if mode == "folder":
@@ -118,7 +106,7 @@ def _first(found: RegularizationSet, count: int) -> RegularizationSet:
 
 
 def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:
-    """Returns what the base model is told to draw."""
+    """Returns the prompt for the base model."""
     if settings.prompt is None:
         return class_caption(class_noun).removeprefix("a ")       # "photo of a cat", Custom Diffusion's
     return settings.prompt.replace(NOUN, class_noun)
@@ -132,7 +120,7 @@ def generated_folder(identity: dict[str, str], class_noun: str, settings: Regula
     return Path(settings.root) / "generated" / f"samples_{folder_name(class_noun)}-{key}"
 
 
-def generate_prior(generator: Generator, class_noun: str, settings: RegularizationConfig, side: int) -> Path:
+def generate_class_images(generator: Generator, class_noun: str, settings: RegularizationConfig, side: int) -> Path:
     """Draws `settings.num` class images in the real_reg format with a base model, or those that are still missing.
 
     Image i has the seed `settings.seed` + i, so a run that was stopped or asked for fewer is topped up, and what is
@@ -170,14 +158,13 @@ def _drawn(images: Path, wanted: int) -> list[int]:
 def _draw_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, images: Path,
           numbers: Sequence[int]) -> None:
     """Draws the images of some numbers, in ascending order, a run of consecutive ones at a time."""
-    plans = [SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
-                          scale=settings.scale, height=side, width=side, n_samples=len(run),
-                          batch_size=settings.batch_size, seed=settings.seed + run[0]) for run in _runs(numbers)]
-    generator.plan([prompt], plans[0])       # a setting out of range is refused before any work
     with progress(total=settings.num, initial=settings.num - len(numbers), desc=f"drawing '{prompt}'",
                   unit="image") as bar:
-        for how in plans:
-            for number, sample in enumerate(generator.generate([prompt], how, bar.update), how.seed - settings.seed):
+        for run in _runs(numbers):
+            sampling = SampleConfig(model=None, dci=DCIConfig(use=False), steps=settings.steps, eta=settings.eta,
+                                    scale=settings.scale, height=side, width=side, n_samples=len(run),
+                                    batch_size=settings.batch_size, seed=settings.seed + run[0])
+            for number, sample in zip(run, generator.generate([prompt], sampling, bar.update), strict=True):
                 save_jpeg(sample.image, images / f"{number:05d}.jpg")
 
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from benchmarks.contestants import as_the_release, build_random, theirs
 from benchmarks.measure import Contestant, Finding, interleave
 from ldm.checkpoint import save_safetensors
-from ldm.config import MethodConfig
+from ldm.config import TrainConfig
+from ldm.config_files import merge
 from ldm.customization.feature_cache import CaptionFeatures, Posteriors
-from ldm.customization.finetune import ConceptFinetune, make_scheme
+from ldm.customization.finetune import ConceptFinetune
+from ldm.customization.ico import make_scheme
 from ldm.data.batches import CaptionedImages, TrainingPlan
 from ldm.device import FORMATS, compile_network, set_format
 from ldm.files import write_atomically
@@ -32,6 +34,7 @@ from ldm.util import instantiate_from_config
 
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}
 STEP = 700                     # a time step; which one makes no difference to the time
+METHOD = "configs/method/ico.yaml"
 
 
 @dataclass
@@ -236,7 +239,7 @@ def training_rows(bench: Bench) -> Iterator[Finding]:
         module.lighten(mixed if light else None, checkpointing)
 
     for size in bench.images:
-        batch = plan(size).rows(0)
+        batch = plan(size).batch(0)
 
         def step(batch=batch) -> None:
             optimizer.zero_grad()
@@ -262,8 +265,8 @@ def _finetune(bench: Bench, mixed: torch.dtype | None) -> tuple[ConceptFinetune,
     model = bench.model
     model.model.diffusion_model.float()              # trained tensors are float32; `lighten` casts the others
     model.first_stage_model.to(bench.dtype)
-    method = MethodConfig(train="crossattn-kv", initial_words=["random", "random"])
-    scheme = make_scheme(model, method, "cat", method.words)
+    method = merge(TrainConfig, [METHOD], ["method.initial_words=[random,random]"]).method
+    scheme = make_scheme(model.cond_stage_model, method, "cat", method.words)
     module = ConceptFinetune(model, method, [scheme], [2], {"name": "random", "hash": ""}, 1e-5, seed=1)
     module.lighten(mixed, False)
     side = model.image_size * model.first_stage_model.encoder.reduction

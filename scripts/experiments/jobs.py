@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.config import SampleConfig, TrainConfig, merge
+from ldm.config import SampleConfig, TrainConfig
+from ldm.config_files import merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
 from ldm.data.concept_lists import read_concepts
 from ldm.evaluation.image_sets import read_prompts

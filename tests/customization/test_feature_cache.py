@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_finetune import gradients, make_module, make_plan
 from torch import Tensor, nn
 
-from ldm.config import TrainConfig, merge
+from ldm.config import TrainConfig
+from ldm.config_files import merge
 from ldm.customization.finetune import ConceptFinetune
 from ldm.data.batches import SeenImage
 from ldm.modules.attention import BasicTransformerBlock
@@ -40,7 +41,7 @@ def test_kept_constants_give_the_same_loss_and_gradients(small_world: SmallWorld
     encoded: list[int] = []
     kept.model.cond_stage_model.transformer.register_forward_hook(lambda m, args, out: encoded.append(len(args[0])))
     for micro_step in range(3):
-        batch = plan.rows(micro_step)
+        batch = plan.batch(micro_step)
         assert_same_gradients(gradients(kept, batch), gradients(module, batch))
     assert encoded[:2] == [2, 1] and encoded.count(1) == 1 and encoded[2:] == [2, 2]   # "a photo of a cat" once
 
@@ -51,7 +52,7 @@ def test_each_image_and_its_mirror_image_are_encoded_once(small_world: SmallWorl
     encoded: list[Tensor] = []
     vae.encoder.register_forward_pre_hook(lambda m, args: encoded.append(args[0]))
     images = plan.seen_images()
-    assert {image for step in range(8) for image in plan.rows(step).seen} <= set(images)
+    assert {image for step in range(8) for image in plan.batch(step).seen} <= set(images)
     expected = {image: module._moments(plan.load(image)[None])[0] for image in images}
     encoded.clear()
     module.keep_constants(plan, decoder=True)
@@ -69,7 +70,7 @@ def test_a_run_draws_fresh_samples_of_the_kept_posteriors(small_world: SmallWorl
     plan = make_plan(small_world, module)
     module.keep_constants(plan, decoder=False)
     drawn: dict[SeenImage, list[Tensor]] = {}
-    for batch in map(plan.rows, range(12)):
+    for batch in map(plan.batch, range(12)):
         drawn.setdefault(batch.seen[0], []).append(module._noised_inputs(batch)[0][0])
     repeated = [latents for latents in drawn.values() if len(latents) > 1]
     assert repeated and all(not torch.equal(latents[0], latents[1]) for latents in repeated)
@@ -102,7 +103,7 @@ def test_frozen_weights_in_the_compute_format_change_no_bit(small_world: SmallWo
     """Autocast casts them to the same values, in every step."""
     plain, light = make_module(small_world), make_module(small_world)
     light.lighten(torch.bfloat16, None)
-    batch = make_plan(small_world, plain, batch_size=2).rows(0)
+    batch = make_plan(small_world, plain, batch_size=2).batch(0)
     expected, found = autocast_gradients(plain, batch), autocast_gradients(light, batch)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     unet = light.model.model.diffusion_model
@@ -119,7 +120,7 @@ def test_checkpointing_is_an_option_and_changes_no_gradient(small_world: SmallWo
     for module, on in ((plain, False), (saving, True)):
         blocks = [part for part in module.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
         assert {getattr(part, "use_checkpoint", None) or getattr(part, "checkpoint", False) for part in blocks} == {on}
-    batch = make_plan(small_world, plain).rows(0)
+    batch = make_plan(small_world, plain).batch(0)
     expected, found = gradients(plain, batch), gradients(saving, batch)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
@@ -162,7 +163,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_try(small_world: SmallW
     with monkeypatch.context() as patch, pytest.raises(
             UserError, match="needs about 0.8 GB.*memory_gb is 0.5; try trainer.precision=bf16-mixed, then "
                              "method.batch_size=1 method.accumulate=2, then trainer.checkpointing"):
-        patch.setattr("ldm.training.run.choose_device", lambda name: torch.device("cuda"))
+        patch.setattr("ldm.training.setup.choose_device", lambda name: torch.device("cuda"))
         fine_tune(config)
     assert not list(tmp_path.iterdir())
     check_memory(small_world.train_config(tmp_path, "trainer.memory_gb=2"), make_module(small_world), 32)
@@ -182,7 +183,7 @@ def test_a_gpus_memory_is_no_matter_without_one(small_world: SmallWorld, tmp_pat
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(12, "Cannot allocate memory")])
 @pytest.mark.parametrize("place", ["ldm.customization.finetune.ConceptFinetune.training_step",
-                                   "ldm.training.run.build_model"])
+                                   "ldm.training.setup.build_model"])
 def test_running_out_of_memory_ends_in_a_sentence(small_world: SmallWorld, tmp_path: Path, monkeypatch, place: str,
                                                   error: Exception) -> None:
     def fails(*_: object) -> None:
@@ -209,7 +210,7 @@ def test_presets_take_the_releases_steps_in_their_memory(path: Path) -> None:
     trainer, method = config.trainer, config.method
     assert method.batch_size * method.accumulate == 3 and path.stem == f"{trainer.memory_gb:g}gb"
     assert trainer.precision in MIXED and trainer.cache
-    assert advice(config).startswith("try ")
+    assert advice(config.method, config.trainer).startswith("try ")
 
 
 def test_presets_are_the_known_ones() -> None:

@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.checkpoint import read_metadata
-from ldm.config import TrainConfig, merge
-from ldm.customization.finetune import ConceptFinetune, make_scheme
-from ldm.data.batches import CaptionedImages, TrainingPlan, TrainingRows
+from ldm.config import TrainConfig
+from ldm.config_files import merge
+from ldm.customization.finetune import ConceptFinetune
+from ldm.customization.ico import make_scheme
+from ldm.data.batches import CaptionedImages, TrainingBatch, TrainingPlan
 from ldm.data.framing import Framing, load_framed
 from ldm.data.listing import list_images
 from ldm.modules.attention import SpatialTransformer
-from ldm.training.run import Run, effective_learning_rate, fine_tune
+from ldm.training.run import Run, fine_tune
+from ldm.training.setup import effective_learning_rate
 from ldm.util import UserError
 
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -34,7 +37,7 @@ def make_module(world: SmallWorld, *overrides: str, files: Sequence[Path] = ()) 
     """Prepares the small model for two reference photos."""
     config = merge(TrainConfig, [*world.training_files, *files], overrides)
     model, identity = world.build()
-    scheme = make_scheme(model, config.method, "cat", config.method.words)
+    scheme = make_scheme(model.cond_stage_model, config.method, "cat", config.method.words)
     return ConceptFinetune(model, config.method, [scheme], [2], identity, config.method.learning_rate, seed=23)
 
 
@@ -48,7 +51,7 @@ def make_plan(world: SmallWorld, module: ConceptFinetune, prior_weight: float | 
                         prior_weight=prior_weight or 0.0, flip=True, seed=3)
 
 
-def gradients(module: ConceptFinetune, batch: TrainingRows) -> dict[str, Tensor]:
+def gradients(module: ConceptFinetune, batch: TrainingBatch) -> dict[str, Tensor]:
     """Returns the gradients of all trained tensors."""
     module.zero_grad()
     module.training_step(batch, 0).backward()
@@ -57,7 +60,7 @@ def gradients(module: ConceptFinetune, batch: TrainingRows) -> dict[str, Tensor]
     return {name: parameter.grad.clone() for name, parameter in named.items()}
 
 
-def take_step(module: ConceptFinetune, optimizer: torch.optim.Optimizer, batch: TrainingRows) -> None:
+def take_step(module: ConceptFinetune, optimizer: torch.optim.Optimizer, batch: TrainingBatch) -> None:
     """Does what Lightning does in one optimizer step."""
     optimizer.zero_grad()
     module.training_step(batch, 0).backward()
@@ -86,7 +89,7 @@ def test_only_words_contexts_and_keys_and_values_change(small_world: SmallWorld)
     optimizer, plan = module.configure_optimizers(), make_plan(small_world, module)
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     for micro_step in range(3):
-        take_step(module, optimizer, plan.rows(micro_step))
+        take_step(module, optimizer, plan.batch(micro_step))
     after = module.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     rows = {name for name in before if ".token_embedding.extra." in name}
@@ -123,7 +126,7 @@ def test_contexts_of_absent_images_stay(small_world: SmallWorld) -> None:
     """Adam's momentum would move them with a zero gradient (the release's bug)."""
     module = make_module(small_world)
     optimizer, plan = module.configure_optimizers(), make_plan(small_world, module)
-    batches = {next(iter(batch.concept_images)): batch for batch in (plan.rows(0), plan.rows(1))}
+    batches = {next(iter(batch.concept_images)): batch for batch in (plan.batch(0), plan.batch(1))}
     for present in (0, 1, 1):
         before = [block.detach().clone() for block in module.context_blocks]
         take_step(module, optimizer, batches[present])
@@ -136,7 +139,7 @@ def test_contexts_of_absent_images_stay(small_world: SmallWorld) -> None:
 def test_loss_is_equation_1(small_world: SmallWorld) -> None:
     """|| eps - eps_theta(z_t, t, tau(P)) ||^2; a row's seed gives the posterior's draw, the noise, and t."""
     module = make_module(small_world)
-    batch = make_plan(small_world, module, prior_weight=0.25, batch_size=2).rows(4)
+    batch = make_plan(small_world, module, prior_weight=0.25, batch_size=2).batch(4)
     model, errors = module.model, []
     alpha_bar = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64)**2)
     with torch.no_grad():
@@ -157,7 +160,7 @@ def test_loss_is_equation_1(small_world: SmallWorld) -> None:
 def test_masked_pixels_do_not_count_in_the_loss(small_world: SmallWorld, monkeypatch) -> None:
     """The half of an error that the mask hides has no effect; the other half counts alone, not diluted."""
     module = make_module(small_world)
-    batch = make_plan(small_world, module, prior_weight=None).rows(0)
+    batch = make_plan(small_world, module, prior_weight=None).batch(0)
     error = torch.arange(4.0 * 8 * 8).reshape(1, 4, 8, 8)
     monkeypatch.setattr(module.model, "p_losses", lambda *arguments: error)
     mask = torch.ones(1, 32, 32)
@@ -177,18 +180,18 @@ def test_a_reference_weighs_the_same_whatever_stands_beside_it(small_world: Smal
              for size in (1, 2)}
     errors = {"a photo of a cat": 8.0, **{caption: 1.0 + image for image, caption in enumerate(module.captions)}}
 
-    def step(rows: TrainingRows) -> float:
+    def step(rows: TrainingBatch) -> float:
         values = torch.tensor([errors[caption] for caption in rows.captions])
         monkeypatch.setattr(module.model, "p_losses", lambda *given: values[:, None, None, None])
         return module.training_step(rows, 0).item()
 
-    assert step(parts[2].rows(0)) == pytest.approx((1 + 2 + 8) / 4)
-    assert sum(step(parts[1].rows(part)) for part in (0, 1)) / 2 == pytest.approx((1 + 2 + 8) / 4)
+    assert step(parts[2].batch(0)) == pytest.approx((1 + 2 + 8) / 4)
+    assert sum(step(parts[1].batch(part)) for part in (0, 1)) / 2 == pytest.approx((1 + 2 + 8) / 4)
 
 
 def test_prior_weight_is_the_share_of_regularization_in_the_gradient(small_world: SmallWorld) -> None:
     module = make_module(small_world)
-    alone, none, full, double = (gradients(module, make_plan(small_world, module, weight).rows(0))
+    alone, none, full, double = (gradients(module, make_plan(small_world, module, weight).batch(0))
                                  for weight in (None, 0.0, 1.0, 2.0))
     for name in alone:                    # with regularization images, the mean is over twice as many rows
         torch.testing.assert_close(none[name], alone[name] / 2, rtol=1e-4, atol=1e-7)
@@ -199,7 +202,7 @@ def test_prior_weight_is_the_share_of_regularization_in_the_gradient(small_world
 def test_no_gradient_flows_through_the_start_token(small_world: SmallWorld) -> None:
     """It is the same in every prompt, so the option must change keys and values and leave the loss alone."""
     detached, attached = make_module(small_world), make_module(small_world, "method.detach_first_token=false")
-    batch = make_plan(small_world, detached).rows(0)
+    batch = make_plan(small_world, detached).batch(0)
     assert detached.training_step(batch, 0).item() == attached.training_step(batch, 0).item()
     assert tensors_differ(gradients(detached, batch), gradients(attached, batch))
 

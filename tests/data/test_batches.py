@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.data.batches import CaptionedImages, TrainingPlan, TrainingRows, shuffled
+from ldm.data.batches import CaptionedImages, TrainingBatch, TrainingPlan, shuffled
 
 Row = tuple[bytes, str, float, int]
 
@@ -29,7 +29,7 @@ def plan(batch_size: int, *, regularization: CaptionedImages | None = REGULARIZA
     return TrainingPlan(CONCEPT, regularization, batch_size=batch_size, prior_weight=0.25, **options)
 
 
-def halves(parts: Sequence[TrainingRows]) -> tuple[list[Row], list[Row]]:
+def halves(parts: Sequence[TrainingBatch]) -> tuple[list[Row], list[Row]]:
     """Returns the parts' reference rows, then their regularization rows, to the bit."""
     concept, regularization = [], []
     for part in parts:
@@ -43,10 +43,10 @@ def halves(parts: Sequence[TrainingRows]) -> tuple[list[Row], list[Row]]:
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_a_step_is_the_same_however_it_is_divided(step):
     """One device of 4; two devices of 2; one device of 2 that takes two micro-steps; four of 1."""
-    whole = plan(4).rows(step)
-    devices = [plan(2, rank=rank, world_size=2).rows(step) for rank in range(2)]
-    micro_steps = [plan(2).rows(2 * step + part) for part in range(2)]
-    both = [plan(1, rank=rank, world_size=2).rows(2 * step + part) for part in range(2) for rank in range(2)]
+    whole = plan(4).batch(step)
+    devices = [plan(2, rank=rank, world_size=2).batch(step) for rank in range(2)]
+    micro_steps = [plan(2).batch(2 * step + part) for part in range(2)]
+    both = [plan(1, rank=rank, world_size=2).batch(2 * step + part) for part in range(2) for rank in range(2)]
     assert len(whole.captions) == 8
     for parts in (devices, micro_steps, both):
         assert halves(parts) == halves([whole])
@@ -55,7 +55,7 @@ def test_a_step_is_the_same_however_it_is_divided(step):
 
 def test_every_device_knows_the_images_of_all():
     """A context is at rest only if its image was on no device."""
-    parts = [plan(2, rank=rank, world_size=2).rows(5) for rank in range(2)]
+    parts = [plan(2, rank=rank, world_size=2).batch(5) for rank in range(2)]
     seen = {int(caption.split()[-1]) for caption in (row[1] for row in halves(parts)[0])}
     assert parts[0].concept_images == parts[1].concept_images == seen
 
@@ -78,10 +78,10 @@ def test_every_image_is_seen_equally_often():
 
 
 def test_weights_say_which_half_a_row_belongs_to():
-    rows = plan(3).rows(0)
+    rows = plan(3).batch(0)
     assert rows.weights.tolist() == [1.0] * 3 + [0.25] * 3
     assert [caption.startswith("<new1>") for caption in rows.captions] == [True] * 3 + [False] * 3
-    alone = plan(3, regularization=None).rows(0)
+    alone = plan(3, regularization=None).batch(0)
     assert alone.weights.tolist() == [1.0] * 3 and alone.images.shape == (3, 2, 3, 3)
 
 
@@ -113,7 +113,7 @@ def test_flips_can_be_off():
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
 def test_a_plan_knows_the_images_it_will_show(rank: int, world_size: int) -> None:
     share = plan(1, first=3, rank=rank, world_size=world_size)
-    shown = {image for micro_step in (3, 4) for image in share.rows(micro_step).seen}
+    shown = {image for micro_step in (3, 4) for image in share.batch(micro_step).seen}
     found = share.seen_images(5)
     assert set(found) == shown and 2 <= len(found) == len(shown) <= 4
     assert share.seen_images(3) == [] and len(plan(3).seen_images(1)) == 6

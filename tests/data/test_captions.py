@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Call, SmallWorld
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 
-from ldm.config import TrainConfig, merge
+from ldm.config import TrainConfig, check_complete
+from ldm.config_files import merge
 from ldm.customization.delta import load_concept
 from ldm.customization.ico import PromptScheme, caption_template
 from ldm.data.captions import captioned
@@ -18,7 +19,9 @@ from ldm.data.concept_lists import choose_concepts, read_concepts
 from ldm.data.regularization import read_regularization
 from ldm.evaluation.image_sets import read_images
 from ldm.training.inspection import inspect_run
-from ldm.training.run import check_config, concept_words, fine_tune, read_references
+from ldm.training.references import read_references
+from ldm.training.run import fine_tune
+from ldm.training.setup import concept_words
 from ldm.util import UserError
 
 
@@ -324,18 +327,22 @@ def test_given_captions_serve_as_the_manual_baseline(small_world: SmallWorld, tm
     assert "first training prompt: my <new1> <new2> cat in the snow" in capsys.readouterr().out
 
 
+def sets_of(config: DictConfig) -> tuple[ListConfig, bool]:
+    return config.concepts, config.data.captions
+
+
 def test_captions_that_are_asked_for_are_counted_and_their_absence_is_refused(
         small_world: SmallWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = put(tmp_path / "photos", "0.png", "1.png")
     options = (f"concepts.0.images={photos}", "data.captions=true")
     with pytest.raises(UserError, match="data.captions is true, but no reference image has a caption"):
-        read_references(small_world.train_config(tmp_path / "logs", *options))
+        read_references(*sets_of(small_world.train_config(tmp_path / "logs", *options)))
     (photos / "metadata.csv").write_text('file_name,text\n0.png,"a cat, asleep"\n')
-    found = read_references(small_world.train_config(tmp_path / "logs", *options))
+    found = read_references(*sets_of(small_world.train_config(tmp_path / "logs", *options)))
     assert found[0].captions == ["a cat, asleep", None]
     assert capsys.readouterr().out.splitlines() == ["thing: 0 of 2 images have a caption",
                                                     "thing: 1 of 2 images have a caption"]
-    read_references(small_world.train_config(tmp_path / "logs", options[0]))
+    read_references(*sets_of(small_world.train_config(tmp_path / "logs", options[0])))
     assert capsys.readouterr().out == ""
 
 
@@ -348,7 +355,7 @@ def test_what_is_not_set_is_named_with_every_way_to_set_it(small_world: SmallWor
         partly = OmegaConf.create(OmegaConf.to_container(config))
         partly.concepts[index][key] = "???"
         with pytest.raises(UserError, match=rf"^concepts\.{index}\.{key} is not set; .*{told}\.$"):
-            check_config(partly)
+            check_complete(partly)
         if key == "images":
             with pytest.raises(UserError, match=rf"^concepts\.{index}\.{key} is not set; .*{told}\.$"):
                 inspect_run(partly, tmp_path / "out")

@@ -98,8 +98,8 @@ def test_each_reference_comes_with_a_image_of_its_own_class() -> None:
     whole = TrainingPlan(references, classes, batch_size=4)
     parts = [TrainingPlan(references, classes, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     for step in range(6):
-        divided = [part.rows(step).captions for part in parts]
-        assert sorted(whole.rows(step).captions) == sorted(divided[0] + divided[1])
+        divided = [part.batch(step).captions for part in parts]
+        assert sorted(whole.batch(step).captions) == sorted(divided[0] + divided[1])
 
 
 def test_padded_and_transparent_images_train(small_world: SmallWorld, call_script: Call, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from experiments.sweep import Pace, Stored, Sweep, points
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.config import merge
+from ldm.config_files import merge
 from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.scoring import Scorer, load_scorer

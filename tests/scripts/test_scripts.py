@@ -16,7 +16,8 @@ from conftest import ROOT, SCRIPTS, Call, Outcome, SmallWorld, contents
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.config import SampleConfig, TrainConfig, merge
+from ldm.config import SampleConfig, TrainConfig
+from ldm.config_files import merge
 from ldm.sheets import read_settings
 from ldm.training.run import Run
 
@@ -113,7 +114,7 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
     ("sample", "--ddim_steps DDIM_STEPS sampling steps; more take longer (steps; default: 50; SD v1: 200)"),
     ("sample", "--H H of images in px; null is the model's own (height) --W"),
     ("sample", "(dci.agg_lambda; default: [-1.0, 0.0, 1.5]; SD v1: [0.0])"),
-    ("sample", "left out: configs/model/tiny.yaml configs/sample/tiny.yaml; SD v1: configs/model/sd-v1.yaml"),
+    ("sample", "left out: configs/sample-tiny.yaml; SD v1: configs/sample-sd-v1.yaml"),
     ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
     ("train", "where run folders go (trainer.logdir; default: logs) -s"),
@@ -181,7 +182,7 @@ def test_what_the_commands_print_can_be_run(commands: Path) -> None:
     for concept, other in (("logs/x/checkpoints/a.ckpt", "striped_cat"), ("striped_cat.ckpt", "checkered_car")):
         lines, _ = shell(commands, f"CONCEPT={concept} bash inference.sh")
         arguments = shell(commands, lines[-1].removeprefix("or:"))[1]
-        assert arguments[:3] == ["scripts/train.py", "-b", "configs/model/tiny.yaml"]
+        assert arguments[:3] == ["scripts/train.py", "-b", "configs/tiny.yaml"]
         assert arguments[-1] == f"configs/concept/{other}.yaml"
     lines, arguments = shell(commands, "bash train.sh")
     assert lines == ["+ python scripts/train.py"] and arguments == ["scripts/train.py"]
@@ -195,8 +196,7 @@ def test_the_commands_work_from_any_folder(commands: Path, tmp_path: Path) -> No
     home.mkdir()
     called = f"bash {shlex.quote(str(commands / 'train.sh'))}"
     lines, arguments = shell(home, f"CKPT=sd.ckpt DATAPATH=my_cat {called} -l runs")
-    assert arguments == [str(commands / "scripts" / "train.py"), "-b", "configs/model/sd-v1.yaml",
-                         "configs/method/ico.yaml", "configs/method/ico_for_dci.yaml", "--ckpt", "sd.ckpt",
+    assert arguments == [str(commands / "scripts" / "train.py"), "-b", "configs/sd-v1.yaml", "--ckpt", "sd.ckpt",
                          "--datapath", "my_cat", "-l", "runs"]
     assert shlex.split(lines[0]) == ["+", "python", *arguments]
     lines, arguments = shell(home, f"CONCEPT=a.ckpt {called.replace('train', 'inference')}")

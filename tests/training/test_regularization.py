@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.config import RegularizationConfig
 from ldm.data.regularization import read_regularization, write_regularization
 from ldm.pipeline import Generator
-from ldm.training.regularization import class_prompt, generate_prior, generated_folder, without_tags
+from ldm.training.regularization import class_prompt, generate_class_images, generated_folder, without_tags
 from ldm.training.run import fine_tune
 
 
@@ -29,22 +29,22 @@ def generator(small_world: SmallWorld) -> Generator:
 
 def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = generate_prior(generator, "tabby cat", how(tmp_path), 32)
+    folder = generate_class_images(generator, "tabby cat", how(tmp_path), 32)
     three = contents(folder)
     found = read_regularization(folder, "cat")
     assert [path.name for path in found.paths] == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert found.captions == ["photo of a tabby cat"] * 3
     assert (folder / "urls.txt").read_text().split("\n")[2] == f"generated:{generator.identity['hash']}:2"
-    five = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=5), 32))
+    five = contents(generate_class_images(generator, "tabby cat", how(tmp_path, num=5), 32))
     images = {name for name in three if name.endswith(".jpg")}
     assert all(five[name] == three[name] for name in images) and len(five) == len(three) + 2
-    whole = contents(generate_prior(generator, "tabby cat", how(tmp_path / "whole", num=5), 32))
+    whole = contents(generate_class_images(generator, "tabby cat", how(tmp_path / "whole", num=5), 32))
     assert whole == five                                     # topping up and drawing at once agree
     (folder / "tabby_cat" / "00004.jpg").unlink()
     (folder / "images.txt").unlink()                         # as a kill would leave it
-    assert contents(generate_prior(generator, "tabby cat", how(tmp_path, num=5), 32)) == five
+    assert contents(generate_class_images(generator, "tabby cat", how(tmp_path, num=5), 32)) == five
     monkeypatch.setattr(generator, "generate", lambda *arguments: pytest.fail("it drew again"))
-    assert contents(generate_prior(generator, "tabby cat", how(tmp_path, num=2), 32)) == five
+    assert contents(generate_class_images(generator, "tabby cat", how(tmp_path, num=2), 32)) == five
     folders = {generated_folder(generator.identity, "tabby cat", how(tmp_path, **change), 32) for change in
                ({}, {"steps": 3}, {"seed": 1}, {"prompt": "a {}"}, {"scale": 3.0})}
     assert len(folders) == 5
@@ -53,7 +53,7 @@ def test_drawn_sets_are_cached_topped_up_and_kept_apart(generator: Generator, tm
 
 def test_damaged_drawn_images_are_drawn_again(generator: Generator, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = generate_prior(generator, "tabby cat", how(tmp_path, num=7), 32)
+    folder = generate_class_images(generator, "tabby cat", how(tmp_path, num=7), 32)
     before, images = contents(folder), folder / "tabby_cat"
     for number, damage in ((1, b""), (2, bytes(500)), (4, before["tabby_cat/00004.jpg"][:400])):
         (images / f"{number:05d}.jpg").write_bytes(damage)
@@ -63,7 +63,7 @@ def test_damaged_drawn_images_are_drawn_again(generator: Generator, tmp_path: Pa
     generate = generator.generate
     monkeypatch.setattr(generator, "generate", lambda prompts, settings, *rest: drawn.extend(
         range(settings.seed, settings.seed + settings.n_samples)) or generate(prompts, settings, *rest))
-    after = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=7), 32))
+    after = contents(generate_class_images(generator, "tabby cat", how(tmp_path, num=7), 32))
     assert drawn == [1, 2, 4]
     assert {name: content for name, content in after.items() if not name.endswith(".damaged")} == before
     assert len(after) == len(before) + 3
@@ -71,12 +71,12 @@ def test_damaged_drawn_images_are_drawn_again(generator: Generator, tmp_path: Pa
 
 def test_a_list_that_is_too_short_names_all_drawn_images_again(generator: Generator, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = generate_prior(generator, "tabby cat", how(tmp_path, num=4), 32)
+    folder = generate_class_images(generator, "tabby cat", how(tmp_path, num=4), 32)
     before = contents(folder)
     (folder / "images.txt").write_text("tabby_cat/00000.jpg\n")
     (folder / "tabby_cat" / "notes.jpg").write_bytes(b"not numbered")
     monkeypatch.setattr(generator, "generate", lambda *arguments: pytest.fail("it drew again"))
-    after = contents(generate_prior(generator, "tabby cat", how(tmp_path, num=2), 32))
+    after = contents(generate_class_images(generator, "tabby cat", how(tmp_path, num=2), 32))
     assert after == before | {"tabby_cat/notes.jpg": b"not numbered"}
 
 
@@ -86,7 +86,7 @@ def test_two_runs_that_draw_one_set_take_turns(generator: Generator, tmp_path: P
     folder.mkdir(parents=True)
     with ThreadPoolExecutor(1) as pool:
         with FileLock(folder / ".lock"):
-            waiting = pool.submit(generate_prior, generator, "tabby cat", how(tmp_path), 32)
+            waiting = pool.submit(generate_class_images, generator, "tabby cat", how(tmp_path), 32)
             said = ""
             while "waiting for another run" not in said and not waiting.done():
                 time.sleep(0.01)

@@ -25,7 +25,9 @@ from ldm.customization.delta import Concept
 from ldm.customization.finetune import ConceptFinetune
 from ldm.signals import ENDING, Interrupt, heeded
 from ldm.training.callbacks import Preview
-from ldm.training.run import Run, claim_run_folder, fine_tune, global_rank
+from ldm.training.run import Run, fine_tune
+from ldm.training.run_folder import claim_run_folder
+from ldm.training.trainer import global_rank
 from ldm.util import UserError
 
 STEPS = 5
@@ -118,7 +120,7 @@ def test_an_error_a_signal_caused_is_not_told_as_one(call_script: Call, small_wo
         except KeyboardInterrupt:
             raise UserError("checkpoint 'x' cannot be read") from None
 
-    monkeypatch.setattr("ldm.training.run.build_model", torn)
+    monkeypatch.setattr("ldm.training.setup.build_model", torn)
     outcome = call_script("train", "-b", *small_world.training_files, "-l", tmp_path)
     assert (outcome.status, outcome.err) == (130, "interrupted; what was saved before is intact.\n")
 
@@ -361,13 +363,13 @@ def change_state(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
 def test_a_broken_state_is_refused_before_any_work(small_world: SmallWorld, run_copy: Path, tmp_path: Path, change,
                                                    message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change_state(run_copy, change)
-    monkeypatch.setattr("ldm.training.run.build_model", lambda *_: pytest.fail("it built a model"))
+    monkeypatch.setattr("ldm.training.setup.build_model", lambda *_: pytest.fail("it built a model"))
     with pytest.raises(UserError, match=message):
         fine_tune(small_world.train_config(tmp_path, "method.steps=3"), resume=run_copy)
 
 
 def test_a_finished_run_is_told_at_once(small_world: SmallWorld, small_run: Run, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ldm.training.run.build_model", lambda *_: pytest.fail("it built a model"))
+    monkeypatch.setattr("ldm.training.setup.build_model", lambda *_: pytest.fail("it built a model"))
     with pytest.raises(UserError, match="is at step 2 already; method.steps is 2"):
         fine_tune(small_world.train_config(tmp_path), resume=small_run.folder)
 

@@ -1,0 +1,104 @@
+"""Reads prompts with a concept in mind: what each branch is told, which tokens take part, what must be refused."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ldm.config import DCIConfig
+from ldm.customization import tokens
+from ldm.customization.delta import Concept
+from ldm.customization.tokens import TokenSets
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import UserError
+
+DIVIDED = "no_full_prompt"      # the ablation in which each branch is told its part of the prompt alone
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReader:
+    """Reads prompts for a text encoder and, if there is one, a concept.
+
+    In each prompt DCI is for the first concept of the file that it mentions.
+    """
+
+    embedder: FrozenCLIPEmbedder
+    concept: Concept | None
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """Puts the file's first concept where a prompt says {}; with a file loaded, every prompt must mention one."""
+        if self.concept is None:
+            if any("{}" in prompt for prompt in prompts):
+                raise UserError("a prompt has {} but no concept is loaded; give one with --delta_ckpt.")
+            return list(prompts)
+        texts = []
+        for prompt in prompts:
+            concept = tokens.named_scheme(prompt, self.concept.schemes).concept
+            pieces = tokens.split_at_concept(prompt, concept)
+            texts.append("".join(tokens.join_pieces(pieces, concept, articles=False)))
+        return texts
+
+    def check(self, prompts: Sequence[str], dci: DCIConfig) -> None:
+        """Refuses prompts that cannot be drawn, and warns of one that says its class twice.
+
+        Raises:
+            UserError: a prompt has an unknown word, does not mention the concept, or so late that it is cut off.
+        """
+        texts = self.texts(prompts)
+        if self.concept:
+            for prompt in prompts:
+                self._check_concept(prompt)
+        self.embedder.tokenize(texts)
+        if self.concept and dci.use:
+            for prompt in prompts:
+                self.token_sets([prompt], dci)
+
+    def _check_concept(self, prompt: str) -> None:
+        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        tokens.concept_prompts(self.embedder, [prompt], scheme.concept)
+        if tokens.noun_beside(prompt, scheme.concept, scheme.class_noun):
+            warnings.warn(f"the prompt '{prompt}' says '{scheme.class_noun}' beside the concept, which is a "
+                          f"'{scheme.concept}' already, so the concept is easily lost; leave the word out",
+                          stacklevel=2)
+
+    def token_sets(self, prompts: Sequence[str], dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
+        """Returns the prompts of the concept and of the auxiliary branch with their token sets S^c and S^a (Eq 3)."""
+        if self.concept is None:
+            raise UserError("DCI needs a concept; give one with --delta_ckpt.")
+        made: dict[str, tuple[TokenSets, TokenSets]] = {}
+        for prompt in prompts:
+            if prompt not in made:      # one for many images
+                made[prompt] = self._token_sets(prompt, dci)
+        concept, auxiliary = zip(*(made[prompt] for prompt in prompts), strict=True)
+        return tokens.stack(concept), tokens.stack(auxiliary)
+
+    def _token_sets(self, prompt: str, dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
+        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        if dci.ablation == DIVIDED:
+            return tokens.divided_prompts(self.embedder, [prompt], scheme.concept)
+        return (tokens.concept_prompts(self.embedder, [prompt], scheme.concept),
+                tokens.auxiliary_prompts(self.embedder, [prompt], scheme.concept, scheme.class_noun, dci.replace_noun))
+
+    def auxiliary_noun(self, prompt: str, dci: DCIConfig) -> str | None:
+        """Returns the noun that stands for the concept in a prompt's second branch; None where none does."""
+        if dci.ablation == DIVIDED:
+            return None
+        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        pieces = tokens.split_at_concept(prompt, scheme.concept)
+        return tokens.chosen_noun(self.embedder, scheme.class_noun, pieces, dci.replace_noun)
+
+    def describe(self, prompts: Sequence[str], dci: DCIConfig) -> str:
+        """Returns a table of the tokens of both branches' prompts: position, id, text, role."""
+        concept, auxiliary = self.token_sets(prompts, dci)
+        return "\n".join([tokens.describe_tokens(self.embedder, concept, ("S^c: concept", "-")),
+                          tokens.describe_tokens(self.embedder, auxiliary, ("auxiliary noun", "S^a: context"))])
+
+    def told(self, prompts: Sequence[str], dci: DCIConfig | None) -> list[dict[str, str]]:
+        """Returns what each branch is told of each prompt, for the images' settings; one branch where `dci` is None."""
+        if dci is None:
+            return [{"text": text} for text in self.texts(prompts)]
+        told = []
+        concept, auxiliary = self.token_sets(prompts, dci)
+        for text, other in zip(concept.prompts, auxiliary.prompts, strict=True):
+            told.append({"text": text, "auxiliary_text": other})
+        return told
