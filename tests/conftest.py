@@ -22,7 +22,7 @@ from ldm.base import build_model
 from ldm.checkpoint import load_state, save_safetensors
 from ldm.config import SampleConfig, TrainConfig
 from ldm.config_files import merge
-from ldm.evaluation.judge import Court, Judge, save_court
+from ldm.evaluation.judge import AttributeClassifier, Judge, save_judge
 from ldm.evaluation.small_clip import TEXT_PREFIX, SmallCLIP, embedded, pack_small_clip
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -166,7 +166,7 @@ def metric_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_metric_files(folder: Path) -> dict[str, Path]:
     """Writes a judge and a small CLIP with random weights, the CLIP's text tower being the embedded model's."""
     torch.manual_seed(3)
-    judge = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.5}, 4), folder / "judge.safetensors")
+    judge = save_judge(Judge(AttributeClassifier(LABELS), PHRASES, {"noun": 0.5}, 4), folder / "judge.safetensors")
     clip = SmallCLIP(FrozenCLIPEmbedder("tiny", width=256, layers=1, heads=4), 256, dim=8)
     state = {key: value for key, value in clip.state_dict().items() if not key.startswith("text.")}
     shipped = load_state(embedded("model.safetensors"))

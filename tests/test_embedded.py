@@ -9,7 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ldm.embedded import NAME, unknown_words, vocabulary, warn_of_photos, warn_of_words
-from ldm.evaluation.judge import load_court
+from ldm.evaluation.judge import load_judge
 from ldm.evaluation.small_clip import embedded
 
 EMBEDDED, OTHER = {"name": NAME, "hash": "0"}, {"name": "sd-v1-4", "hash": "1"}
@@ -20,10 +20,10 @@ def words(phrases: object) -> set[str]:
 
 
 def test_the_card_lists_what_the_judge_was_taught() -> None:
-    court, known = load_court(embedded("judge.safetensors")), vocabulary()
-    assert known["Things"] == court.judge.labels["noun"] and known["Colours"] == court.judge.labels["colour"]
+    judge, known = load_judge(embedded("judge.safetensors")), vocabulary()
+    assert known["Things"] == judge.classifier.labels["noun"] and known["Colours"] == judge.classifier.labels["colour"]
     for kind, entry in (("scene", "Scenes"), ("style", "Styles")):
-        asked = {wording for wordings in court.phrases[kind].values() for wording in wordings}
+        asked = {wording for wordings in judge.phrases[kind].values() for wording in wordings}
         assert words(asked) <= words(known[entry])
 
 

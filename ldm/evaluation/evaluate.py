@@ -16,11 +16,11 @@ from ldm.evaluation.report import (
     SUMMARY,
     as_numbers,
     claim_results_folder,
+    column_place,
     meaning,
-    place,
+    sampling_label,
     summarize,
     table,
-    way,
     write_json,
     write_rows,
 )
@@ -55,7 +55,10 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
     Raises:
         UserError: the images contradict each other, or a prompt has {} and nobody says what it stands for.
     """
-    nouns = {item.settings.get("concept", {}).get("class_noun", "") for item in found} - {""}
+    nouns: set[str] = set()
+    for item in found:
+        nouns.add(item.settings.get("concept", {}).get("class_noun", ""))
+    nouns.discard("")
     if len(nouns) > 1 and not wanted:
         raise UserError(f"the images contradict each other about the class noun ({', '.join(sorted(nouns))}); give "
                         "the right one with --class_noun.")
@@ -69,7 +72,9 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
 def names_of(found: Sequence[Found]) -> list[str]:
     """Returns file names, with their folders where the same name occurs in several."""
     names = [item.path.name for item in found]
-    return names if len(set(names)) == len(names) else [f"{item.path.parent.name}/{item.path.name}" for item in found]
+    if len(set(names)) < len(names):
+        names = [f"{item.path.parent.name}/{item.path.name}" for item in found]
+    return names
 
 
 def claim(outdir: Path) -> None:
@@ -99,26 +104,44 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     known = open_references(references) if references else []
     compared = open_references(real) if real else known
     claim(outdir)
-    features, references_seen = scorer.features(images), scorer.features(known) if known else None
-    measured = scorer.rows(images, [item.prompt for item in found], noun, references_seen, features)
+    features = scorer.features(images)
+    references_seen = scorer.features(known) if known else None
     compared_seen = scorer.features(compared) if real else references_seen
-    rows = [{"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
-             **{name: item.settings[name] for name in PASSED_ON if name in item.settings}, **values}
-            for name, item, values in zip(names_of(found), found, measured, strict=True)]
+    measured = scorer.rows(images, [item.prompt for item in found], noun, references_seen, features)
+    rows = []
+    for name, item, values in zip(names_of(found), found, measured, strict=True):
+        passed_on = {key: item.settings[key] for key in PASSED_ON if key in item.settings}
+        rows.append({"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
+                     **passed_on, **values})
     notes = [f"skipped {reason}" for reason in scorer.skipped]
-    notes += ["skipped image alignment: there are no references; give them with --references"] * (not known)
-    notes += ["skipped text alignment: the images do not say their prompts; give them with --prompts"] * (
-        not any(item.prompt for item in found))
-    ways, groups, sets, no_kid = [way(item.settings) for item in found], {}, {}, {}
-    places = {name: place(item.settings) for name, item in zip(ways, found, strict=True)}
-    for name in sorted(places, key=places.get):
-        drawn = [index for index, other in enumerate(ways) if other == name]
-        groups[name] = [rows[index] for index in drawn]
-        sets[name] = scorer.of_set({key: values[drawn] for key, values in features.items()}, compared_seen)
-        no_kid.setdefault(scorer.why_no_kid(len(drawn), len(compared)), []).append(name)
-    notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items() if reason]
+    if not known:
+        notes.append("skipped image alignment: there are no references; give them with --references")
+    if not any(item.prompt for item in found):
+        notes.append("skipped text alignment: the images do not say their prompts; give them with --prompts")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    sets: dict[str, dict[str, Any]] = {}
+    no_kid: dict[str, list[str]] = {}
+    for name, indices in _by_way(found).items():
+        groups[name] = [rows[index] for index in indices]
+        of_group = {key: values[indices] for key, values in features.items()}
+        sets[name] = scorer.of_set(of_group, compared_seen)
+        reason = scorer.why_no_kid(len(indices), len(compared))
+        if reason:
+            no_kid.setdefault(reason, []).append(name)
+    notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items()]
     shown = dict(zip(names_of(found), images, strict=True))
     return _write_results(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
+
+
+def _by_way(found: Sequence[Found]) -> dict[str, list[int]]:
+    """Returns the indices of the images by how they were sampled, in the order of a table's columns."""
+    groups: dict[str, list[int]] = {}
+    places: dict[str, tuple[bool, float, bool]] = {}
+    for index, item in enumerate(found):
+        name = sampling_label(item.settings)
+        groups.setdefault(name, []).append(index)
+        places[name] = column_place(item.settings)
+    return {name: groups[name] for name in sorted(groups, key=places.get)}
 
 
 def _write_results(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
@@ -126,9 +149,13 @@ def _write_results(result: Evaluation, groups: Mapping[str, list], sets: Mapping
     """Puts an evaluation on disk."""
     estimates = {name: summarize(rows, list(scorer.titles)) for name, rows in groups.items()}
     heading = f"mean [95 % interval], {len(result.rows)} images"
-    short, full = (table(estimates, scorer.titles, heading, scales) for scales in (("cosine",), tuple(SCALES)))
-    of_sets = [f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items() if value is not None)
-               for name, values in sets.items() if any(value is not None for value in values.values())]
+    short = table(estimates, scorer.titles, heading, ("cosine",))
+    full = table(estimates, scorer.titles, heading, tuple(SCALES))
+    of_sets = []
+    for name, values in sets.items():
+        numbers = [f"{key} {value:.4f}" for key, value in values.items() if value is not None]
+        if numbers:
+            of_sets.append(f"{name}: {', '.join(numbers)}")
     write_rows(result.rows, result.folder)
     write_json(result.folder / SUMMARY, {"metrics": as_numbers(estimates), "sets": sets,
                                         "measured_by": scorer.record, "notes": result.notes})
@@ -149,6 +176,9 @@ def _sheet(groups: Mapping[str, list], images: Mapping[str, Image.Image],
                 places.setdefault(place, {})[name] = images[row["picture"]]
     lines = []
     for index, ((prompt, seed), cells) in enumerate(places.items()):
-        reference = [known[index % len(known)]] if known else []
-        lines.append((f"{prompt} ({seed})", [*reference, *(cells.get(name) for name in groups)]))
-    return sheet([*(["reference"] if known else []), *groups], lines)
+        row = [cells.get(name) for name in groups]
+        if known:
+            row.insert(0, known[index % len(known)])
+        lines.append((f"{prompt} ({seed})", row))
+    columns = ["reference", *groups] if known else list(groups)
+    return sheet(columns, lines)

@@ -28,7 +28,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises:
         UserError: the file is missing or empty, or a prompt lacks {}.
     """
-    prompts = tuple(dict.fromkeys(line for line in read_lines(shipped(path), "prompt file") if line))
+    lines = [line for line in read_lines(shipped(path), "prompt file") if line]
+    prompts = tuple(dict.fromkeys(lines))          # a repeated one would be measured twice
     if not prompts:
         raise UserError(f"prompt file '{path}' is empty; write one prompt per line, with {{}} for the concept.")
     for prompt in prompts:
@@ -51,21 +52,24 @@ def read_images(folder: Path, prompts: Path | None = None) -> list[Found]:
     if not folder.is_dir():
         raise UserError(f"image folder '{folder}' does not exist; give the folder that holds the images.")
     inner = folder / "samples" if (folder / "samples").is_dir() else folder
-    beside = [path / "prompts.json" for path in (inner, folder) if (path / "prompts.json").is_file()]
-    source = prompts or next(iter(beside), None)
-    if source is None and (found := _by_folder(inner)):
-        return found
-    paths = _usable(inner, source)
+    source = prompts
+    for beside in (folder / "prompts.json", inner / "prompts.json"):
+        if prompts is None and beside.is_file():
+            source = beside                         # the inner one, where there are two
     if source is None:
-        return drawn_images(paths)
+        return _by_folder(inner) or drawn_images(_usable(inner))
+    paths = _usable(inner, source)
     texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
     return [Found(path, text, read_settings(path)) for path, text in zip(paths, texts, strict=True)]
 
 
 def drawn_images(paths: Sequence[Path]) -> list[Found]:
     """Reads the prompts of images that were drawn here from the images themselves."""
-    settings = [read_settings(path) for path in paths]
-    return [Found(path, values.get("prompt"), values) for path, values in zip(paths, settings, strict=True)]
+    found = []
+    for path in paths:
+        settings = read_settings(path)
+        found.append(Found(path, settings.get("prompt"), settings))
+    return found
 
 
 def _by_folder(folder: Path) -> list[Found]:
@@ -73,7 +77,11 @@ def _by_folder(folder: Path) -> list[Found]:
     entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
     if not entries or not all(path.is_dir() for path in entries):
         return []
-    return [Found(path, " ".join(entry.name.split("_"))) for entry in entries for path in _usable(entry)]
+    found = []
+    for entry in entries:
+        prompt = entry.name.replace("_", " ")
+        found += [Found(path, prompt) for path in _usable(entry)]
+    return found
 
 
 def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
@@ -87,10 +95,16 @@ def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
 
 def _table(source: Path, paths: Sequence[Path]) -> list[str]:
     """Looks up each image's prompt in a JSON file."""
-    table = _read_json(source, dict)
-    texts = [table.get(path.stem, table.get(path.name)) for path in paths]
-    unmatched = [path.name for path, text in zip(paths, texts, strict=True) if not isinstance(text, str)]
-    unused = set(table) - {path.stem for path in paths} - {path.name for path in paths}
+    table = load_json(source, "file")
+    if not isinstance(table, dict):
+        raise UserError(f"'{source}' must hold a JSON object.")
+    texts, unmatched, unused = [], [], set(table)
+    for path in paths:
+        text = table.get(path.stem, table.get(path.name))
+        if not isinstance(text, str):
+            unmatched.append(path.name)
+        texts.append(text)
+        unused -= {path.stem, path.name}
     if unmatched or unused:
         what = f"no prompt for image '{unmatched[0]}'" if unmatched else f"no image for entry '{sorted(unused)[0]}'"
         raise UserError(f"'{source}' does not match the images of '{paths[0].parent}': {what} "
@@ -106,10 +120,3 @@ def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
                         "images; give one line per image, in order of the images' names.")
     return texts
 
-
-def _read_json(path: Path, kind: type) -> Any:
-    """Reads a JSON file that must hold a dict or a list."""
-    content = load_json(path, "file")
-    if not isinstance(content, kind):
-        raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}.")
-    return content

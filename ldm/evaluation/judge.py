@@ -1,4 +1,4 @@
-"""The judge: a classifier of the small world that says which noun, scene, style and color an image shows."""
+"""The judge: a small classifier of the small world that says which noun, scene, style and color an image shows."""
 from __future__ import annotations
 
 import re
@@ -18,8 +18,8 @@ from ldm.data.framing import square, to_tensor
 from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
 
-SIDE = 64                                   # px the judge sees
-HEADS = ("noun", "scene", "style", "colour")
+SIDE = 64                                   # px the classifier sees
+HEADS = ("noun", "scene", "style", "colour")     # as files of judges spell them
 EDITS = ("scene", "style", "colour")        # what a prompt can ask for beside the thing itself
 FORMAT = "dci-ico-judge-1"
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
         return x + self.layers(x)
 
 
-class Judge(nn.Module):
+class AttributeClassifier(nn.Module):
     """A small convolutional network with one linear head per kind of label.
 
     Args:
@@ -51,8 +51,8 @@ class Judge(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for width, depth in zip(widths, depths, strict=True):
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
-                       *(Block(width) for _ in range(depth))]
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers += [Block(width) for _ in range(depth)]
             channels = width
         self.body = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(2 * channels)
@@ -74,19 +74,20 @@ class Judge(nn.Module):
     @torch.no_grad()
     def ranked(self, images: Sequence[Image.Image], batch: int = 64) -> list[dict[str, list[str]]]:
         """Returns, per image and head, the labels from the likeliest to the least likely."""
-        device, found = next(self.parameters()).device, []
+        device = next(self.parameters()).device
+        found: list[dict[str, list[str]]] = [{} for _ in images]
         for first in range(0, len(images), batch):
-            x = torch.stack([to_tensor(square(image.convert("RGB"), SIDE))
-                             for image in images[first:first + batch]])         # (B, 64, 64, 3)
-            orders = {head: logits.argsort(dim=1, descending=True).tolist()
-                      for head, logits in self.read(x.permute(0, 3, 1, 2).to(device)).items()}
-            found += [{head: [self.labels[head][label] for label in order[row]] for head, order in orders.items()}
-                      for row in range(len(x))]
+            squares = [to_tensor(square(image.convert("RGB"), SIDE)) for image in images[first:first + batch]]
+            x = torch.stack(squares).permute(0, 3, 1, 2).to(device)             # (B, 3, 64, 64)
+            for head, logits in self.read(x).items():
+                names = self.labels[head]
+                for row, order in enumerate(logits.argsort(dim=1, descending=True).tolist()):
+                    found[first + row][head] = [names[label] for label in order]
         return found
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedAttributes:
     """What a prompt asks for: acceptable scenes and styles, and all colors that must be there; empty where silent."""
 
     scene: frozenset[str] = frozenset()
@@ -94,64 +95,75 @@ class Wish:
     colour: frozenset[str] = frozenset()
 
 
-def read_wish(prompt: str, phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> Wish:
+def read_request(prompt: str, phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> RequestedAttributes:
     """Finds in a prompt the phrases by which the world's captions name scenes, styles and colors.
 
     Args:
         phrases: per kind and label the wordings that ask for it, such as {"scene": {"beach": ["on the beach"]}}.
     """
     text = " ".join(re.findall(r"[\w'-]+", prompt.lower()))
+    requested: dict[str, frozenset[str]] = {}
+    for kind in EDITS:
+        labels = set()
+        for label, wordings in phrases.get(kind, {}).items():
+            for wording in wordings:
+                if re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", text):      # whole words: "red" is not in "predawn"
+                    labels.add(label)
+        requested[kind] = frozenset(labels)
+    return RequestedAttributes(**requested)
 
-    def says(wordings: Sequence[str]) -> bool:
-        return any(re.search(rf"(?<!\w){re.escape(wording)}(?!\w)", text) for wording in wordings)
 
-    return Wish(**{kind: frozenset(label for label, wordings in phrases.get(kind, {}).items() if says(wordings))
-                   for kind in EDITS})
+def score_request(requested: RequestedAttributes, ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Scores each kind the prompt speaks of: 1.0 where the image shows what was requested, 0.0 where not.
 
-
-def grant(wish: Wish, ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Says for each kind the prompt speaks of whether the image shows it: 1.0 or 0.0.
-
-    A scene or style is right where the likeliest label is a wished one. Colors are right where the wished ones, and no
-    others, are the likeliest: two colors are asked of a two-coloured thing.
+    A scene or style is right where the likeliest label is a requested one. Colors are right where the requested ones,
+    and no others, are the likeliest: two colors are asked of a two-coloured thing.
     """
-    verdict = {kind: float(ranked[kind][0] in asked)
-               for kind, asked in (("scene", wish.scene), ("style", wish.style)) if asked}
-    if wish.colour:
-        verdict["colour"] = float(set(ranked["colour"][:len(wish.colour)]) == wish.colour)
-    return verdict
+    scores = {}
+    if requested.scene:
+        scores["scene"] = float(ranked["scene"][0] in requested.scene)
+    if requested.style:
+        scores["style"] = float(ranked["style"][0] in requested.style)
+    if requested.colour:
+        likeliest = set(ranked["colour"][:len(requested.colour)])
+        scores["colour"] = float(likeliest == requested.colour)
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
-class Court:
-    """A judge and how the prompts' words map to its labels.
+class Judge:
+    """A classifier, and how the prompts' words map to its labels.
 
     Attributes:
-        phrases: as `read_wish` takes them.
+        classifier: says what an image shows.
+        phrases: as `read_request` takes them.
         accuracy: share of right answers on held-out renders, per head.
         held_out: how many renders that was measured on.
     """
 
-    judge: Judge
+    classifier: AttributeClassifier
     phrases: Mapping[str, Mapping[str, Sequence[str]]]
     accuracy: Mapping[str, float]
     held_out: int
 
     def wishes(self, prompt: str) -> bool:
         """Whether a prompt asks for a scene, style or color that the judge knows."""
-        return any(vars(read_wish(prompt, self.phrases)).values())
+        return any(vars(read_request(prompt, self.phrases)).values())
 
     def rows(self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str) -> list[dict[str, Any]]:
         """Judges images: `judge_edit` is the share of the prompt's scene, style and color that came true (None where
         it asks for none), `judge_noun` whether the class noun is recognized (None for a noun the world lacks)."""
         rows = []
-        for ranked, prompt in zip(self.judge.ranked(images), prompts, strict=True):
-            verdict = grant(read_wish(prompt, self.phrases), ranked)
-            known = class_noun in self.judge.labels["noun"]
-            row: dict[str, Any] = {f"judge_{kind}": verdict.get(kind) for kind in EDITS}
-            row["judge_edit"] = float(np.mean(list(verdict.values()))) if verdict else None
+        for ranked, prompt in zip(self.classifier.ranked(images), prompts, strict=True):
+            scores = score_request(read_request(prompt, self.phrases), ranked)
+            known = class_noun in self.classifier.labels["noun"]
+            row: dict[str, Any] = {}
+            for kind in EDITS:
+                row[f"judge_{kind}"] = scores.get(kind)
+            row["judge_edit"] = float(np.mean(list(scores.values()))) if scores else None
             row["judge_noun"] = float(ranked["noun"][0] == class_noun) if known else None
-            row |= {f"saw_{head}": ranked[head][0] for head in HEADS}
+            for head in HEADS:
+                row[f"saw_{head}"] = ranked[head][0]
             rows.append(row)
         return rows
 
@@ -174,14 +186,15 @@ class _JudgeMetadata(Record):
     held_out: Json[Count]
 
 
-def save_court(court: Court, path: Path) -> Path:
+def save_judge(judge: Judge, path: Path) -> Path:
     """Writes one safetensors file in fp16 with labels, phrases and accuracy as metadata."""
-    return save_safetensors(path, {key: value.half() for key, value in court.judge.state_dict().items()},
-                            {"format": FORMAT, "labels": court.judge.labels, "phrases": dict(court.phrases),
-                             "accuracy": dict(court.accuracy), "held_out": court.held_out})
+    weights = {key: value.half() for key, value in judge.classifier.state_dict().items()}
+    return save_safetensors(path, weights,
+                            {"format": FORMAT, "labels": judge.classifier.labels, "phrases": dict(judge.phrases),
+                             "accuracy": dict(judge.accuracy), "held_out": judge.held_out})
 
 
-def load_court(path: Path) -> Court:
+def load_judge(path: Path) -> Judge:
     """Reads a judge.
 
     Raises:
@@ -194,8 +207,8 @@ def load_court(path: Path) -> Court:
         metadata = read_record(_JudgeMetadata, entries)
     except BadRecord as error:
         raise UserError(f"judge '{path}' is damaged ({error}); train one with scripts/pretrain/judge.py.") from error
-    judge = Judge(metadata.labels.model_dump())
+    classifier = AttributeClassifier(metadata.labels.model_dump())
     state = load_state(path, "judge")
     refuse_non_finite(state, f"judge '{path}'")
-    load_weights(judge, state, path)
-    return Court(judge.eval().requires_grad_(False), metadata.phrases, metadata.accuracy, metadata.held_out)
+    load_weights(classifier, state, path)
+    return Judge(classifier.eval().requires_grad_(False), metadata.phrases, metadata.accuracy, metadata.held_out)

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,34 @@ from ldm.evaluation.statistics import Estimate, estimate, unit_means
 from ldm.files import claim_results, write_text
 from ldm.records import Record, is_record
 
-Rows = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 ROWS, SUMMARY = ("rows.jsonl", "rows.csv"), "summary.json"      # what every folder of results holds
 CLIPPED = "_clipped"        # column name's end: cosines below zero counted as zero
 
 
-def units_of(rows: Rows) -> list[object]:
+def units_of(rows: Records) -> list[object]:
     """Names what is resampled: concepts and prompts; images where there are no two of these."""
     units = [(row.get("concept"), row.get("prompt")) for row in rows]
     return units if len(set(units)) > 1 else list(range(len(rows)))
 
 
-def summarize(rows: Rows, columns: Sequence[str]) -> dict[str, Estimate]:
+def summarize(rows: Records, columns: Sequence[str]) -> dict[str, Estimate]:
     """Means with bootstrap intervals of the columns that hold numbers; of CLIP-T also with negative cosines as zero."""
     units, found = units_of(rows), {}
     for column in columns:
         values = [row.get(column) for row in rows]
-        if means := unit_means(values, units):
-            found[column] = estimate(means)
-            if column.endswith("_t"):
-                clipped = [None if value is None else max(value, 0.0) for value in values]
-                found[column + CLIPPED] = estimate(unit_means(clipped, units))
+        means = unit_means(values, units)
+        if not means:
+            continue
+        found[column] = estimate(means)
+        if column.endswith("_t"):      # CLIPScore counts a negative cosine as zero, image by image
+            clipped = [None if value is None else max(value, 0.0) for value in values]
+            found[column + CLIPPED] = estimate(unit_means(clipped, units))
     return found
 
 
-def way(settings: Mapping[str, Any]) -> str:
-    """How an image was drawn by its own settings, as headings say it."""
+def sampling_label(settings: Mapping[str, Any]) -> str:
+    """Returns how an image was sampled by its own settings, as headings say it."""
     if "strength" not in settings:
         return "images"
     if settings["strength"] is not None:
@@ -46,8 +49,8 @@ def way(settings: Mapping[str, Any]) -> str:
     return "fine-tuned" if "concept" in settings else "base model"
 
 
-def place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
-    """Where the column of such images stands: plain ones first, base before fine-tuned, then by rising lambda."""
+def column_place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
+    """Returns where such images' column stands: plain ones first, base before fine-tuned, then by rising lambda."""
     strength = settings.get("strength")
     return strength is not None, strength or 0.0, "concept" in settings
 
@@ -55,25 +58,30 @@ def place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
 def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "",
           scales: Sequence[str] = tuple(SCALES)) -> str:
     """A markdown table: a line per metric, a column per group; CLIP-T on each of some scales, by its name."""
-    names = [name for name in titles if any(name in group for group in groups.values())]
     lines = [f"| {first} | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for name in names:
+    for name, title in titles.items():
+        if not any(name in group for group in groups.values()):
+            continue
         for scale in scales if name.endswith("_t") else ("cosine",):
-            title = titles[name] + (f", {scale}" if name.endswith(("_t", "_i")) else "")
             key = name + CLIPPED if scale in PER_IMAGE else name
-            cells = [str(_scaled(group[key], scale)) if key in group else "-" for group in groups.values()]
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+            cells = [title]
+            if name.endswith(("_t", "_i")):
+                cells = [f"{title}, {scale}"]
+            for group in groups.values():
+                cells.append(str(_scaled(group[key], scale)) if key in group else "-")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def meaning(titles: Mapping[str, str]) -> str:
     """Says in a few sentences what the numbers of a table are and which are good."""
     parts = ["Higher is better in every line"]
-    parts += ["'right' is the share of images that the judge found to show what was asked, 1 is all"] * (
-        "judge_edit" in titles)
-    parts += ["CLIP-T is likeness to the prompt"] * any(name.endswith("_t") for name in titles)
-    parts += ["CLIP-I and image similarity are likeness to the concept's own images"] * any(
-        name.endswith("_i") for name in titles)
+    if "judge_edit" in titles:
+        parts.append("'right' is the share of images that the judge found to show what was asked, 1 is all")
+    if any(name.endswith("_t") for name in titles):
+        parts.append("CLIP-T is likeness to the prompt")
+    if any(name.endswith("_i") for name in titles):
+        parts.append("CLIP-I and image similarity are likeness to the concept's own images")
     return ("; ".join(parts) + ". Numbers compare within a line only, and columns whose intervals overlap widely may "
             "differ by chance.")
 
@@ -81,8 +89,9 @@ def meaning(titles: Mapping[str, str]) -> str:
 def _scaled(value: Estimate, scale: str) -> Estimate:
     """Puts an estimate on another scale; they are monotone, so that the bounds stay bounds."""
     change = SCALES[scale]
-    bounds = (None if bound is None else change(bound) for bound in (value.low, value.high))
-    return Estimate(change(value.mean), *bounds, value.units)
+    if value.low is None:
+        return Estimate(change(value.mean), units=value.units)
+    return Estimate(change(value.mean), change(value.low), change(value.high), value.units)
 
 
 def claim_results_folder(folder: Path, *names: str) -> None:
@@ -107,12 +116,14 @@ def is_earlier(folder: Path) -> bool:
     return is_record(_Summary, folder / SUMMARY)
 
 
-def write_rows(rows: Rows, folder: Path) -> None:
+def write_rows(rows: Records, folder: Path) -> None:
     """Writes rows.jsonl, a JSON object per image, and the same as rows.csv."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names: dict[str, None] = {}         # an ordered set
+    for row in rows:
+        names.update(dict.fromkeys(row))
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     for name, content in zip(ROWS, (text, buffer.getvalue()), strict=True):
@@ -126,5 +137,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 def as_numbers(groups: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """The same as `table`, for JSON."""
-    return {group: {name: {"mean": value.mean, "low": value.low, "high": value.high, "units": value.units}
-                    for name, value in values.items()} for group, values in groups.items()}
+    numbers: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    for group, values in groups.items():
+        numbers[group] = {name: asdict(value) for name, value in values.items()}
+    return numbers

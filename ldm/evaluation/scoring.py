@@ -1,7 +1,6 @@
 """All metrics of a set of images: one row of numbers per image, and numbers of the whole set."""
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ldm.checkpoint import weights_hash
 from ldm.customization.ico import PLACEHOLDER
 from ldm.customization.tokens import join_pieces
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights, WeightsNotGiven
-from ldm.evaluation.judge import Court, load_court
+from ldm.evaluation.judge import Judge, load_judge
 from ldm.evaluation.metrics import KID_LEAST, diversity, image_alignment, kid, text_alignment
 from ldm.evaluation.small_clip import embedded
 from ldm.text import NEW_WORD
@@ -36,13 +35,13 @@ class Scorer:
 
     Attributes:
         extractors: networks for alignment.
-        court: the judge, or None.
+        judge: says what images show, or None.
         kid: whether sets are compared by KID.
         skipped: why each missing metric is missing.
     """
 
     extractors: tuple[Extractor, ...]
-    court: Court | None
+    judge: Judge | None
     kid: bool
     skipped: tuple[str, ...]
 
@@ -50,22 +49,25 @@ class Scorer:
     def titles(self) -> dict[str, str]:
         """What each column of `rows` is, in words, in the order of tables."""
         titles: dict[str, str] = {}
-        if self.court:
+        if self.judge:
             titles |= {"judge_edit": "prompt's scene, style, color right", "judge_scene": "scene right",
                        "judge_style": "style right", "judge_colour": "color right", "judge_noun": "class noun right"}
-        titles |= {f"{extractor.name}_t": f"CLIP-T, {extractor.title}" for extractor in self.extractors
-                   if extractor.encode_texts}
-        return titles | {f"{extractor.name}_i": f"CLIP-I, {extractor.title}" if extractor.encode_texts else
-                         f"image similarity, {extractor.title}" for extractor in self.extractors}
+        for extractor in self.extractors:
+            if extractor.encode_texts:
+                titles[f"{extractor.name}_t"] = f"CLIP-T, {extractor.title}"
+        for extractor in self.extractors:
+            likeness = "CLIP-I" if extractor.encode_texts else "image similarity"
+            titles[f"{extractor.name}_i"] = f"{likeness}, {extractor.title}"
+        return titles
 
     @property
     def record(self) -> dict[str, Any]:
         """What measured, for files of results."""
         record: dict[str, Any] = {extractor.name: dict(extractor.record) for extractor in self.extractors}
-        if self.court:
-            record["judge"] = {"weights": weights_hash(self.court.judge.state_dict()),
-                               "phrases": {kind: dict(labels) for kind, labels in self.court.phrases.items()},
-                               "accuracy": dict(self.court.accuracy), "held_out": self.court.held_out}
+        if self.judge:
+            record["judge"] = {"weights": weights_hash(self.judge.classifier.state_dict()),
+                               "phrases": {kind: dict(labels) for kind, labels in self.judge.phrases.items()},
+                               "accuracy": dict(self.judge.accuracy), "held_out": self.judge.held_out}
         return record
 
     @property
@@ -75,15 +77,21 @@ class Scorer:
         The judge and the small CLIP know the small world only; whoever gives the weights of another CLIP looks at more.
         """
         speaks = [extractor.name for extractor in self.extractors if extractor.encode_texts]
-        large = [f"{name}_t" for name in ("clip_l14", "clip_b32") if name in speaks]
-        return next(iter([*large, *(["judge_edit"] if self.court else []), *(f"{name}_t" for name in speaks)]), None)
+        for name in ("clip_l14", "clip_b32"):
+            if name in speaks:
+                return f"{name}_t"
+        if self.judge:
+            return "judge_edit"
+        return f"{speaks[0]}_t" if speaks else None
 
     @property
     def fidelity(self) -> str | None:
         """The column that stands for fidelity in trade-offs: of a network nobody here trained, where there is one."""
         names = [extractor.name for extractor in self.extractors]
-        best = next((name for name in ("dino", "efficientnet", "clip_l14", "clip_b32") if name in names), None)
-        return f"{best or names[0]}_i" if names else None
+        for name in ("dino", "efficientnet", "clip_l14", "clip_b32"):
+            if name in names:
+                return f"{name}_i"
+        return f"{names[0]}_i" if names else None
 
     def features(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Vectors (N, D) of images by extractor."""
@@ -102,7 +110,9 @@ class Scorer:
         features = features or self.features(images)
         texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
         spoken = [index for index, text in enumerate(texts) if text is not None]
-        unique = {text: place for place, text in enumerate(dict.fromkeys(texts[index] for index in spoken))}
+        unique: dict[str, int] = {}                         # each text is encoded once
+        for index in spoken:
+            unique.setdefault(texts[index], len(unique))
         rows: list[dict[str, Any]] = [{} for _ in images]
         for extractor in self.extractors:
             own = features[extractor.name]                                          # (N, D)
@@ -113,10 +123,12 @@ class Scorer:
             if references:
                 alignment = image_alignment(own, references[extractor.name])
                 _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
-        if self.court:
-            verdicts = self.court.rows(images, [text or "" for text in texts], class_noun)
-            rows = [{**row, **verdict} for row, verdict in zip(rows, verdicts, strict=True)]
-        return [{name: row.get(name) for name in (*self.titles, *row)} for row in rows]
+        if self.judge:
+            judged = self.judge.rows(images, [text or "" for text in texts], class_noun)
+            for row, scores in zip(rows, judged, strict=True):
+                row |= scores
+        empty = dict.fromkeys(self.titles)                  # every row has every column, in the order of tables
+        return [{**empty, **row} for row in rows]
 
     def of_set(self, features: Mapping[str, Tensor], real: Mapping[str, Tensor] | None) -> dict[str, Any]:
         """Measures a set of images by its features: diversity, and KID against real ones' where both are enough."""
@@ -155,46 +167,49 @@ def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | 
     for name in (*(names or ()), *files):
         if name not in METRICS:
             raise UserError(f"metric '{name}' is unknown; use some of {', '.join(METRICS)}.")
-    for name in sorted(set(files) & {"kid"}):
-        raise UserError(f"metric '{name}' has no weights of its own; leave them out.")
+    if "kid" in files:
+        raise UserError("metric 'kid' has no weights of its own; leave them out.")
     wanted, insist = tuple(names or METRICS), set(names or ()) | set(files)
-    extractors, court, skipped, not_given = [], None, [], []
+    extractors, judge, skipped, not_given = [], None, [], []
     for name in METRICS:
         if name == "kid" or name not in {*wanted, *files}:
             continue
         try:
             if name == "judge":
-                court = _load_judge(files.get(name))
-                court.judge.to(device)
+                judge = _load_judge(files.get(name))
+                judge.classifier.to(device)
             else:
                 extractors.append(LOADERS[name](files.get(name), torch.device(device)))
+        except WeightsNotGiven:
+            if name in insist:
+                raise
+            not_given.append(name)
         except MissingWeights as error:
             if name in insist:
                 raise
-            if isinstance(error, WeightsNotGiven):
-                not_given.append(name)
-                continue
-            skipped.append(f"{name}: {re.sub(r'[.]$', '', str(error))}")
+            skipped.append(f"{name}: {str(error).removesuffix('.')}")
     if not_given:
         skipped.append(f"{', '.join(not_given)}: their weights do not ship; give them with "
                        "--metric_weights METRIC=FILE")
-    if not extractors and court is None:
+    if not extractors and judge is None:
         raise UserError("no metric can be measured here: " + "; ".join(skipped or ["kid needs an image metric"]) + ".")
-    return Scorer(tuple(extractors), court, "kid" in wanted, tuple(skipped))
+    return Scorer(tuple(extractors), judge, "kid" in wanted, tuple(skipped))
 
 
 def read_weights(entries: Sequence[str]) -> dict[str, Path]:
     """Reads METRIC=FILE entries."""
-    pairs = [entry.partition("=") for entry in entries]
-    for name, equals, _ in pairs:
+    files = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
         if not equals:
             raise UserError(f"--metric_weights '{name}' must be written METRIC=FILE, as in dino=dino.safetensors.")
-    return {name: Path(path) for name, _, path in pairs}
+        files[name] = Path(path)
+    return files
 
 
-def _load_judge(path: Path | None) -> Court:
+def _load_judge(path: Path | None) -> Judge:
     """Reads the judge that ships, or another."""
     path = path or embedded("judge.safetensors")
     if not path.is_file():
         raise MissingWeights(f"the judge is not there ('{path}'); train it with scripts/pretrain/judge.py.")
-    return load_court(path)
+    return load_judge(path)

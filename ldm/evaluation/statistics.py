@@ -19,7 +19,9 @@ class Estimate:
     units: int = 0
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if self.low is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @property
     def excludes_zero(self) -> bool:
@@ -36,7 +38,8 @@ def resamplings(units: Sequence[object], draws: int = DRAWS, seed: int = 0) -> n
     """
     rng = np.random.default_rng(seed)
     counts = np.ones((draws, len(units)))
-    for column in zip(*(unit if isinstance(unit, tuple) else (unit,) for unit in units), strict=True):
+    parts = [unit if isinstance(unit, tuple) else (unit,) for unit in units]
+    for column in zip(*parts, strict=True):
         numbers = {name: number for number, name in enumerate(dict.fromkeys(column))}
         drawn = rng.multinomial(len(numbers), np.full(len(numbers), 1.0 / len(numbers)), size=draws)
         counts *= drawn[:, [numbers[name] for name in column]]

@@ -111,7 +111,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         raise UserError("a trade-off needs a metric of prompt agreement (judge or a CLIP) and one of images; give more "
                         "--metrics.")
     lines, jobs = claim.lines(sweep.config), jobs_of(claim, sweep)
-    if axes[0] == "judge_edit" and not any(sweep.scorer.court.wishes(text) for job in jobs for text in sweep.said(job)):
+    if axes[0] == "judge_edit" and not any(sweep.scorer.judge.wishes(text) for job in jobs for text in sweep.said(job)):
         raise UserError(f"'{sweep.scorer.titles[axes[0]]}' can be said of no prompt of this sweep; give other prompts, "
                         "or other --metrics.")
     rows = points(sweep.run(jobs))

@@ -18,7 +18,7 @@ from small_world.world import NOUNS, WorldConfig
 from torch import Tensor, nn
 from world import WORLD, draw_range
 
-from ldm.evaluation.judge import HEADS, Court, Judge, save_court
+from ldm.evaluation.judge import HEADS, AttributeClassifier, Judge, save_judge
 from ldm.files import write_atomically
 
 FIRST_SEED = 50_000_000     # far from the seeds of the pictures the generator learns from
@@ -102,7 +102,7 @@ def shared_loss(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracies(judge: Judge, x: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
+def accuracies(judge: AttributeClassifier, x: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
     """Returns the share of right answers per head on pictures (N, 3, H, W)."""
     outputs = [judge.read(part) for part in x.split(250)]
     logits = {head: torch.cat([output[head] for output in outputs]).cpu() for head in HEADS}
@@ -140,7 +140,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     names = labels(args.nouns)
     pictures = np.load(args.state / "judge_pictures.npy", mmap_mode="r")
     truth = targets(json.loads((args.state / "judge_truths.json").read_text()), names)
-    judge = Judge(names).to(args.device)
+    judge = AttributeClassifier(names).to(args.device)
     forward = torch.compile(judge) if args.compile else judge
     held_out = from_pictures(pictures[:HELD_OUT])
 
@@ -158,7 +158,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     def sheet(averaged: nn.Module, path: Path) -> str:
         right = accuracies(averaged, held_out.to(args.device), {head: truth[head][:HELD_OUT] for head in HEADS})
         save_sheet([pictures[:12], pictures[12:24]], path)
-        save_court(Court(averaged, phrases(), right, HELD_OUT), args.state / "judge.safetensors")
+        save_judge(Judge(averaged, phrases(), right, HELD_OUT), args.state / "judge.safetensors")
         shares = ", ".join(f"{head} {100 * right[head]:.1f} %" for head in HEADS)
         return f"right on {HELD_OUT} held-out renders: {shares}"
 

@@ -14,7 +14,7 @@ from world import REFERENCE_SCENES, WORLD
 
 from ldm.checkpoint import load_file, save_safetensors
 from ldm.data.regularization import write_regularization
-from ldm.evaluation.judge import load_court
+from ldm.evaluation.judge import load_judge
 from ldm.evaluation.small_clip import pack_small_clip
 from ldm.files import write_atomically
 from ldm.sheets import save_png
@@ -51,7 +51,7 @@ def pack_metrics(state: Path, config_path: Path, out: Path) -> None:
     if not (state / "judge.safetensors").exists():
         print(f"no judge in {state}; train one with scripts/pretrain/judge.py")
         return
-    right = load_court(state / "judge.safetensors").accuracy
+    right = load_judge(state / "judge.safetensors").accuracy
     shutil.copyfile(state / "judge.safetensors", out / "judge.safetensors")
     print("judge: " + ", ".join(f"{head} {100 * share:.1f} %" for head, share in right.items()))
 

@@ -17,7 +17,7 @@ from world import WORLD
 
 from ldm.base import build_model
 from ldm.config import BaseConfig
-from ldm.evaluation.judge import load_court
+from ldm.evaluation.judge import load_judge
 from ldm.files import write_atomically
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -52,14 +52,14 @@ def main() -> None:
     args = parser.parse_args()
     world = SmallWorld(args.assets, replace(WORLD, p_style=0.4, p_colour=0.45))
     asked = [world.draw(FIRST_SEED + index, relation=NONE) for index in range(args.samples)]
-    court = load_court(args.state / "judge.safetensors")
+    judge = load_judge(args.state / "judge.safetensors")
     sampling = OmegaConf.load(args.sampling)
     model, _ = build_model(OmegaConf.load(args.model).model, BaseConfig())
     pictures = draw(model, [picture.caption for picture in asked], sampling.steps, sampling.scale)
-    truth = targets([vars(picture.truth) for picture in asked], court.judge.labels)
+    truth = targets([vars(picture.truth) for picture in asked], judge.classifier.labels)
     renders = from_pictures(np.stack([picture.image for picture in asked]))
-    found = {"samples": accuracies(court.judge, from_pictures(pictures), truth),
-             "renders of the same captions": accuracies(court.judge, renders, truth)}
+    found = {"samples": accuracies(judge.classifier, from_pictures(pictures), truth),
+             "renders of the same captions": accuracies(judge.classifier, renders, truth)}
     for what, shares in found.items():
         print(f"{what}: " + ", ".join(f"{head} {100 * shares[head]:.1f} %" for head in HEADS))
     write_atomically(args.state / "quality.json", lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))

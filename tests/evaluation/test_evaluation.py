@@ -233,7 +233,7 @@ def test_what_cannot_be_loaded_is_skipped_and_said(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(scoring, "LOADERS", dict.fromkeys(LOADERS, missing))
     scorer = load_scorer(files={"judge": metric_files["judge"]})
-    assert scorer.skipped == tuple(f"{name}: no file" for name in LOADERS) and scorer.court is not None
+    assert scorer.skipped == tuple(f"{name}: no file" for name in LOADERS) and scorer.judge is not None
     assert (scorer.editability, scorer.fidelity) == ("judge_edit", None)
     with pytest.raises(UserError, match="no file"):
         load_scorer(["efficientnet"])
@@ -283,14 +283,14 @@ def test_what_stands_for_editability_and_fidelity(metric_files: dict[str, Path])
     def fake(name: str, texts: bool) -> Extractor:
         return Extractor(name, name, None, None, (lambda texts: None) if texts else None, {})
 
-    court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
+    judge = load_scorer(["judge"], {"judge": metric_files["judge"]}).judge
     small, b32 = fake("small_clip", True), fake("clip_b32", True)
     lite, dino = fake("efficientnet", False), fake("dino", False)
-    for extractors, judge, expected in (
-            ((small, lite), court, ("judge_edit", "efficientnet_i")),
+    for extractors, asked, expected in (
+            ((small, lite), judge, ("judge_edit", "efficientnet_i")),
             ((small,), None, ("small_clip_t", "small_clip_i")),
-            ((small, lite, b32, dino), court, ("clip_b32_t", "dino_i")), ((lite,), None, (None, "efficientnet_i"))):
-        scorer = Scorer(extractors, judge, False, ())
+            ((small, lite, b32, dino), judge, ("clip_b32_t", "dino_i")), ((lite,), None, (None, "efficientnet_i"))):
+        scorer = Scorer(extractors, asked, False, ())
         assert (scorer.editability, scorer.fidelity) == expected
 
 

@@ -14,7 +14,16 @@ from PIL import Image
 from torch import nn
 
 from ldm.checkpoint import load_state, read_metadata, save_safetensors
-from ldm.evaluation.judge import HEADS, Court, Judge, Wish, grant, load_court, read_wish, save_court
+from ldm.evaluation.judge import (
+    HEADS,
+    AttributeClassifier,
+    Judge,
+    RequestedAttributes,
+    load_judge,
+    read_request,
+    save_judge,
+    score_request,
+)
 from ldm.util import UserError
 
 LABELS = {"noun": ("cat", "fish"), "scene": ("snow", "beach", "night"), "style": ("photo", "oil painting"),
@@ -35,7 +44,7 @@ class MeanColor(nn.Module):
         channels = x.mean(dim=(2, 3))
         return {head: channels[:, :len(names)] for head, names in LABELS.items()}
 
-    read, ranked = Judge.read, Judge.ranked
+    read, ranked = AttributeClassifier.read, AttributeClassifier.ranked
 
 
 def plain(*colors: str) -> list[Image.Image]:
@@ -51,7 +60,7 @@ def test_labels_come_in_the_order_of_the_logits() -> None:
 
 def test_a_image_and_its_mirror_image_are_read_alike() -> None:
     torch.manual_seed(0)
-    judge, x = Judge(LABELS).eval(), torch.randn(2, 3, 64, 64)
+    judge, x = AttributeClassifier(LABELS).eval(), torch.randn(2, 3, 64, 64)
     found, mirrored, seen = judge.read(x), judge.read(x.flip(3)), (judge(x), judge(x.flip(3)))
     for head in HEADS:
         assert torch.allclose(found[head], (seen[0][head] + seen[1][head]) / 2)
@@ -64,46 +73,48 @@ def test_a_image_and_its_mirror_image_are_read_alike() -> None:
     ("a cat in the snowy predawn", (), (), ()),                   # neither "in the snow" nor "red"
     ("a cat", (), (), ())])
 def test_what_a_prompt_asks_for(prompt: str, scene, style, color) -> None:
-    assert read_wish(prompt, PHRASES) == Wish(frozenset(scene), frozenset(style), frozenset(color))
+    assert read_request(prompt, PHRASES) == RequestedAttributes(frozenset(scene), frozenset(style), frozenset(color))
 
 
 def test_wishes_granted() -> None:
     ranked = {"noun": ["cat"], "scene": ["snow", "beach"], "style": ["photo", "oil painting"],
               "colour": ["red", "blue", "green"]}
-    assert grant(Wish(), ranked) == {}
-    assert grant(Wish(scene=frozenset({"snow"}), style=frozenset({"oil painting"})), ranked) == {"scene": 1, "style": 0}
+    assert score_request(RequestedAttributes(), ranked) == {}
+    requested = RequestedAttributes(scene=frozenset({"snow"}), style=frozenset({"oil painting"}))
+    assert score_request(requested, ranked) == {"scene": 1, "style": 0}
     for colors, right in (({"red"}, 1), ({"blue"}, 0), ({"red", "blue"}, 1), ({"red", "green"}, 0)):
-        assert grant(Wish(colour=frozenset(colors)), ranked) == {"colour": right}
+        assert score_request(RequestedAttributes(colour=frozenset(colors)), ranked) == {"colour": right}
 
 
-def test_rows_of_a_court() -> None:
-    court = Court(MeanColor(), PHRASES, {"noun": 0.9}, 10)
-    rows = court.rows(plain("#ff8000", "#0080ff", "#ff8000"),
+def test_rows_of_a_judge() -> None:
+    judge = Judge(MeanColor(), PHRASES, {"noun": 0.9}, 10)
+    rows = judge.rows(plain("#ff8000", "#0080ff", "#ff8000"),
                       ["a red cat in the snow", "a red cat at night", "a cat"], "cat")
     assert [row["judge_edit"] for row in rows] == [1.0, 0.5, None]
     assert [row["judge_noun"] for row in rows] == [1.0, 0.0, 1.0]
     assert (rows[1]["judge_scene"], rows[1]["judge_colour"], rows[1]["judge_style"]) == (1.0, 0.0, None)
     assert [rows[1][f"saw_{head}"] for head in HEADS] == ["fish", "night", "oil painting", "blue"]
-    assert court.rows(plain("red"), ["a teapot"], "teapot")[0]["judge_noun"] is None      # no such label
+    assert judge.rows(plain("red"), ["a teapot"], "teapot")[0]["judge_noun"] is None      # no such label
 
 
 def test_a_judge_on_disk_judges_alike(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    court = Court(Judge(LABELS, widths=(8, 16), depths=(1, 1)).half().float(), PHRASES, {"noun": 0.96}, 500)
+    classifier = AttributeClassifier(LABELS, widths=(8, 16), depths=(1, 1)).half().float()
+    judge = Judge(classifier, PHRASES, {"noun": 0.96}, 500)
     with pytest.raises(UserError, match="does not fit"):
-        load_court(save_court(court, tmp_path / "odd.safetensors"))       # another architecture than ships
+        load_judge(save_judge(judge, tmp_path / "odd.safetensors"))       # another architecture than ships
     torch.manual_seed(0)
-    court = Court(Judge(LABELS).half().float(), PHRASES, {"noun": 0.96}, 500)
-    loaded = load_court(save_court(court, tmp_path / "judge.safetensors"))
+    judge = Judge(AttributeClassifier(LABELS).half().float(), PHRASES, {"noun": 0.96}, 500)
+    loaded = load_judge(save_judge(judge, tmp_path / "judge.safetensors"))
     images = plain("red", "navy", "white")
-    assert loaded.judge.ranked(images) == court.judge.ranked(images)
+    assert loaded.classifier.ranked(images) == judge.classifier.ranked(images)
     assert (loaded.phrases, loaded.accuracy, loaded.held_out) == (PHRASES, {"noun": 0.96}, 500)
-    assert loaded.judge.labels == LABELS
+    assert loaded.classifier.labels == LABELS
 
 
 def test_a_judge_ships_small() -> None:
     names = {"noun": range(48), "scene": range(16), "style": range(7), "colour": range(10)}
-    judge = Judge({head: [str(index) for index in labels] for head, labels in names.items()})
+    judge = AttributeClassifier({head: [str(index) for index in labels] for head, labels in names.items()})
     assert 2 * sum(parameter.numel() for parameter in judge.parameters()) < 3e6
 
 
@@ -111,7 +122,7 @@ def test_a_judge_ships_small() -> None:
 def test_other_files_are_no_judges(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "judge.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="judge"):
-        load_court(tmp_path / "judge.safetensors")
+        load_judge(tmp_path / "judge.safetensors")
 
 
 @pytest.mark.parametrize("change", [
@@ -119,19 +130,19 @@ def test_other_files_are_no_judges(tmp_path: Path, content: bytes) -> None:
     {"labels": json.dumps({head: ["\x1b[2J"] for head in LABELS})}, {"phrases": "[" * 100_000}],
     ids=lambda change: str(change)[:30])
 def test_a_judge_with_damaged_metadata_is_a_sentence(tmp_path: Path, change: dict[str, str]) -> None:
-    path = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
+    path = save_judge(Judge(AttributeClassifier(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
     save_safetensors(path, load_state(path), read_metadata(path) | change)
     with pytest.raises(UserError, match="judge '.*' is damaged"):
-        load_court(path)
+        load_judge(path)
 
 
 def test_a_judge_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    path = save_court(Court(Judge(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
+    path = save_judge(Judge(AttributeClassifier(LABELS), PHRASES, {"noun": 0.96}, 500), tmp_path / "judge.safetensors")
     state = load_state(path)
     state["norm.weight"].fill_(float("nan"))
     save_safetensors(path, state, read_metadata(path))
     with pytest.raises(UserError, match="not finite, in norm.weight"):
-        load_court(path)
+        load_judge(path)
 
 
 # How it is trained.
@@ -189,10 +200,11 @@ def test_phrases_ask_for_painted_styles_only(stage: ModuleType) -> None:
     assert "photo" not in phrases["style"] and "pencil sketch" in phrases["style"]["pencil sketch"]
     labels = stage.labels(5)
     assert len(labels["noun"]) == 5 and set(phrases["scene"]) == set(labels["scene"])
-    wish = read_wish("a watercolour painting of a green {} on a table", phrases)
-    assert wish == Wish(frozenset({"wooden table"}), frozenset({"watercolour"}), frozenset({"green"}))
+    wish = read_request("a watercolour painting of a green {} on a table", phrases)
+    assert wish == RequestedAttributes(frozenset({"wooden table"}), frozenset({"watercolour"}), frozenset({"green"}))
     evaluation = (ROOT / "configs" / "prompts" / "evaluation.txt").read_text().splitlines()
-    assert len(evaluation) == 16 and all(read_wish(prompt, phrases) != Wish() for prompt in evaluation)
+    assert len(evaluation) == 16
+    assert all(read_request(prompt, phrases) != RequestedAttributes() for prompt in evaluation)
 
 
 def test_weathering_keeps_images_images(stage: ModuleType) -> None:

@@ -646,8 +646,8 @@ def test_two_sides_are_needed(config: SweepConfig, tmp_path: Path) -> None:
 def test_prompts_that_ask_nothing_the_judge_knows(config: SweepConfig, tmp_path: Path, metric_files: dict[str, Path],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.txt").write_text("a {} of stone\n")
-    court = load_scorer(["judge"], {"judge": metric_files["judge"]}).court
-    sweep = Sweep(config, tmp_path / "out", Scorer((MEAN,), court, False, ()))
+    judge = load_scorer(["judge"], {"judge": metric_files["judge"]}).judge
+    sweep = Sweep(config, tmp_path / "out", Scorer((MEAN,), judge, False, ()))
     monkeypatch.setattr(Sweep, "draw", None)                               # nothing is drawn for that
     with pytest.raises(UserError, match="can be said of no prompt"):
         run_claim(CLAIMS["masks"], sweep)
