@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments.areas import Areas, compare_areas, difference
 from experiments.claims import Claim, Line
-from experiments.jobs import BASE, Job, Subject, spread
+from experiments.jobs import BASE, Job, Subject, thin_out
 from experiments.plots import Curve, tradeoff_plot
 from experiments.sweep import Sweep, points
 from ldm.data.images import open_image
@@ -31,7 +31,7 @@ from ldm.evaluation.report import (
 )
 from ldm.evaluation.statistics import Estimate, unit_means
 from ldm.files import claim_results, write_text
-from ldm.pipeline import Row
+from ldm.requests import ImageRequest
 from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError, folder_name
 
@@ -293,7 +293,7 @@ def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
             break
     places = [(line, int(index)) for line, size in zip(lines, sizes, strict=True)
               for index in np.linspace(len(line.points) - 1, 0, size).round()[::-1]]
-    return spread(places, SHEET_COLUMNS)
+    return thin_out(places, SHEET_COLUMNS)
 
 
 def sheet_rows(found: Sequence[Subject]) -> list[tuple[str, str]]:
@@ -311,9 +311,9 @@ def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> s
         job = replace(point, concept=name)
         generator, settings = sweep.ready(job, jobs), sweep.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
-        row = Row(prompt, sweep.config.first_seed, point.strength)
-        image, record = generator.masks(row, settings)
-        title = f"{prompt.replace('{}', '[' + name + ']')} (seed {row.seed}, lambda {row.strength:g})"
+        request = ImageRequest(prompt, sweep.config.first_seed, point.strength)
+        image, record = generator.masks(request, settings)
+        title = f"{prompt.replace('{}', '[' + name + ']')} (seed {request.seed}, lambda {request.strength:g})"
         save_png(mask_panel(image, record, title), folder / MASKS / mask_file(name))
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())

@@ -59,7 +59,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """A concept as a sweep sees it: how it is taught, what is asked of it, what it is compared with."""
+    """A concept as a sweep sees it: how it is trained, what is asked of it, what it is compared with."""
 
     name: str
     class_noun: str
@@ -103,7 +103,7 @@ class Job:
         return replace(self, concept="", run=0)
 
     @property
-    def taught(self) -> tuple[str, str, int]:
+    def run_key(self) -> tuple[str, str, int]:
         """What one fine-tuning run is for."""
         return self.concept, self.method, self.run
 
@@ -133,7 +133,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def spread(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:
+def thin_out(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:
     """Picks `count` items, evenly spread; all where there are no more."""
     if count is None or count >= len(items):
         return tuple(items)
@@ -159,7 +159,7 @@ def _from_files(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Su
     found = []
     for file in config.concept_files:
         concept = merge(TrainConfig, [file]).concepts[0]
-        found.append(Subject(concept.name, concept.class_noun, spread(prompts, config.max_prompts),
+        found.append(Subject(concept.name, concept.class_noun, thin_out(prompts, config.max_prompts),
                              _references(config, concept.name, Path(concept.images)), files=(str(file),)))
     return found
 
@@ -175,7 +175,7 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
         entry = {"name": name, "images": concept.images, "class_noun": concept.class_noun}
         if exists(concept.regularization):
             entry["regularization"] = concept.regularization
-        found.append(Subject(name, concept.class_noun, spread(prompts or concept.prompts, config.max_prompts),
+        found.append(Subject(name, concept.class_noun, thin_out(prompts or concept.prompts, config.max_prompts),
                              _references(config, name, Path(concept.images)), entry=tuple(entry.items())))
     return found
 

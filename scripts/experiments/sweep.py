@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.jobs import BASE, Job, Subject, SweepConfig, describe, digest, subjects
-from ldm.config import DCIConfig
+from ldm.config import DCIConfig, typed
 from ldm.customization.delta import load_concept
 from ldm.customization.ico import PLACEHOLDER
 from ldm.customization.tokens import AUTO, auxiliary_noun, rest_of_prompt, split_at_concept
@@ -34,14 +34,14 @@ from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.report import write_json
 from ldm.evaluation.scoring import Scorer, load_scorer, plain_text
 from ldm.files import DAMAGED, set_aside
-from ldm.pipeline import Generator, check_settings
+from ldm.pipeline import Generator
 from ldm.progress import progress
 from ldm.records import Record, load_record
 from ldm.sampling import load_generator
 from ldm.sheets import save_png
-from ldm.training.callbacks import concept_file
 from ldm.training.resume import resume_state
 from ldm.training.run import fine_tune
+from ldm.training.run_folder import concept_file
 from ldm.util import UserError, folder_name, shipped
 
 Metrics = tuple[Sequence[str] | None, Mapping[str, Path], torch.device]
@@ -90,7 +90,7 @@ class Sweep:
             if method != BASE and method not in self.config.methods:
                 raise UserError(f"method '{method}' is unknown; methods: {', '.join(self.config.methods)}.")
         for point in dict.fromkeys(job.point for job in jobs):
-            check_settings(self.settings(point))
+            typed(self.settings(point))
             if point.method != BASE:
                 next(iter(self.subjects.values())).training(self.config, point.method)
             if point.strength is not None:
@@ -243,8 +243,8 @@ class Sweep:
 
     def shares(self, jobs: Sequence[Job]) -> dict[Job, tuple[int, int]]:
         """U-Net rows of each job: of the fine-tuning that it is the first to need, and of its images."""
-        first = {job.taught: job for job in reversed(jobs)}
-        return {job: (self.run_work(job, jobs) if first[job.taught] == job else 0, self.work(job)) for job in jobs}
+        first = {job.run_key: job for job in reversed(jobs)}
+        return {job: (self.run_work(job, jobs) if first[job.run_key] == job else 0, self.work(job)) for job in jobs}
 
     def run_work(self, job: Job, jobs: Sequence[Job]) -> int:
         """U-Net rows of a fine-tuning run that is to come; a row of training costs three, backwards included."""
@@ -256,7 +256,7 @@ class Sweep:
     @staticmethod
     def steps(job: Job, jobs: Sequence[Job]) -> list[int]:
         """The steps at which jobs need the model that this job uses."""
-        return sorted({other.step for other in jobs if other.taught == job.taught})
+        return sorted({other.step for other in jobs if other.run_key == job.run_key})
 
     def logdir(self, job: Job) -> Path:
         """Where a job's fine-tuning run is."""
@@ -376,7 +376,7 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
     runs: dict[tuple[str, str, int], list[Job]] = {}
     jobs = in_order(jobs)
     for job in jobs:
-        runs.setdefault(job.taught, []).append(job)
+        runs.setdefault(job.run_key, []).append(job)
     # The longest first, so that none of them is left for one process at the end.
     shares = sorted(runs.values(), key=lambda share: sum(map(sum, sweep.shares(share).values())), reverse=True)
     missing = [job for job in jobs if not sweep.finished(job)]
@@ -411,7 +411,7 @@ def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequen
 
 def in_order(jobs: Sequence[Job]) -> list[Job]:
     """Returns jobs once each, as they are carried out: all of a fine-tuning run together, by step."""
-    return sorted(dict.fromkeys(jobs), key=lambda job: (*job.taught, job.step))
+    return sorted(dict.fromkeys(jobs), key=lambda job: (*job.run_key, job.step))
 
 
 class Pace:

@@ -28,13 +28,14 @@ from experiments.sweep import Pace, Stored, Sweep, points
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.config import typed
 from ldm.config_files import merge
 from ldm.customization.tokens import CONTEXT_NOUNS, noun_for_context
 from ldm.evaluation.features import Extractor, _transform
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.statistics import Estimate
 from ldm.files import RECORD
-from ldm.pipeline import Generator, check_settings
+from ldm.pipeline import Generator
 from ldm.sheets import mask_panel
 from ldm.util import UserError
 
@@ -353,7 +354,7 @@ def test_shipped_sweeps_can_be_carried_out(name: str) -> None:
         assert all(method.initial_words == rare[-len(method.words):] for method in methods.values())
     points = {point for claim in [SWEEP, *CLAIMS.values()] for line in claim.lines(config) for point in line.points}
     for point in points:
-        check_settings(point.sampling(config))
+        typed(point.sampling(config))
 
 
 def test_a_sweep_takes_a_checkpoint_by_its_flag(small_world: SmallWorld, tmp_path: Path, call_script: Call,
