@@ -199,8 +199,8 @@ def unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def averages_alone(names: Iterable[str]) -> bool:
     """Says whether a file holds its U-Net as averaged weights only (`model_ema.*`, under names without dots)."""
-    return any(name.startswith(f"{AVERAGE}diffusion_model") for name in names) and \
-        not any(name.startswith("model.diffusion_model.") for name in names)
+    averaged = any(name.startswith(f"{AVERAGE}diffusion_model") for name in names)
+    return averaged and not any(name.startswith("model.diffusion_model.") for name in names)
 
 
 def load_state(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[str, Tensor]:
@@ -214,7 +214,8 @@ def load_state(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[s
 def named(names: Iterable[str], most: int = 3) -> str:
     """Lists the first names and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -232,18 +233,22 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 def describe_mismatch(model: nn.Module, state: Mapping[str, Tensor], accepted: Iterable[str] = ()) -> str:
     """Says in words how `state` differs from what `model` expects; empty where it does not."""
     expected, accepted = model.state_dict(), set(accepted)
-    missing = [key for key in expected if key not in state and key not in accepted]
-    unexpected = [key for key in state if key not in expected and key not in accepted]
-    misshapen = [f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-                 for key in expected if key in state and state[key].shape != expected[key].shape]
-
-    no_weights = [f"{key} of {state[key].dtype}" for key in expected
-                  if key in state and expected[key].is_floating_point() and not state[key].is_floating_point()]
-
-    parts = [f"{len(keys)} {word} ({named(keys)})" for word, keys in
-             (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen),
-              ("not of floating-point numbers", no_weights)) if keys]
-    return "; ".join(parts)
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": [],
+                                   "not of floating-point numbers": []}
+    for key, value in expected.items():
+        if key not in state:
+            if key not in accepted:
+                wrong["missing"].append(key)
+            continue
+        found = state[key]
+        if found.shape != value.shape:
+            wrong["of another shape"].append(f"{key} {tuple(found.shape)} instead of {tuple(value.shape)}")
+        if value.is_floating_point() and not found.is_floating_point():
+            wrong["not of floating-point numbers"].append(f"{key} of {found.dtype}")
+    for key in state:
+        if key not in expected and key not in accepted:
+            wrong["unexpected"].append(key)
+    return "; ".join(f"{len(keys)} {problem} ({named(keys)})" for problem, keys in wrong.items() if keys)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike[str],
@@ -259,16 +264,17 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
         UserError: keys are missing, unexpected or of another shape.
     """
     accepted = set(accepted)
-    expected = model.state_dict().keys()
-    state = {key: value for key, value in state.items()
-             if key in expected or not (key.startswith(AVERAGE) or key in accepted)}
+    own = model.state_dict()
+    spare = [key for key in state if key not in own and (key.startswith(AVERAGE) or key in accepted)]
+    state = {key: value for key, value in state.items() if key not in spare}
     problem = describe_mismatch(model, state, accepted)
     if problem:
         raise UserError(f"'{source}' does not fit this architecture: {problem}; check that the model configuration "
                         "belongs to this checkpoint.")
-    weights = {key: value for key, value in state.items() if key not in SCHEDULE_BUFFERS}
-    own = {key: value for key, value in model.state_dict().items() if key not in weights}    # schedule, `accepted`
-    model.load_state_dict({**own, **weights}, assign=assign)
+    for key, value in state.items():
+        if key not in SCHEDULE_BUFFERS:       # these are the configuration's
+            own[key] = value
+    model.load_state_dict(own, assign=assign)
 
 
 def cast_weights(model: nn.Module, wanted: Callable[[str], torch.dtype],
@@ -280,8 +286,10 @@ def cast_weights(model: nn.Module, wanted: Callable[[str], torch.dtype],
         read: reads the weights once more, where the model's are mapped from a file. Pages of a file leave memory only
             with their mapping, so every batch is cast from a mapping of its own. None: the model's tensors are cast.
     """
-    bytes_of = {key: value.nbytes for key, value in model.state_dict().items()
-                if value.is_floating_point() and value.dtype != wanted(key)}
+    bytes_of = {}
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and value.dtype != wanted(key):
+            bytes_of[key] = value.nbytes
     for keys in _batches(bytes_of):
         source = read() if read else model.state_dict()
         model.load_state_dict({key: source[key].to(wanted(key)) for key in keys}, strict=False, assign=True)
@@ -313,7 +321,9 @@ def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str,
 def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
                      metadata: Mapping[str, Any] | None = None) -> Path:
     """Writes tensors and metadata (values that are not text become JSON) atomically; equal content as equal bytes."""
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    text = {}
+    for key, value in (metadata or {}).items():
+        text[key] = value if isinstance(value, str) else json.dumps(value)
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
     def write(part: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from io import TextIOWrapper
 from types import TracebackType
@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.flags import BASE_FLAGS, Flag
 from ldm.signals import heeded
-from ldm.text import literal
-from ldm.util import UserError, allow_targets
+from ldm.util import UserError
 
 INTERRUPTED = "interrupted; what was saved before is intact."
 _READERS = {"json", "yaml", "omegaconf"}
@@ -62,9 +62,10 @@ class Parser(argparse.ArgumentParser):
         self.configured, self.schema, self.shipped = configured, schema, shipped or {}
         if not configured:
             return
-        files = "".join(f"; {name or 'left out'}: {' '.join(paths)}" for name, paths in self.shipped.items())
-        self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML",
-                          help=f"configuration files, merged left to right; key=value overrides may follow{files}")
+        parts = ["configuration files, merged left to right; key=value overrides may follow"]
+        for name, paths in self.shipped.items():
+            parts.append(f"{name or 'left out'}: {' '.join(paths)}")
+        self.add_argument("-b", "--base", nargs="+", default=None, metavar="YAML", help="; ".join(parts))
         self.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of single settings")
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
@@ -91,18 +92,33 @@ class Parser(argparse.ArgumentParser):
             return text
         from ldm.config_files import meanings  # torch comes with it, which nothing but a key's help needs here
         words, key = named[1].strip(), named[2]
-        values = {name: OmegaConf.select(config, key) for name, config in self._configurations.items()}
-        usual = values.pop("", None)
-        defaults = [] if usual is None or usual is False else [f"default: {usual}"]
-        defaults += [f"{name}: {value}" for name, value in values.items() if value not in (None, usual)]
-        return f"{words or meanings(self.schema)[key]} ({'; '.join([key, *defaults])})".strip().replace("%", "%%")
+        parts, usual = [key], None
+        for name, config in self._configurations.items():
+            value = OmegaConf.select(config, key)
+            if name == "":                           # the files that are used where none are given
+                usual, name = value, "default"
+                silent = value is None or value is False
+            else:
+                silent = value in (None, usual)
+            if not silent:
+                parts.append(f"{name}: {value}")
+        return f"{words or meanings(self.schema)[key]} ({'; '.join(parts)})".strip().replace("%", "%%")
+
+    def add_flags(self, flags: Iterable[Flag]) -> None:
+        """Adds flags that set keys of the configuration."""
+        for flag in flags:
+            names = [f"--{flag.name}"]
+            if flag.short:
+                names.insert(0, flag.short)
+            text = f"{flag.help} ({flag.key})".strip()
+            if flag.kind is None:
+                self.add_argument(*names, action="store_const", const=True, help=text)
+            else:
+                self.add_argument(*names, type=flag.kind, nargs="+" if flag.many else None, help=text)
 
     def add_base(self) -> None:
         """Adds the flags that choose the base model."""
-        self.add_argument("--ckpt", help="SD v1 checkpoint, .ckpt or .safetensors (base.ckpt)")
-        self.add_argument("--vae", help="file of another autoencoder for it, such as vae-ft-mse (base.vae)")
-        self.add_argument("--any_base", action="store_const", const=True,
-                          help="use a concept on another base than its own, with a warning (base.any_base)")
+        self.add_flags(BASE_FLAGS)
         self.add_argument("--allow_target", action="append", default=[], metavar="NAME",
                           help="class or package of your own that a configuration's target may name; may be repeated")
 
@@ -120,8 +136,11 @@ class Parser(argparse.ArgumentParser):
         for item in arguments:
             name, equals, _ = _underscored(item).partition("=")
             swallowed = self._swallows.get(name, swallowed)
-            override = equals and ("." in name if name.startswith("--") else swallowed)
-            (overrides if override else rest).append(item)
+            is_override = "." in name if name.startswith("--") else swallowed
+            if equals and is_override:
+                overrides.append(item)
+            else:
+                rest.append(item)
         options = self.parse_intermixed_args([_underscored(item) for item in rest])
         options.overrides += overrides
         return options
@@ -133,37 +152,6 @@ def _underscored(item: str) -> str:
         return item
     name, equals, value = item.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def yes_or_no(text: str) -> bool:
-    """Reads a truth value; any other text is an error, never "true"."""
-    words = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-    return words[text.lower()]
-
-
-def count_gpus(text: str) -> int:
-    """Reads '2', or CompVis's list '0,1,', which must count from 0."""
-    numbers = [part for part in text.split(",") if part]
-    if not all(part.isdecimal() for part in numbers) or ("," in text and numbers != [*map(str, range(len(numbers)))]):
-        raise UserError(f"--gpus '{text}' is neither a number nor 0,1,...; choose others with CUDA_VISIBLE_DEVICES.")
-    return len(numbers) if "," in text else int(text)
-
-
-def base_options(options: argparse.Namespace) -> dict[str, object]:
-    """Returns what the flags of `Parser.add_base` say, as `set_options` takes it; targets are allowed at once."""
-    allow_targets(options.allow_target)
-    return {"base__ckpt": options.ckpt, "base__vae": options.vae, "base__any_base": options.any_base}
-
-
-def set_options(**values: object) -> DictConfig:
-    """Makes a configuration of dotted keys (written with __ for the dot), leaving out those that are None."""
-    config = OmegaConf.create()
-    for key, value in values.items():
-        if value is not None:
-            OmegaConf.update(config, key.replace("__", "."), literal(value))
-    return config
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -222,8 +210,10 @@ def _sentence(error: Exception) -> str | None:
 
 def _refusal(error: OSError) -> str:
     """Words what the operating system refused: of which file, why, what to do."""
-    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-    place = "" if name is None else f"'{name}': "
+    place = ""
+    if error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        place = f"'{name}': "
     reason = error.strerror or str(error) or type(error).__name__
     return f"{place}{reason}; {_ADVICE.get(error.errno, 'check it, and give the command again')}."
 
@@ -244,7 +234,12 @@ def _let_go_of_output() -> None:
 
 def printable(text: str) -> str:
     """Shows what a terminal would obey, or a file could not hold, as its escape."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    if text.isprintable():
+        return text
+    letters = []
+    for letter in text:
+        letters.append(letter if letter.isprintable() else letter.encode("unicode_escape").decode())
+    return "".join(letters)
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -20,15 +20,24 @@ def vocabulary() -> dict[str, tuple[str, ...]]:
     """Returns what the captions of the model's training images can say: phrases by kind, read from its card."""
     card = (resources.files("ldm.tiny") / "README.md").read_text("utf-8")
     section = card.partition("## What it knows\n")[2].partition("\n## ")[0]
-    lists = re.findall(r"^- \*\*(\w+)\*\*: (.*(?:\n  .*)*)", section, re.MULTILINE)
-    return {kind: tuple(" ".join(phrase.split()) for phrase in phrases.split(",")) for kind, phrases in lists}
+    known = {}
+    for kind, text in re.findall(r"^- \*\*(\w+)\*\*: (.*(?:\n  .*)*)", section, re.MULTILINE):
+        phrases = text.split(",")
+        known[kind] = tuple(" ".join(phrase.split()) for phrase in phrases)      # a phrase may go over a line's end
+    return known
 
 
 def unknown_words(texts: Iterable[str]) -> list[str]:
     """Returns the words of prompts that the embedded model never saw, in order; concept words are no words."""
-    known = set(re.findall(r"\w+", " ".join(phrase for phrases in vocabulary().values() for phrase in phrases)))
-    said = (word for text in texts for word in re.findall(r"[^\W\d_]+", _letters(text)))
-    return [word for word in dict.fromkeys(said) if word not in known]
+    known: set[str] = set()
+    for phrases in vocabulary().values():
+        known.update(re.findall(r"\w+", " ".join(phrases)))
+    unknown: dict[str, None] = {}       # an ordered set
+    for text in texts:
+        for word in re.findall(r"[^\W\d_]+", _letters(text)):
+            if word not in known:
+                unknown[word] = None
+    return list(unknown)
 
 
 def _letters(text: str) -> str:
@@ -38,9 +47,11 @@ def _letters(text: str) -> str:
 
 def warn_of_words(identity: Mapping[str, str], texts: Iterable[str]) -> None:
     """Prints a line about words that the embedded model never saw; other models know more."""
-    if identity["name"] == NAME and (words := unknown_words(texts)):
-        print(f"warning: the embedded model never saw the word{'s' * (len(words) > 1)} {', '.join(words)} and cannot "
-              f"draw what is meant; what it knows is listed in {CARD}.", flush=True)
+    words = unknown_words(texts) if identity["name"] == NAME else []
+    if words:
+        noun = "word" if len(words) == 1 else "words"
+        print(f"warning: the embedded model never saw the {noun} {', '.join(words)} and cannot draw what is meant; "
+              f"what it knows is listed in {CARD}.", flush=True)
 
 
 def warn_of_photos(identity: Mapping[str, str], images: Iterable[Path], side: int) -> None:

@@ -55,18 +55,27 @@ PARTS = (
 def kind_of(content: Mapping[str, Any]) -> tuple[str, str] | None:
     """Returns what a file is and what to do where it was given as a checkpoint; None where nothing tells."""
     state = unwrapped(content)
-    whole = any(name.startswith(UNET) for name in state) and any(name.startswith(VAE) for name in state)
-    for pattern, title, advice in KINDS if whole else KINDS + PARTS:
-        if any(re.match(pattern, name) for name in (*content, *state)):
+    names = [*content, *state]
+    kinds = KINDS
+    if not (_some_start_with(UNET, state) and _some_start_with(VAE, state)):
+        kinds = KINDS + PARTS
+    for pattern, title, advice in kinds:
+        begins = re.compile(pattern)
+        if any(map(begins.match, names)):
             return title, advice
     return _kind_of_unet(state)
+
+
+def _some_start_with(prefix: str, names: Iterable[str]) -> bool:
+    """Says whether a name begins with a prefix."""
+    return any(name.startswith(prefix) for name in names)
 
 
 def _kind_of_unet(state: Mapping[str, Any]) -> tuple[str, str] | None:
     """Tells Stable Diffusion's generations apart by the shapes of their U-Net."""
     width = _text_width(state)
     entry = state.get(f"{UNET}input_blocks.0.0.weight")
-    if width is None or entry is None or len(entry) != 320:
+    if width is None or entry is None or len(entry) != 320:      # channels of all SD U-Nets' first level
         return None
     if width == 1024:
         return "a Stable Diffusion 2 checkpoint (text width 1024)", V1_WANTED
@@ -79,8 +88,10 @@ def _kind_of_unet(state: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _text_width(state: Mapping[str, Any]) -> int | None:
     """Returns how wide the text features are that a U-Net reads."""
-    return next((value.shape[1] for name, value in state.items()
-                 if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")), None)
+    for name, value in state.items():
+        if name.startswith(UNET) and name.endswith(".attn2.to_k.weight"):
+            return value.shape[1]
+    return None
 
 
 def fit_names(content: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -89,17 +100,27 @@ def fit_names(content: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, T
     transformers' later names of the text encoder gain their `text_model.`; averaged weights (`model_ema.*`) are the
     U-Net's where the file has no others. What would enlarge a network stays, for `load_weights` to refuse.
     """
-    state, expected = unwrapped(content), model.state_dict().keys()
-    spare = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    state = {re.sub(LATER_TEXT_NAMES, r"\g<0>text_model.", name): value
-             for name, value in state.items() if isinstance(value, Tensor)}
+    expected = model.state_dict().keys()
+    spare: list[str] = []
+    state: dict[str, Tensor] = {}
+    for name, value in unwrapped(content).items():
+        if isinstance(value, Tensor):
+            state[re.sub(LATER_TEXT_NAMES, r"\g<0>text_model.", name)] = value
+        else:
+            spare.append(name)
     if averages_alone(state):
-        averages = {AVERAGE + name.removeprefix("model.").replace(".", ""): name
-                    for name in expected if name.startswith(UNET)}
+        averages = {}           # CompVis's averages lose the dots of the names they stand for
+        for name in expected:
+            if name.startswith(UNET):
+                averages[AVERAGE + name.removeprefix("model.").replace(".", "")] = name
         state = {averages.get(name, name): value for name, value in state.items()}
-    known = {*expected, *OPTIONAL_KEYS}
-    others = {name for name in state if name not in known and not name.startswith(NETWORKS)}
-    return {name: value for name, value in state.items() if name not in others}, [*spare, *sorted(others)]
+    fitting, others = {}, []
+    for name, value in state.items():
+        if name in expected or name in OPTIONAL_KEYS or name.startswith(NETWORKS):
+            fitting[name] = value
+        else:
+            others.append(name)
+    return fitting, [*spare, *sorted(others)]
 
 
 def load_checkpoint(model: nn.Module, content: Mapping[str, Any], path: str | os.PathLike[str],
@@ -115,12 +136,17 @@ def load_checkpoint(model: nn.Module, content: Mapping[str, Any], path: str | os
         UserError: weights are missing or misshapen; the sentence says what the file is where that is known.
     """
     state, spare = fit_names(content, model)
-    state = {name: value for name, value in state.items() if not name.startswith(tuple(ignore))} | dict(vae or {})
+    left_alone = tuple(ignore)
+    state = {name: value for name, value in state.items() if not name.startswith(left_alone)}
+    state |= vae or {}
     expected = model.state_dict()
-    accepted = [*OPTIONAL_KEYS, *(name for name in expected if name.startswith(tuple(ignore)))]
-    kind = kind_of(content) if describe_mismatch(model, state, accepted) else None
-    if kind and not (kind[0] == V1 and _text_width(state) == _text_width(expected)):
-        raise UserError(f"'{path}' is {kind[0]}; {kind[1]}.")
+    accepted = [name for name in expected if name.startswith(left_alone)]
+    accepted += OPTIONAL_KEYS
+    if describe_mismatch(model, state, accepted):
+        kind = kind_of(content)
+        # A damaged file of the right kind is not called another kind: `load_weights` names what it lacks.
+        if kind and not (kind[0] == V1 and _text_width(state) == _text_width(expected)):
+            raise UserError(f"'{path}' is {kind[0]}; {kind[1]}.")
     load_weights(model, state, path, accepted, assign)
     say_left_out(path, spare)
 
@@ -135,23 +161,28 @@ def read_vae(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, 
     """
     content = load_file(path, "autoencoder")
     state = {name: value for name, value in unwrapped(content).items() if isinstance(value, Tensor)}
-    if any(name.startswith(VAE) for name in state):
+    if _some_start_with(VAE, state):
         state = {name.removeprefix(VAE): value for name, value in state.items() if name.startswith(VAE)}
     expected = model.first_stage_model.state_dict()
     state = our_vae_state(state, expected)
-    problem = describe_mismatch(model.first_stage_model, {name: state[name] for name in expected if name in state})
+    known = {name: state[name] for name in expected if name in state}
+    problem = describe_mismatch(model.first_stage_model, known)
     if problem:
         kind = kind_of(content)
         what = f"is {kind[0]}; it" if kind else "is none that fits; it"
         raise UserError(f"autoencoder '{path}' {what} has {problem}.")
-    return ({VAE + name: state[name] for name in expected}, [name for name in state if name not in expected])
+    spare = [name for name in state if name not in expected]
+    return {VAE + name: value for name, value in known.items()}, spare
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
     """Names entries, those of other modules by their module alone: "model_ema.*"."""
-    ours = ("cond_stage_model.", VAE)
-    return list(dict.fromkeys(name if name.startswith(ours) or "." not in name else f"{name.split('.')[0]}.*"
-                              for name in names))
+    groups: dict[str, None] = {}         # an ordered set
+    for name in names:
+        module, dot, _ = name.partition(".")
+        whole = not dot or name.startswith(("cond_stage_model.", VAE))
+        groups[name if whole else f"{module}.*"] = None
+    return list(groups)
 
 
 def say_left_out(path: str | os.PathLike[str], names: list[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pydantic import Field
 from torch import Tensor
@@ -70,7 +71,8 @@ def readable(text: str) -> str:
 def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
     """Breaks a text into lines of at most `width` px, a longer word wherever it must be; absurd lengths are cut."""
     lines: list[str] = []
-    text = text if len(text) <= DRAWN else f"{text[:DRAWN]} ..."
+    if len(text) > DRAWN:
+        text = f"{text[:DRAWN]} ..."
     for word in readable(text).split():
         if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
@@ -100,14 +102,17 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
     Args:
         cell: side of an image in px, at least; larger ones are shown in their own size as far as the page has room.
     """
-    cell = cell_side([image for _, images in rows for image in images], len(columns), len(rows), cell)
+    shown: list[Image.Image | None] = []
+    for _, images in rows:
+        shown += images
+    cell = cell_side(shown, len(columns), len(rows), cell)
     face, small = font(max(12, cell // 12)), font(max(11, cell // 14))
     width = len(columns) * (cell + MARGIN) + MARGIN
     titles = wrap(title, width - 2 * MARGIN, face)
     captions = [wrap(caption, width - 2 * MARGIN, small) for caption, _ in rows]
     heads = [wrap(column, cell, face) for column in columns]
-    top = MARGIN + _height(face) * (len(titles) + max(len(lines) for lines in heads)) + MARGIN
-    height = top + sum(len(lines) * _height(small) + cell + 2 * MARGIN for lines in captions)
+    top = MARGIN + _height(face) * (len(titles) + max(map(len, heads))) + MARGIN
+    height = top + sum(map(len, captions)) * _height(small) + len(captions) * (cell + 2 * MARGIN)
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     y = _write_lines(draw, (MARGIN, MARGIN), titles, face, "black")
@@ -162,19 +167,26 @@ def mask_panel(image: Image.Image, record: Sequence[tuple[str, Tensor]], title: 
     layers = len({name for name, _ in record})
     steps = len(record) // layers
     shown = np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
+    sizes = {tuple(masks.shape[-2:]) for _, masks in record}
     rows = []
-    for height, width in sorted({tuple(masks.shape[-2:]) for _, masks in record}, reverse=True):
-        scale = cell / max(height, width)
-        cells = []
+    for height, width in sorted(sizes, reverse=True):
+        cells = [image]
         for step in shown:
-            maps = [masks[0].mean(dim=(0, 1)) for _, masks in record[step * layers:(step + 1) * layers]
-                    if masks.shape[-2:] == (height, width)]
-            mean = np.mean([values.numpy() for values in maps], axis=0)                     # (h, w)
-            cells.append(Image.fromarray((255 * mean.clip(0, 1)).astype(np.uint8)).resize(
-                (round(width * scale), round(height * scale)), Image.NEAREST))
+            of_step = record[step * layers:(step + 1) * layers]
+            maps = [masks[0].mean(dim=(0, 1)) for _, masks in of_step if masks.shape[-2:] == (height, width)]
+            cells.append(_mask_image(torch.stack(maps).mean(dim=0), cell))
         caption = f"{height} x {width}: share of the concept branch, 0 black to 1 white, mean of layers and heads"
-        rows.append((caption, [image, *cells]))
-    return sheet(["image", *(f"step {step + 1}" for step in shown)], rows, cell, f"DBIM's concept masks M^c: {title}")
+        rows.append((caption, cells))
+    columns_shown = ["image"] + [f"step {step + 1}" for step in shown]
+    return sheet(columns_shown, rows, cell, f"DBIM's concept masks M^c: {title}")
+
+
+def _mask_image(mask: Tensor, cell: int) -> Image.Image:
+    """Draws a mask (h, w) in [0, 1] as squares, its longer side `cell` px."""
+    height, width = mask.shape
+    scale = cell / max(height, width)
+    gray = (255 * mask.numpy().clip(0, 1)).astype(np.uint8)                                 # (h, w)
+    return Image.fromarray(gray).resize((round(width * scale), round(height * scale)), Image.NEAREST)
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> Path:
@@ -189,9 +201,9 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
 def describe(settings: Mapping[str, Any]) -> str:
     """Returns settings in the one-paragraph form web interfaces read: prompt, then key: value pairs."""
     strength = "off" if settings["strength"] is None else settings["strength"]
-    pairs = [("Steps", settings["steps"]), ("Sampler", settings["sampler"]), ("CFG scale", settings["scale"]),
-             ("Seed", settings["seed"]), ("DCI lambda", strength)]
-    return settings.get("text", settings["prompt"]) + "\n" + ", ".join(f"{key}: {value}" for key, value in pairs)
+    prompt = settings.get("text", settings["prompt"])
+    return (f"{prompt}\nSteps: {settings['steps']}, Sampler: {settings['sampler']}, CFG scale: {settings['scale']}, "
+            f"Seed: {settings['seed']}, DCI lambda: {strength}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

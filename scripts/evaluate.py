@@ -7,10 +7,12 @@ from pathlib import Path
 from ldm import cli
 from ldm.config import SampleConfig
 from ldm.config_files import merge
+from ldm.flags import Flag, read_flags, set_keys
 from ldm.util import UserError
 
 EMBEDDED = ("configs/sample-tiny.yaml",)
 PROMPTS = "configs/prompts/evaluation.txt"
+FLAGS = (Flag("n_samples", "n_samples", int, "images per prompt, by seeds"), Flag("seed", "seed", int))
 
 
 def parser() -> cli.Parser:
@@ -22,8 +24,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--from-file", "--from_file", type=Path, help="what to draw with it, a prompt per line; "
                         f"CustomConcept101's files fit; default: {PROMPTS}")
     parser.add_base()
-    parser.add_argument("--n_samples", type=int, help="images per prompt, by seeds (n_samples)")
-    parser.add_argument("--seed", type=int, help="(seed)")
+    parser.add_flags(FLAGS)
     parser.add_argument("--references", type=Path, help="the concept's images; default: beside the concept file")
     parser.add_argument("--class_noun", default="", help="what the thing is, where images do not say it")
     parser.add_argument("--kid_references", type=Path, help="real images for KID; default: the references")
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     from ldm.evaluation.image_sets import read_images
     from ldm.evaluation.scoring import load_scorer, read_weights
     found = read_images(options.images, options.prompts) if options.images else []
-    flags = cli.set_options(**cli.base_options(options), n_samples=options.n_samples, seed=options.seed)
+    flags = set_keys(read_flags(options, FLAGS))
     config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, flags)
     scorer = load_scorer(options.metrics, read_weights(options.metric_weights), choose_device(config.device))
     found = found or draw(options, config)

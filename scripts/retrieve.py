@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import cli
+from ldm.flags import yes_or_no
 from ldm.util import UserError, folder_name, from_here
 
 COMMANDS = ("index", "serve", "setup")
@@ -28,7 +29,7 @@ def retrieval_parser() -> cli.Parser:
     parser.add_argument("--oversample", type=float, default=2.0, help="candidates asked for per image")
     parser.add_argument("--clip", help="CLIP that compares captions: ViT-B/32, or open_clip:NAME/FILE; default none")
     parser.add_argument("--threshold", type=float, default=0.85, help="cosine a caption needs, with --clip")
-    parser.add_argument("--deduplicate", type=cli.yes_or_no, default=True, help="let the server leave out look-alikes")
+    parser.add_argument("--deduplicate", type=yes_or_no, default=True, help="let the server leave out look-alikes")
     add_download_options(parser)
     return parser
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from ldm import cli
 from ldm.config import SampleConfig
 from ldm.config_files import merge
+from ldm.flags import SAMPLING_FLAGS, sampling_settings
 from ldm.text import read_lines
 from ldm.util import UserError, shipped
 
@@ -17,7 +18,7 @@ SHIPPED = {"": EMBEDDED, "SD v1": ("configs/sample-sd-v1.yaml",)}
 
 
 def parser() -> cli.Parser:
-    """Makes the parser; the familiar flags are short forms of configuration keys."""
+    """Makes the parser."""
     parser = cli.Parser(__doc__, schema=SampleConfig, shipped=SHIPPED)
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
     parser.add_base()
@@ -28,38 +29,14 @@ def parser() -> cli.Parser:
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
     parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")
     parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where images go")
-    for flag, kind, key in (("ddim_steps", int, "steps"), ("ddim_eta", float, "eta"), ("scale", float, "scale"),
-                            ("n_samples", int, "n_samples"), ("n_iter", int, "n_iter"), ("H", int, "height"),
-                            ("W", int, "width"), ("seed", int, "seed"), ("precision", str, "precision")):
-        parser.add_argument(f"--{flag}", type=kind, help=f"({key})")
-    parser.add_argument("--compile", action="store_const", const=True, help="(compile)")
+    parser.add_flags(SAMPLING_FLAGS)
     parser.add_argument("--plms", action="store_true", help="sample with PLMS")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++(2M)")
-    parser.add_argument("--use_dci", type=cli.yes_or_no, help="draw with DCI too, true or false (dci.use)")
-    parser.add_argument("--replace_noun", help="auxiliary noun, or auto: by the context (dci.replace_noun)")
-    parser.add_argument("--agg_lambda", type=float, nargs="+", help="injection strengths (dci.agg_lambda)")
-    parser.add_argument("--agg_time", type=float, help="share of steps with two branches (dci.agg_time)")
-    parser.add_argument("--share_guidance", type=cli.yes_or_no,
-                        help="one unconditional prediction for both branches, true or false (dci.guidance)")
     parser.add_argument("--skip_grid", action="store_true", help="write no sheet")
     parser.add_argument("--save_masks", action="store_true", help="draw DBIM's masks of each prompt's first image")
     parser.add_argument("--show_tokens", action="store_true", help="print tokens, ids and roles, and stop")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and stop")
     return parser
-
-
-def options_to_config(options) -> OmegaConf:
-    """Turns flags into configuration."""
-    if options.plms and options.dpm_solver:
-        raise UserError("--plms and --dpm_solver exclude each other; give one.")
-    sampler = "plms" if options.plms else "dpm_solver" if options.dpm_solver else None
-    guidance = {None: None, True: "shared", False: "separate"}[options.share_guidance]
-    return cli.set_options(
-        **cli.base_options(options), steps=options.ddim_steps, eta=0.0 if sampler and options.ddim_eta is None else
-        options.ddim_eta, scale=options.scale, n_samples=options.n_samples, n_iter=options.n_iter, height=options.H,
-        width=options.W, seed=options.seed, precision=options.precision, compile=options.compile, sampler=sampler,
-        dci__use=options.use_dci, dci__replace_noun=options.replace_noun, dci__agg_lambda=options.agg_lambda,
-        dci__agg_time=options.agg_time, dci__guidance=guidance)
 
 
 def read_prompts(options) -> list[str]:
@@ -75,7 +52,7 @@ def read_prompts(options) -> list[str]:
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     config = merge(SampleConfig, [*(options.base or EMBEDDED), *options.config], options.overrides,
-                   options_to_config(options))
+                   sampling_settings(options))
     if options.print_config:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return

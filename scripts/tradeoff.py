@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from ldm import cli
 from ldm.config_files import merge
+from ldm.flags import read_flags
 from ldm.util import UserError
 
 EMBEDDED, QUICK = ("configs/sweep/tiny.yaml",), "configs/sweep/quick.yaml"
@@ -49,8 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     claims = [SWEEP] if names is None else find_claims(names)
     overrides = [item for item in options.overrides if "=" in item]
     config = merge(SweepConfig, [*files, *([QUICK] if options.quick else [])], overrides)
-    chosen = {key.replace("__", "."): value for key, value in cli.base_options(options).items() if value is not None}
-    base = [f"{key}={value}" for key, value in chosen.items()]
+    base = [f"{key}={value}" for key, value in read_flags(options).items()]
     config = OmegaConf.merge(config, {name: [*config[name], *base] for name in ("training", "sampling")})
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give at least 1.")

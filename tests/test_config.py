@@ -13,11 +13,11 @@ from experiments.jobs import SweepConfig, subjects
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
-from ldm.cli import set_options
 from ldm.config import SampleConfig, TrainConfig
 from ldm.config_files import all_keys, meanings, merge, save_config
 from ldm.data.captions import captioned
 from ldm.data.regularization import read_regularization
+from ldm.flags import set_keys
 from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
 
 CONFIGS = ROOT / "configs"
@@ -182,7 +182,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
 def test_only_files_of_configuration_look_things_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Flags, overrides and what files of data say is text, here, in what is saved, and when that is read again."""
     monkeypatch.setenv("SECRET", "hunter2")
-    flags = set_options(name=text, concepts=[{"name": "a", "images": "b", "class_noun": text}])
+    flags = set_keys({"name": text, "concepts": [{"name": "a", "images": "b", "class_noun": text}]})
     config = merge(TrainConfig, [], [f"method.prefix='{text}'"], flags)
     assert (config.name, config.concepts[0].class_noun, config.method.prefix) == (text, text, text)
     save_config(config, tmp_path / "project.yaml")

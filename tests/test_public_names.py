@@ -384,6 +384,7 @@ MAY_IMPORT = {                                             # room → the rooms 
     "convert": {"checkpoint", "util"},
     "device": {"models", "util"},
     "base": {"device", "customization", "models", "config", "recognize", "embedded", "checkpoint", "util"},
+    "flags": {"config", "config_files", "data", "text", "util"},
     "requests": {"customization", "models", "config", "util"},
     "pipeline": {"requests", "base", "device", "customization", "models", "modules", "data", "config", "util"},
     "sampling": {"pipeline", "requests", "base", "device", "sheets", "customization", "data", "config", "config_files",

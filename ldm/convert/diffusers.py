@@ -30,16 +30,18 @@ def rename(key: str, table: Mapping[str, str]) -> str:
 def unet_key(key: str, res_blocks: int) -> str:
     """Names a U-Net weight as diffusers does: its levels count blocks and resamplers apart."""
     per_level = res_blocks + 1
-    if match := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", key):
-        half, index, part, rest = match[1], int(match[2]), int(match[3]), match[4]
-        if half == "input" and index > 0:
-            level, position = divmod(index - 1, per_level)
-            place = "downsamplers.0" if rest.startswith("op.") else f"{('resnets', 'attentions')[part]}.{position}"
-            key = f"down_blocks.{level}.{place}.{rest.replace('op.', 'conv.')}"
-        elif half == "output":
+    found = re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", key)
+    if found:
+        half, index, part, rest = found[1], int(found[2]), int(found[3]), found[4]
+        kind = ("resnets", "attentions")[part]
+        if half == "output":
             level, position = divmod(index, per_level)
-            place = "upsamplers.0" if rest.startswith("conv.") else f"{('resnets', 'attentions')[part]}.{position}"
+            place = "upsamplers.0" if rest.startswith("conv.") else f"{kind}.{position}"
             key = f"up_blocks.{level}.{place}.{rest}"
+        elif index > 0:                       # input block 0 is the first convolution
+            level, position = divmod(index - 1, per_level)
+            place = "downsamplers.0" if rest.startswith("op.") else f"{kind}.{position}"
+            key = f"down_blocks.{level}.{place}.{rest.replace('op.', 'conv.')}"
     return rename(rename(key, UNET_ENDS), RESNET)
 
 
@@ -60,14 +62,24 @@ def unet_state(state: Mapping[str, Tensor], res_blocks: int) -> dict[str, Tensor
 
 def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     """Renames an autoencoder's state dict; the 1x1 convolutions of its attention are linear layers there."""
-    renamed = {vae_key(key, levels): value for key, value in state.items()}
-    return {key: value.flatten(1) if ".to_" in key and value.ndim == 4 else value for key, value in renamed.items()}
+    renamed = {}
+    for key, value in state.items():
+        name = vae_key(key, levels)
+        if ".to_" in name and value.ndim == 4:
+            value = value.flatten(1)
+        renamed[name] = value
+    return renamed
 
 
 def our_vae_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts an autoencoder's state dict under the names and shapes of `expected`, where diffusers' names are known."""
     levels = len({key.split(".")[2] for key in expected if key.startswith("decoder.up.")})
     ours = {vae_key(key, levels): key for key in expected}
-    named = {ours.get(name := rename(key, OLDER_ATTENTION), name): value for key, value in state.items()}
-    return {key: value.view_as(expected[key]) if key in expected and value.numel() == expected[key].numel() else value
-            for key, value in named.items()}
+    fitted = {}
+    for key, value in state.items():
+        name = rename(key, OLDER_ATTENTION)
+        name = ours.get(name, name)
+        if name in expected and value.numel() == expected[name].numel():
+            value = value.view_as(expected[name])      # linear layers there are 1x1 convolutions here
+        fitted[name] = value
+    return fitted

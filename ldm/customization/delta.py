@@ -84,12 +84,17 @@ class Concept:
         Raises:
             UserError: a value is not finite, or the file cannot be written.
         """
-        weights = {**self.weights, **{name + end: factor for name, pair in self.factors.items()
-                                      for end, factor in zip(FACTORS, pair, strict=True)}}
+        weights = dict(self.weights)
+        for name, (u, v) in self.factors.items():
+            weights[name + FACTORS[0]], weights[name + FACTORS[1]] = u, v
         refuse_non_finite({**self.words, **self.contexts, **weights}, f"the concept of step {self.step}")
-        tensors = {f"words.{name}": value.float() for name, value in self.words.items()}
-        tensors |= {f"contexts.{name}": value.float() for name, value in self.contexts.items()}
-        tensors |= {f"{UNET_PREFIX}{name}": _stored(name, value, dtype) for name, value in weights.items()}
+        tensors = {}
+        for name, value in self.words.items():
+            tensors[f"words.{name}"] = value.float()
+        for name, value in self.contexts.items():
+            tensors[f"contexts.{name}"] = value.float()
+        for name, value in weights.items():
+            tensors[f"{UNET_PREFIX}{name}"] = _stored(name, value, dtype)
         schemes = [asdict(scheme) for scheme in self.schemes]
         return save_safetensors(path, tensors, {"format": FORMAT, "concepts": schemes, "base": dict(self.base),
                                                 "step": self.step, "info": dict(self.info)})
@@ -143,8 +148,8 @@ def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
             return _read_own(path)
         except BadRecord as error:
             raise UserError(f"concept file '{path}' is damaged ({error}); get it again.") from error
-    nouns = ((class_noun,) if class_noun else ()) if isinstance(class_noun, str) else tuple(class_noun)
-    return _read_foreign(path, words, nouns)
+    nouns = [class_noun] if isinstance(class_noun, str) else class_noun
+    return _read_foreign(path, words, tuple(noun for noun in nouns if noun))
 
 
 def _read_own(path: Path) -> Concept:
@@ -158,18 +163,20 @@ def _read_own(path: Path) -> Concept:
     tensors = load_file(path, "concept file")
     unknown = [key for key in tensors if not key.startswith(("words.", "contexts.", UNET_PREFIX))]
     if entries["format"] != FORMAT or unknown:
-        raise UserError(f"concept file '{path}' was written by another version ({entries['format']}"
-                        f"{', with ' if unknown else ''}{named(unknown)}); use the one that made it.")
+        what = f"{entries['format']}, with {named(unknown)}" if unknown else entries["format"]
+        raise UserError(f"concept file '{path}' was written by another version ({what}); use the one that made it.")
     metadata = read_record(Metadata, entries)
     refuse_non_finite(tensors, f"concept file '{path}'")
     _check_tensors(tensors)
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
+    parts: dict[str, dict[str, Tensor]] = {"words.": {}, "contexts.": {}, UNET_PREFIX: {}}
+    for key, value in tensors.items():
+        for prefix, part in parts.items():
+            if key.startswith(prefix):
+                part[key.removeprefix(prefix)] = value
     schemes = tuple(replace(scheme, index=index) for index, scheme in enumerate(metadata.concepts))
-    weights, factors = _split_factors(part(UNET_PREFIX))
-    return Concept(_in_order(part("words."), schemes), part("contexts."), weights, schemes, metadata.base,
+    weights, factors = _split_factors(parts[UNET_PREFIX])
+    return Concept(_in_order(parts["words."], schemes), parts["contexts."], weights, schemes, metadata.base,
                    metadata.step, metadata.info, factors)
 
 
@@ -184,20 +191,32 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 def _split_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """Parts weights that are stored in full from those stored as factors of a difference."""
-    full = {name: value for name, value in weights.items() if not name.endswith(FACTORS)}
-    names = {name[:-len(FACTORS[0])] for name in weights.keys() - full.keys()}
+    full, names = {}, set()
+    for name, value in weights.items():
+        if name.endswith(FACTORS):
+            names.add(name[:-len(FACTORS[0])])
+        else:
+            full[name] = value
     factors = {}
     for name in sorted(names):
-        u, v = (weights.get(name + end) for end in FACTORS)
+        u, v = weights.get(name + FACTORS[0]), weights.get(name + FACTORS[1])
         if u is None or v is None or u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
             raise BadRecord(f"'{name}' has factors that do not multiply")
         factors[name] = u, v
     return full, factors
 
 
+def words_of(schemes: Sequence[PromptScheme]) -> list[str]:
+    """Returns the concept words of all schemes, in their order."""
+    names: list[str] = []
+    for scheme in schemes:
+        names += scheme.words
+    return names
+
+
 def _in_order(words: Mapping[str, Tensor], schemes: Sequence[PromptScheme]) -> dict[str, Tensor]:
     """Returns the words' vectors in the order in which concepts name them."""
-    names = [name for scheme in schemes for name in scheme.words]
+    names = words_of(schemes)
     if sorted(names) != sorted(words):
         raise BadRecord(f"its concepts name the words {named(names)}, and it holds {named(words) or 'none'}")
     return {name: words[name] for name in names}
@@ -209,7 +228,7 @@ def _read_foreign(path: Path, words: tuple[str, ...], nouns: tuple[str, ...]) ->
     say_left_out(path, delta.spare)
     if len(schemes) > 1:
         print(f"'{path}': read as {len(schemes)} concepts: {named(scheme.concept for scheme in schemes)}", flush=True)
-    names = [name for scheme in schemes for name in scheme.words]
+    names = words_of(schemes)
     return Concept(dict(zip(names, delta.rows, strict=True)), {}, delta.weights, schemes,
                    {"name": "unknown", "hash": ""}, factors=delta.factors)
 
@@ -229,9 +248,10 @@ class AppliedConcept:
         _check_base(concept, base, any_base)
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
-        shapes = {name: value.shape for name, value in concept.weights.items()}
-        shapes |= {name: (len(u), v.shape[1]) for name, (u, v) in concept.factors.items()}
-        wrong = [name for name, shape in shapes.items() if name not in unet or unet[name].shape != shape]
+        shapes = {name: tuple(value.shape) for name, value in concept.weights.items()}
+        for name, (u, v) in concept.factors.items():
+            shapes[name] = (len(u), v.shape[1])
+        wrong = [name for name, shape in shapes.items() if name not in unet or tuple(unet[name].shape) != shape]
         width = model.cond_stage_model.embedding.embedding_dim
         if wrong or any(len(vector) != width for vector in concept.words.values()):
             raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ldm.config import MethodConfig
 from ldm.customization import ico
-from ldm.customization.delta import Concept
+from ldm.customization.delta import Concept, words_of
 from ldm.customization.feature_cache import CaptionFeatures, Posteriors, cast_frozen
 from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import stopped_first_token, trained_parameters
@@ -205,11 +205,12 @@ class ConceptFinetune(pl.LightningModule):
 
     def concept(self) -> Concept:
         """Returns what has been learned so far, on the CPU."""
-        own: set[str] = set()
-        for scheme in self.schemes:
-            own.update(scheme.words)
+        own = set(words_of(self.schemes))
         words, contexts = {}, {}
         for name, vector in self.model.cond_stage_model.word_vectors().items():
-            (words if name in own else contexts)[name] = vector
+            if name in own:
+                words[name] = vector
+            else:
+                contexts[name] = vector
         weights = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
         return Concept(words, contexts, weights, self.schemes, self.base, self.global_step, self.info)

@@ -64,9 +64,10 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
     if delta.text:
         raise UserError(f"concept file '{path}' changes the text encoder too ({named(delta.text)}), which no concept "
                         "here can; it would not be what it was, and is not used.")
-    halves = {f"{name}.{'uv'[index]}": value for name, pair in delta.factors.items()
-              for index, value in enumerate(pair)}
-    refuse_non_finite({"the new words": delta.rows, **delta.weights, **halves}, f"concept file '{path}'")
+    tensors = {"the new words": delta.rows, **delta.weights}
+    for name, (u, v) in delta.factors.items():
+        tensors[f"{name}.u"], tensors[f"{name}.v"] = u, v
+    refuse_non_finite(tensors, f"concept file '{path}'")
     return delta
 
 
@@ -125,8 +126,10 @@ def schemes_of(path: Path, delta: Delta, words: tuple[str, ...], nouns: tuple[st
         raise UserError(f"concept file '{path}' holds {count} new words but {len(nouns)} class nouns were named "
                         f"({', '.join(nouns)}); name one for each, and quote a noun of several words.")
     if len(nouns) > 1:
-        return tuple(PromptScheme((name,), noun, index=index)
-                     for index, (name, noun) in enumerate(zip(names, nouns, strict=True)))
+        schemes = []
+        for index, (name, noun) in enumerate(zip(names, nouns, strict=True)):
+            schemes.append(PromptScheme((name,), noun, index=index))
+        return tuple(schemes)
     if count > 1 and delta.single and not words:
         raise UserError(f"concept file '{path}' holds {count} new words, which may be one concept's or {count} "
                         f"concepts'; name a class noun for each (--class_noun cat dog), or say that they belong "

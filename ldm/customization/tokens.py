@@ -1,4 +1,4 @@
-"""From prompts to token sets: where the concept is named, what the auxiliary prompt is, who may come through."""
+"""From prompts to token sets: where the concept is named, the auxiliary prompt, which tokens pass DBIM's masks."""
 from __future__ import annotations
 
 import re
@@ -38,8 +38,11 @@ class TokenSets:
 
 def stack(batches: Sequence[TokenSets]) -> TokenSets:
     """Puts batches of prompts one behind the other."""
-    return TokenSets([prompt for sets in batches for prompt in sets.prompts],
-                     torch.cat([sets.named for sets in batches]), torch.cat([sets.content for sets in batches]))
+    prompts: list[str] = []
+    for sets in batches:
+        prompts += sets.prompts
+    named, content = [sets.named for sets in batches], [sets.content for sets in batches]
+    return TokenSets(prompts, torch.cat(named), torch.cat(content))
 
 
 def _cut(prompt: str, concept: str) -> list[str]:
@@ -105,15 +108,17 @@ def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str
     content = torch.zeros_like(named)
     prompts = []
     for row, parts in enumerate(alternations):
-        prompt, position, room = "".join(parts), 1, embedder.max_length - 1     # position 0 is the start token
-        ids = [embedder.content_ids(part) if index % 2 else embedder.piece_ids(part)
-               for index, part in enumerate(parts)]
-        for index, part in enumerate(ids):
-            stop = position + len(part)
-            named[row, position:min(stop, room)] = index % 2 == 1
+        prompt, ids = "".join(parts), []
+        position, room = 1, embedder.max_length - 1     # position 0 is the start token, the last one the end token
+        for index, part in enumerate(parts):
+            is_noun = index % 2 == 1
+            part_ids = embedder.content_ids(part) if is_noun else embedder.piece_ids(part)
+            ids += part_ids
+            stop = position + len(part_ids)
+            named[row, position:min(stop, room)] = is_noun
             content[row, position:min(stop, room)] = True
             position = stop
-        if sum(ids, []) != embedder.content_ids(prompt):
+        if ids != embedder.content_ids(prompt):
             raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
         prompts.append(prompt)
     return TokenSets(prompts, named, content)
@@ -136,9 +141,11 @@ def noun_beside(prompt: str, concept: str, class_noun: str) -> bool:
     """Says whether a prompt says the class noun once more beside the concept, as in "my cat {}"."""
     pieces = split_at_concept(prompt, concept)
     noun = re.escape(clean(class_noun))
-    before = any(re.search(rf"(?<!\w){noun}\s*$", piece, re.IGNORECASE) for piece in pieces[:-1])
-    after = any(re.match(rf"\s*{noun}(?!\w)", piece, re.IGNORECASE) for piece in pieces[1:])
-    return bool(class_noun) and (before or after)
+    if not noun:
+        return False
+    before = re.compile(rf"(?<!\w){noun}\s*$", re.IGNORECASE)
+    after = re.compile(rf"\s*{noun}(?!\w)", re.IGNORECASE)
+    return any(map(before.search, pieces[:-1])) or any(map(after.match, pieces[1:]))
 
 
 def choose_auxiliary_noun(class_noun: str, pieces: Sequence[str]) -> str:
@@ -188,7 +195,8 @@ def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequ
         return choose_auxiliary_noun(class_noun, pieces)
     if embedder.device.type == "meta":      # no weights yet: any noun does to see whether a prompt will do
         return nouns[0]
-    ids = embedder.tokenize([context, *(f"a photo of a {noun}" for noun in nouns)])         # (1 + N, T)
+    texts = [f"a photo of a {noun}" for noun in nouns]
+    ids = embedder.tokenize([context, *texts])                                              # (1 + N, T)
     ends = (ids == embedder.tokenizer.eos_token_id).int().argmax(dim=1)                     # (1 + N,)
     states = embedder.transformer(ids).last_hidden_state[torch.arange(len(ids)), ends]      # (1 + N, D)
     return nouns[int(torch.cosine_similarity(states[:1], states[1:]).argmax())]
@@ -236,8 +244,8 @@ def rest_of_prompt(prompt: str, concept: str) -> str:
     Raises:
         UserError: nothing is left.
     """
-    pieces = [re.sub(r"\b(?:an?|the)\s+$", "", piece, flags=re.IGNORECASE)
-              for piece in split_at_concept(prompt, concept)]
+    article_at_end = re.compile(r"\b(?:an?|the)\s+$", re.IGNORECASE)
+    pieces = [article_at_end.sub("", piece) for piece in split_at_concept(prompt, concept)]
     rest = " ".join(" ".join(pieces).split())
     if not rest:
         raise UserError(f"the prompt '{prompt}' says nothing but the concept and cannot be divided; say more in "

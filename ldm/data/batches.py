@@ -30,6 +30,10 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def numbers(self) -> Sequence[int]:
+        """Returns the number of the concept each image belongs to."""
+        return [0] * len(self) if self.groups is None else self.groups
+
 
 class SeenImage(NamedTuple):
     """Which image a row shows: of the references (0) or the regularization set (1), which one, mirrored or not."""
@@ -96,11 +100,13 @@ class TrainingPlan(IterableDataset):
         self.concept, self.regularization = concept, regularization
         self.batch_size, self.prior_weight, self.flip = batch_size, prior_weight, flip
         self.seed, self.first, self.rank, self.world_size = seed, first, rank, world_size
-        self._groups = np.asarray(concept.groups if concept.groups is not None else [0] * len(concept))     # (N,)
+        self._groups = np.asarray(concept.numbers())                                                        # (N,)
         self._members: dict[int, list[int]] = {}     # regularization images of each concept
-        for item, group in enumerate(regularization.groups or [0] * len(regularization) if regularization else ()):
-            self._members.setdefault(group, []).append(item)
-        self._masked = any(source is not None and source.masks is not None for source in (concept, regularization))
+        self._masked = concept.masks is not None
+        if regularization is not None:
+            for item, group in enumerate(regularization.numbers()):
+                self._members.setdefault(group, []).append(item)
+            self._masked = self._masked or regularization.masks is not None
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         micro_step = self.first
@@ -128,16 +134,19 @@ class TrainingPlan(IterableDataset):
     def shown(self, micro_step: int) -> list[tuple[SeenImage, int]]:
         """Returns this device's images of a micro-step, references first, each with its row's seed."""
         picks = self.picks(micro_step)
-        mine = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        places = [(micro_step * len(picks) + row, picks[row]) for row in mine]
-        classes = [(position, self.class_image(position, pick)) for position, pick in places]
+        references, classes = [], []
+        for place in range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size):
+            position = micro_step * len(picks) + place                     # in the endless sequence of references
+            references.append(self._shown(0, position, picks[place]))
+            item = self.class_image(position, picks[place])
+            if item is not None:
+                classes.append(self._shown(1, position, item))
+        return references + classes
 
-        def row(source: int, position: int, item: int) -> tuple[SeenImage, int]:
-            seed = self.row_seed(position, source)
-            return SeenImage(source, item, self.flip and bool(np.random.default_rng(seed).integers(2))), seed
-
-        return [row(0, position, pick) for position, pick in places] + \
-            [row(1, position, item) for position, item in classes if item is not None]
+    def _shown(self, source: int, position: int, item: int) -> tuple[SeenImage, int]:
+        seed = self.row_seed(position, source)
+        flipped = self.flip and bool(np.random.default_rng(seed).integers(2))
+        return SeenImage(source, item, flipped), seed
 
     def class_image(self, position: int, pick: int) -> int | None:
         """Returns the regularization image beside the reference `pick` at `position`; None where its class has none.
@@ -185,8 +194,8 @@ class TrainingPlan(IterableDataset):
             return every
         found: set[SeenImage] = set()
         for micro_step in range(self.first, last):
-            found |= {image for image, _ in self.shown(micro_step)}
-            if len(found) == len(every):
+            found.update(image for image, _ in self.shown(micro_step))
+            if len(found) == len(every):      # of ten thousand steps, a few show everything
                 break
         return [image for image in every if image in found]
 

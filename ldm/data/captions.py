@@ -53,41 +53,59 @@ def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable, ca
     if not path.is_dir():
         return Captioned(paths, [None] * len(paths), skipped, "list of images")
     texts = [path / name for name in METADATA]
-    known = {*texts, *(sidecar for image in paths for sidecar in _sidecars(image))}
+    known = set(texts)                 # files of captions are not images that were skipped
+    for image in paths:
+        known.update(_sidecars(image))
     skipped = [item for item in skipped if item.path not in known]
-    said, layout = _folder_captions(paths, texts) if captions else ({}, "folder")
+    said, layout = {}, "folder"
+    if captions:
+        said, layout = _folder_captions(paths, texts)
     return Captioned(paths, [said.get(image) for image in paths], skipped, layout)
 
 
 def _folder_captions(paths: Sequence[Path], texts: Sequence[Path]) -> tuple[dict[Path, str], str]:
     """Returns what the first of the lists `texts` that is there, or else the texts beside images, say of `paths`."""
-    found = next((text for text in texts if text.is_file()), None)
-    if found is None:
-        said = {image: text for image in paths if (text := _beside(image))}
-        return said, f"folder with {len(said)} captions beside images" if said else "folder"
-    listed = _read_caption_table(found)      # by resolved paths, as one image may be named from several folders
-    said = {image: text for image in paths if (text := listed.get(image.resolve()))}
-    return said, f"folder with {len(said)} captions in {found.name}"
+    said: dict[Path, str] = {}
+    for table in texts:
+        if not table.is_file():
+            continue
+        listed = _read_caption_table(table)
+        for image in paths:
+            if image.resolve() in listed:
+                said[image] = listed[image.resolve()]
+        return said, f"folder with {len(said)} captions in {table.name}"
+    for image in paths:
+        text = _beside(image)
+        if text:
+            said[image] = text
+    return said, f"folder with {len(said)} captions beside images" if said else "folder"
 
 
 def _sidecars(image: Path) -> list[Path]:
     """Lists where the text beside an image may be: a.txt or a.jpg.txt for a.jpg, or .caption for .txt."""
-    return [place for suffix in SIDECARS
-            for place in (image.with_suffix(suffix), image.with_name(image.name + suffix))]
+    places = []
+    for suffix in SIDECARS:
+        places += [image.with_suffix(suffix), image.with_name(image.name + suffix)]
+    return places
 
 
 def _beside(image: Path) -> str | None:
     """Returns the text beside an image; None where there is none."""
     for place in _sidecars(image):
         if isfile(place):     # a name may be too long for this disk
-            return " ".join(" ".join(read_lines(place, "caption")).split()) or None
+            text = " ".join(read_lines(place, "caption"))
+            return " ".join(text.split()) or None
     return None
 
 
 def _read_caption_table(path: Path) -> dict[Path, str]:
-    """Reads captions by resolved image from metadata.jsonl or metadata.csv: file_name, text (or caption)."""
+    """Reads captions by resolved image from metadata.jsonl or metadata.csv: file_name, text (or caption).
+
+    Paths are resolved, as one image may be named from several folders.
+    """
     said = {}
-    for number, entry in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
+    read_rows = _csv_rows if path.suffix == ".csv" else _json_rows
+    for number, entry in read_rows(path):
         name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if not isinstance(name, str) or not name:
             raise UserError(f"line {number} of '{path}' does not say which image it is about; name it as file_name, "
@@ -104,15 +122,16 @@ def _json_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Reads lines {"file_name": "a.jpg", "text": "..."} with their numbers."""
     rows = []
     for number, line in enumerate(read_lines(path, "list of captions"), 1):
+        if not line:
+            continue
         try:
-            entry = parse_json(line) if line else None
+            entry = parse_json(line)
         except BadRecord as error:
             raise UserError(f"line {number} of '{path}' is no JSON ({error}); correct it.") from error
-        if line and not isinstance(entry, dict):
+        if not isinstance(entry, dict):
             raise UserError(f"line {number} of '{path}' is not as expected; write "
                             '{"file_name": "a.jpg", "text": "what it shows"}.')
-        if line:
-            rows.append((number, entry))
+        rows.append((number, entry))
     return rows
 
 
@@ -128,16 +147,22 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _listed(path: Path, check: Callable[[Path], str | None]) -> Captioned:
     """Reads images.txt with the caption.txt beside it."""
     lines = read_lines(path, "list")
-    rows = [(find_listed(line, path), text) for line, text in
-            zip(lines, read_captions(path.with_name(CAPTIONS), path, len(lines)), strict=True) if line]
-    reasons = [check(image) for image, _ in rows]
-    skipped = [Skipped(image, reason) for (image, _), reason in zip(rows, reasons, strict=True) if reason]
-    kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    if not kept:
+    texts = read_captions(path.with_name(CAPTIONS), path, len(lines))
+    paths, captions, skipped = [], [], []
+    for line, text in zip(lines, texts, strict=True):
+        if not line:
+            continue
+        image = find_listed(line, path)
+        reason = check(image)
+        if reason:
+            skipped.append(Skipped(image, reason))
+            continue
+        paths.append(image)
+        captions.append(text)
+    if not paths:
         raise UserError(f"list '{path}' names no usable image ({some_skipped(skipped) or 'it is empty'}); "
                         "correct it.")
-    return Captioned([image for image, _ in kept], [text for _, text in kept], skipped,
-                     f"{IMAGES} with {CAPTIONS}")
+    return Captioned(paths, captions, skipped, f"{IMAGES} with {CAPTIONS}")
 
 
 def read_captions(path: Path, images: Path, count: int) -> list[str]:

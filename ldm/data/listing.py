@@ -44,17 +44,26 @@ def list_images(folder: Path, check: Callable[[Path], str | None] | None = None)
         if problem is None:
             return [folder], []
         try:
-            candidates = [find_listed(line, folder) for line in read_lines(folder, "list") if line]
+            lines = [line for line in read_lines(folder, "list") if line]
+            candidates = [find_listed(line, folder) for line in lines]
         except UserError as error:
             raise UserError(f"'{folder}' {problem}; give a folder of images or a list of them.") from error
     else:
         raise UserError(f"image folder '{folder}' does not exist; give a folder of images or a list of them.")
-    hidden = [folder.is_dir() and path.name.startswith(".") for path in candidates]
-    with ThreadPoolExecutor(WORKERS) as pool:      # Pillow decodes outside the interpreter's lock
-        unusable = pool.map(lambda path, hide: None if hide else check(path), candidates, hidden)
-        reasons = ["is hidden" if hide else reason for hide, reason in zip(hidden, unusable, strict=True)]
-    paths = [path for path, reason in zip(candidates, reasons, strict=True) if reason is None]
-    skipped = [Skipped(path, reason) for path, reason in zip(candidates, reasons, strict=True) if reason]
+    in_folder = folder.is_dir()
+
+    def why_not(path: Path) -> str | None:
+        if in_folder and path.name.startswith("."):      # a list may name what it likes
+            return "is hidden"
+        return check(path)
+
+    paths, skipped = [], []
+    with ThreadPoolExecutor(WORKERS) as pool:            # Pillow decodes outside the interpreter's lock
+        for path, reason in zip(candidates, pool.map(why_not, candidates), strict=True):
+            if reason is None:
+                paths.append(path)
+            else:
+                skipped.append(Skipped(path, reason))
     if not paths:
         raise UserError(f"'{folder}' holds no usable image ({some_skipped(skipped) or 'it is empty'}); "
                         "put at least one JPEG, PNG or WebP there.")
@@ -83,7 +92,10 @@ def find_listed(line: str, listing: Path) -> Path:
 
 def some_skipped(skipped: list[Skipped]) -> str:
     """Names the first three skipped files with their reasons, and counts the others."""
-    return "; ".join(map(str, skipped[:3])) + (f"; and {len(skipped) - 3} more" if len(skipped) > 3 else "")
+    named = [str(item) for item in skipped[:3]]
+    if len(skipped) > 3:
+        named.append(f"and {len(skipped) - 3} more")
+    return "; ".join(named)
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:

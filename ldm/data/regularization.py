@@ -53,15 +53,21 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
         path = path / IMAGES
     if path.is_file():
         return _read_listed(path, None if caption_file else caption, caption_file or path.with_name(CAPTIONS))
-    unmatched = caption_file or (path / CAPTIONS if (path / CAPTIONS).exists() else None)
+    unmatched = caption_file
+    if unmatched is None and (path / CAPTIONS).exists():
+        unmatched = path / CAPTIONS
     if unmatched:
         raise UserError(f"the captions of '{unmatched}' cannot be matched to images: '{path}' has no {IMAGES}; "
                         "write one, with one image per line in the order of the captions.")
     found, text = captioned(path, captions=not caption), caption or class_caption(class_noun)
-    captions = [text if caption else own or text for own in found.captions]
-    own = 0 if caption else sum(map(bool, found.captions))
-    kind = f"each captioned '{text}'" if not own else "each with its own caption" if own == len(captions) else \
-        f"{own} with their own captions, the others captioned '{text}'"
+    captions = [own or text for own in found.captions]           # none is there where `caption` is given
+    count = sum(map(bool, found.captions))
+    if not count:
+        kind = f"each captioned '{text}'"
+    elif count == len(captions):
+        kind = "each with its own caption"
+    else:
+        kind = f"{count} with their own captions, the others captioned '{text}'"
     return _as_set(found.paths, captions, found.skipped, f"of '{path}', {kind}")
 
 
@@ -84,12 +90,17 @@ def _read_listed(images: Path, caption: str | None, caption_file: Path) -> Regul
     else:
         captions, kind = read_captions(caption_file, images, len(lines)), f"captioned by '{caption_file}'"
     listed = [_find(line, number, images) for number, line in enumerate(lines, 1)]
-    rows = [(path, text, why_unusable(path)) for path, text in zip(listed, captions, strict=True)]
-    skipped = [Skipped(path, reason) for path, _, reason in rows if reason]
-    kept = [(path, text) for path, text, reason in rows if not reason]
-    if not kept:
+    paths, texts, skipped = [], [], []
+    for path, text in zip(listed, captions, strict=True):
+        reason = why_unusable(path)
+        if reason:
+            skipped.append(Skipped(path, reason))
+            continue
+        paths.append(path)
+        texts.append(text)
+    if not paths:
         raise UserError(f"list '{images}' names no usable image ({some_skipped(skipped)}); replace its images.")
-    return _as_set([path for path, _ in kept], [text for _, text in kept], skipped, f"listed in '{images}', {kind}")
+    return _as_set(paths, texts, skipped, f"listed in '{images}', {kind}")
 
 
 def _find(line: str, number: int, images: Path) -> Path:
@@ -136,9 +147,10 @@ def write_lists(folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
     Raises:
         UserError: the disk refuses.
     """
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    texts = ["".join(f"{' '.join(line.split())}\n" for line in column) for column in columns]
-    files = [(folder / name, text) for name, text in zip((IMAGES, CAPTIONS, URLS), texts, strict=True)]
+    files = []
+    for place, name in enumerate((IMAGES, CAPTIONS, URLS)):
+        lines = [" ".join(row[place].split()) for row in rows]      # a caption's line ends would part it
+        files.append((folder / name, "".join(f"{line}\n" for line in lines)))
     if not all(holds(path, text) for path, text in files):
         _write_together(files)
 
@@ -163,6 +175,6 @@ def _write_together(texts: list[tuple[Path, str]]) -> None:
     def write(part: Path) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
         if rest:
-            _write_together(rest)
+            _write_together(rest)      # so that this one's renaming comes after theirs
 
     write_atomically(path, write)

@@ -1,4 +1,4 @@
-"""Shows before training exactly what the network will see: contact sheets, and a table of every file and its fate."""
+"""Shows before training exactly what the network will see: contact sheets, and a table of what became of every file."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -103,12 +103,22 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         used, skipped = used + len(found.paths), skipped + len(found.skipped)
         lines.append(f"{name}: {len(found.paths)} images used, {len(found.skipped)} files skipped ({found.layout})")
         lines += [f"{name}: skipped {item}" for item in found.skipped]
-        lines += [f"{name}: warning: '{path.name}' is {size[0]} x {size[1]} px, {note}" for path in found.paths
-                  for size in [reader.seen[path].size] for note in reader.seen[path].notes if note.endswith(ALARMS)]
+        for path in found.paths:
+            width, height = reader.seen[path].size
+            alarming = [note for note in reader.seen[path].notes if note.endswith(ALARMS)]
+            lines += [f"{name}: warning: '{path.name}' is {width} x {height} px, {note}" for note in alarming]
         rows += _table_rows(name, found, reader)
         sheets += _draw_pages(name, found, reader, folder, flip, len(sheets))
-    text = "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in [HEADINGS, *rows])
-    return Report(used, skipped, lines, write_text(folder / TABLE, text), sheets)
+    return Report(used, skipped, lines, _write_table(rows, folder), sheets)
+
+
+def _write_table(rows: Sequence[tuple[str, ...]], folder: Path) -> Path:
+    """Writes the rows below their headings, with tabs between the cells."""
+    lines = []
+    for row in [HEADINGS, *rows]:
+        cells = [" ".join(cell.split()) for cell in row]      # a caption may hold tabs and line ends
+        lines.append("\t".join(cells) + "\n")
+    return write_text(folder / TABLE, "".join(lines))
 
 
 def _claim(folder: Path) -> None:
@@ -118,14 +128,19 @@ def _claim(folder: Path) -> None:
     """
     table = folder / TABLE
     known = table.is_file() and table.read_bytes().startswith("\t".join(HEADINGS).encode())
-    claim_results(folder, [TABLE, *(path.name for path in sorted(folder.glob("sheet-*.png")))], known)
+    sheets = [path.name for path in sorted(folder.glob("sheet-*.png"))]
+    claim_results(folder, [TABLE, *sheets], known)
 
 
 def _table_rows(name: str, found: Captioned, reader: _Reader) -> list[tuple[str, ...]]:
-    rows = [(name, str(number), path.name, "used", "{} x {}".format(*reader.seen[path].size),
-             "; ".join(reader.seen[path].notes), caption or "")
-            for number, (path, caption) in enumerate(zip(found.paths, found.captions, strict=True))]
-    return rows + [(name, "", item.path.name, f"skipped: {item.reason}", "", "", "") for item in found.skipped]
+    rows = []
+    for number, (path, caption) in enumerate(zip(found.paths, found.captions, strict=True)):
+        seen = reader.seen[path]
+        width, height = seen.size
+        rows.append((name, str(number), path.name, "used", f"{width} x {height}", "; ".join(seen.notes), caption or ""))
+    for item in found.skipped:
+        rows.append((name, "", item.path.name, f"skipped: {item.reason}", "", "", ""))
+    return rows
 
 
 def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip: bool, drawn: int) -> list[Path]:
@@ -139,25 +154,34 @@ def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip
         for start in range(first, min(first + PER_PAGE, len(found.paths)), COLUMNS):
             paths = found.paths[start:min(start + COLUMNS, first + PER_PAGE)]
             seen = [reader.seen[path] for path in paths]
-            images = [Image.fromarray(one.pixels) for one in seen]
-            if any(one.barred is not None for one in seen):
-                barred = [Image.fromarray(one.pixels if one.barred is None else one.barred) for one in seen]
-                rows.append(("with black bars, before data.trim_bars", list(map(_card, barred))))
             names = [f"{start + place}: {path.name}" for place, path in enumerate(paths)]
-            rows.append(("what is learned", list(map(_card, images, names))))
-            if flip:
-                mirrored = [_card(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) for image in images]
-                rows.append(("mirrored, as every second time", mirrored))
-            if masked:
-                masks = [_card(Image.fromarray(one.mask)) for one in seen]
-                rows.append(("what counts in the loss (white)", masks))
-        title = f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, images {first} to " \
-                f"{min(first + PER_PAGE, len(found.paths)) - 1} of {len(found.paths)}"
+            rows += _rows_of(seen, names, flip, masked)
+        last = min(first + PER_PAGE, len(found.paths)) - 1
+        title = (f"{name}: {reader.framing.size} px, crop {reader.framing.crop}, images {first} to {last} of "
+                 f"{len(found.paths)}")
         page = sheet([""] * min(COLUMNS, len(found.paths)), rows, CELL + LABEL, title)
         sheet_name = f"sheet-{drawn + len(pages):02d}.png"
         claim_results(folder, [sheet_name])
         pages.append(save_png(page, folder / sheet_name))
     return pages
+
+
+def _rows_of(seen: Sequence[_Seen], names: Sequence[str], flip: bool,
+             masked: bool) -> list[tuple[str, list[Image.Image]]]:
+    """Draws what a few images are to the network: a caption and their cards for each way of seeing them."""
+    rows = []
+    if any(one.barred is not None for one in seen):
+        barred = [one.pixels if one.barred is None else one.barred for one in seen]
+        rows.append(("with black bars, before data.trim_bars", [_card(Image.fromarray(pixels)) for pixels in barred]))
+    images = [Image.fromarray(one.pixels) for one in seen]
+    rows.append(("what is learned", list(map(_card, images, names))))
+    if flip:
+        mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+        rows.append(("mirrored, as every second time", list(map(_card, mirrored))))
+    if masked:
+        masks = [Image.fromarray(one.mask) for one in seen]
+        rows.append(("what counts in the loss (white)", list(map(_card, masks))))
+    return rows
 
 
 def _card(image: Image.Image, name: str = "") -> Image.Image:
@@ -178,7 +202,9 @@ def side_of(config: DictConfig) -> int:
         return config.trainer.image_size
     latent = OmegaConf.select(config, "model.params.image_size")
     levels = OmegaConf.select(config, "model.params.first_stage_config.params.ddconfig.ch_mult")
-    return latent * 2 ** (len(levels) - 1) if isinstance(latent, int) and levels else SIDE
+    if not isinstance(latent, int) or not levels:
+        return SIDE
+    return latent * 2 ** (len(levels) - 1)      # each level but the last halves the sides
 
 
 def inspect_run(config: DictConfig, folder: Path) -> None:

@@ -49,7 +49,7 @@ def lower(text: str) -> str:
 
 
 def _outside_new_words(change: Callable[[str], str], text: str) -> str:
-    parts = re.split(f"({NEW_WORD.pattern})", text)
+    parts = re.split(f"({NEW_WORD.pattern})", text)      # texts and new words take turns
     parts[::2] = map(change, parts[::2])
     return "".join(parts)
 
@@ -57,17 +57,25 @@ def _outside_new_words(change: Callable[[str], str], text: str) -> str:
 def clip_merges_path() -> Path:
     """Finds the CLIP merges file inside the installed open_clip package, without importing it (that takes seconds)."""
     spec = importlib.util.find_spec("open_clip")
-    path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz" if spec and spec.origin else None
-    if path is None or not path.exists():
-        raise UserError("CLIP's vocabulary was not found: it comes with open_clip_torch; install requirements.txt.")
-    return path
+    if spec and spec.origin:
+        path = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+        if path.exists():
+            return path
+    raise UserError("CLIP's vocabulary was not found: it comes with open_clip_torch; install requirements.txt.")
 
 
 def byte_symbols() -> dict[int, str]:
-    """Maps each byte to the printable character that stands for it in byte-pair files (GPT-2's convention)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    """Maps each byte to the character that stands for it in byte-pair files (GPT-2's convention), printable ones first.
+
+    The order is that of CLIP's first token numbers.
+    """
+    symbols = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    beyond = 256
+    for byte in range(256):
+        if byte not in symbols:
+            symbols[byte] = chr(beyond)
+            beyond += 1
+    return symbols
 
 
 @lru_cache(maxsize=4)
@@ -79,16 +87,20 @@ def read_merges(path: Path) -> tuple[tuple[str, str], ...]:
             lines = file.read().splitlines()[1:]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"vocabulary '{path}' cannot be read ({error}).") from error
-    return tuple((first, second) for first, second in (line.split() for line in lines[:CLIP_MERGES] if line))
+    merges = []
+    for line in lines[:CLIP_MERGES]:
+        if line:
+            first, second = line.split()
+            merges.append((first, second))
+    return tuple(merges)
 
 
 def build_vocabulary(merges: tuple[tuple[str, str], ...]) -> dict[str, int]:
     """Numbers the tokens as CLIP does: bytes, bytes that end a word, merged pairs, start, end."""
-    symbols = byte_symbols()
-    order = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    bytes_in_order = [symbols[b] for b in order] + [symbols[b] for b in range(256) if b not in order]
-    tokens = bytes_in_order + [symbol + "</w>" for symbol in bytes_in_order]
-    tokens += [first + second for first, second in merges] + [START, END]
+    tokens = list(byte_symbols().values())
+    tokens += [f"{symbol}</w>" for symbol in tokens]
+    tokens += [first + second for first, second in merges]
+    tokens += [START, END]
     return {token: index for index, token in enumerate(tokens)}
 
 
@@ -114,6 +126,7 @@ def make_tokenizer(merges_path: Path | str | None = None, max_length: int = 77):
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, vocabulary[START]), (END, vocabulary[END])])
-    special = {name: AddedToken(text, normalized=False, special=True)
-               for name, text in (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END))}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **special)
+    start, end = (AddedToken(text, normalized=False, special=True) for text in (START, END))
+    # CLIP pads with its end token and has none for what is unknown: every text is made of bytes.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, bos_token=start,
+                                   eos_token=end, unk_token=end, pad_token=end)
