@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -199,6 +200,13 @@ class Outcome:
 Call = Callable[..., Outcome]
 
 
+def load_script(name: str) -> ModuleType:
+    """Imports a script again, as a process of its own would."""
+    script = importlib.util.module_from_spec(SCRIPTS[name])
+    SCRIPTS[name].loader.exec_module(script)
+    return script
+
+
 @pytest.fixture
 def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Returns a function that runs a script inside this process, as its command line would."""
@@ -206,8 +214,7 @@ def call_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)])
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-        script = importlib.util.module_from_spec(SCRIPTS[name])
-        SCRIPTS[name].loader.exec_module(script)
+        script = load_script(name)
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
             cli.run(script.main)
