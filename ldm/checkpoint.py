@@ -107,14 +107,14 @@ def load_file(path: str | os.PathLike[str], what: str = "checkpoint") -> dict[st
         if is_safetensors(path):
             with safe_open(path, framework="pt", device="cpu") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}
-        content = _unpickle(path)
+        content = _unpickle(path)     # names are looked up in a closed list; no code runs
     except SafetensorError as error:
         raise UserError(f"{what} '{path}' is damaged ({error}); copy or download it again.") from error
     except Exception as error:  # torch raises many kinds for a bad file; each becomes one sentence
         raise UserError(f"{what} '{path}' {_why_refused(path, error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} '{path}' holds a {type(content).__name__} where a table of tensors was expected.")
-    for tensor in _tensors(content):
+    for tensor in _tensors(content):     # sizes a file claims cost nothing until they are used
         if not _is_whole(tensor):
             raise UserError(f"{what} '{path}' is refused: it claims tensors whose values it does not hold (of shape "
                             f"{tuple(tensor.shape)}); get it again, from a source you trust.")
@@ -158,7 +158,7 @@ def _unpickle(path: Path) -> Any:
 def _why_refused(path: Path, error: Exception) -> str:
     """Says why torch would not read a pickled file."""
     names: list[str] = []
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):     # torch lists the names of zipped pickles alone
         try:
             with _restricted_globals():
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -264,7 +264,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
         UserError: keys are missing, unexpected or of another shape.
     """
     accepted = set(accepted)
-    own = model.state_dict()
+    own = model.state_dict()     # the model's own values stay where the file has none
     spare = [key for key in state if key not in own and (key.startswith(AVERAGE) or key in accepted)]
     state = {key: value for key, value in state.items() if key not in spare}
     problem = describe_mismatch(model, state, accepted)
@@ -341,6 +341,7 @@ def _sort_metadata(path: Path) -> None:
         if "__metadata__" not in header:
             return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # The same length: sorting adds nothing.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
             raise ValueError(f"the header of '{path}' has {len(text)} bytes instead of {size}")
@@ -350,7 +351,7 @@ def _sort_metadata(path: Path) -> None:
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Returns 16 hex digits naming a set of weights, whatever file, order or container they came in."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()     # over names, shapes, formats and bytes
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())

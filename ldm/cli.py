@@ -135,6 +135,7 @@ class Parser(argparse.ArgumentParser):
         rest, overrides, swallowed = [], [], False
         for item in arguments:
             name, equals, _ = _underscored(item).partition("=")
+            # An option of several values takes what follows, overrides too.
             swallowed = self._swallows.get(name, swallowed)
             is_override = "." in name if name.startswith("--") else swallowed
             if equals and is_override:
@@ -175,7 +176,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(printable(str(interrupt) or INTERRUPTED), file=sys.stderr)
         sys.exit(getattr(interrupt, "status", 130))
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = _sentence(error)     # None: a fault of the program
         if sentence is None:
             raise
         _let_go_of_output()
@@ -187,7 +188,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 def _leave(number: int) -> NoReturn:
     """Ends the process on the spot, with the one line; a signal may have come in the middle of any printing."""
-    os.write(2, f"{INTERRUPTED}\n".encode())
+    os.write(2, f"{INTERRUPTED}\n".encode())     # no buffer, no lock: any of them may be taken
     os._exit(128 + number)
 
 
@@ -229,6 +230,7 @@ def _let_go_of_output() -> None:
     try:
         print(end="", flush=True)
     except OSError:
+        # The interpreter flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

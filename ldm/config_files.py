@@ -53,13 +53,13 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
         UserError: a file is missing or no YAML; a key is unknown (the nearest is named) or a value has another type.
     """
     parts: list[tuple[str, DictConfig]] = []
-    for path in getattr(schema, "DEFAULTS", ()):
+    for path in getattr(schema, "DEFAULTS", ()):     # whatever else is given merges over them
         parts.append((path, _read_yaml(Path(path))))
     for path in files:
         parts += [(str(path), _read_yaml(Path(path)))] if data else _read_including(Path(path))
     if data:
         for source, part in parts:
-            _upgrade(part)
+            _upgrade(part)     # runs of earlier versions stay resumable
             _refuse_looking_up(source, part)
     if extra is not None:
         parts.append(("the options", extra))
@@ -73,7 +73,7 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
     except OmegaConfBaseException as error:
         raise UserError(f"{', '.join(map(str, files))}: {_first_line(error)}") from error
     _check_values(values)
-    OmegaConf.set_readonly(config, True)
+    OmegaConf.set_readonly(config, True)     # what is resolved and printed is what is used
     return config
 
 
@@ -94,7 +94,7 @@ def _read_including(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str,
         raise UserError(f"{path}: it includes itself, or too many files; take that out of include.")
     parts: list[tuple[str, DictConfig]] = []
     for name in included:
-        beside = place.parent / name
+        beside = place.parent / name     # a file's own neighbors, else the repository's
         parts += _read_including(beside if beside.exists() else Path(name), (*above, place))
     return [*parts, (str(path), part)]
 
@@ -131,7 +131,7 @@ def _upgrade(part: DictConfig) -> None:
     if not isinstance(settings, DictConfig):
         return
     for key in RETRIEVING:
-        settings.pop(key, None)
+        settings.pop(key, None)     # retrieving is a command of its own now
     if settings.get("mode") == "retrieve":
         settings.mode = "folder"
         for concept in part.get("concepts", []):
@@ -168,6 +168,7 @@ def _override(config: DictConfig, item: str) -> None:
     if name not in known:
         raise UserError(f"unknown key '{key}'{_nearest(key, config)}")
     try:
+        # Numbers, lists and truth values as YAML writes them.
         value = OmegaConf.from_dotlist([f"value={literal(item.partition('=')[2])}"]).value
         OmegaConf.update(config, key, literal(value) if isinstance(value, str) else value, merge=False)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
@@ -178,7 +179,7 @@ def _read_yaml(path: Path) -> DictConfig:
     path = shipped(path)
     text = read_text(path, "configuration file", MOST_YAML)
     try:
-        _check_size(yaml.compose(text, yaml.SafeLoader))
+        _check_size(yaml.compose(text, yaml.SafeLoader))     # before objects are made: aliases multiply
         config = OmegaConf.load(StringIO(text))
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"configuration file '{path}' is no YAML ({_first_line(error)}).") from error
@@ -234,7 +235,7 @@ def _unknown_keys(part: DictConfig, schema: DictConfig, path: str = "") -> Itera
         if key not in schema.keys():   # `in` would deny keys that are missing a value
             yield full
             continue
-        if full == "model":
+        if full == "model":     # classes of the user's have keys of their own
             continue
         value = part._get_node(key)
         node = schema._get_node(key)

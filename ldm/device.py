@@ -31,8 +31,8 @@ def choose_device(name: str) -> torch.device:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    kind = name.split(":")[0]
+        name = next(kind for kind in there if there[kind])     # in this order: CUDA, Apple's GPUs, the CPU
+    kind = name.split(":")[0]     # cuda:1 is a cuda
     if kind not in there:
         raise UserError(f"device '{name}' is unknown; use auto, cpu, cuda or mps.")
     if not there[kind]:
@@ -95,6 +95,7 @@ def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None
 
 def weights_precision(model: LatentDiffusion) -> str:
     """Names the format of the U-Net's weights, bf16 or fp16; full where they are in float32 or of several formats."""
+    # One, unless somebody cast a part.
     formats = {value.dtype for value in model.model.diffusion_model.parameters()}
     return next((name for name, dtype in FORMATS.items() if formats == {dtype}), "full")
 
@@ -138,6 +139,7 @@ def compile_network(model: LatentDiffusion, backend: str = "inductor") -> None:
 def available_memory(device: torch.device) -> int | None:
     """Returns the bytes that can be allocated on a device, or None where the system does not say."""
     if device.type == "cuda":
+        # Torch keeps what it freed; it can be used again.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
@@ -146,7 +148,7 @@ def available_memory(device: torch.device) -> int | None:
     if not table.exists():
         return None
     fields = dict(line.split(":") for line in table.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields["MemAvailable"].split()[0]) * 1024     # kB
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -171,8 +173,8 @@ def memory_for(images: int) -> Iterator[None]:
 def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) -> int:
     """Returns how many of the latents (B, C, h, w) fit into half of `memory` bytes while they are decoded."""
     vae = model.first_stage_model
-    pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2
-    image = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize
+    pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2     # of an image
+    image = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize     # bytes
     return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * image)))
 
 
@@ -191,11 +193,11 @@ def decode_latents(model: LatentDiffusion, latents: Tensor, memory: int | None =
         raise UserError("the network produced values that are not finite; use --precision full, or a smaller "
                         "guidance scale.")
     memory = available_memory(latents.device) if memory is None else memory
-    parts = latents.float().split(decode_at_once(model, latents, memory))
+    parts = latents.float().split(decode_at_once(model, latents, memory))     # the U-Net's half precision ends here
     images = torch.cat([model.decode_first_stage(part) for part in parts])
     if bool(images.isfinite().all()):
         return images
     if model.first_stage_model.format == torch.float32:
         raise UserError("the decoder produced values that are not finite; the checkpoint may be damaged.")
-    model.first_stage_model.float()
+    model.first_stage_model.float()     # SD's decoder overflows float16 on some latents
     return decode_latents(model, latents, memory)

@@ -102,7 +102,7 @@ def take_folder(folder: Path) -> Path:
         folder.mkdir()
     except FileExistsError as error:
         raise NameTaken(str(folder)) from error
-    _sync_folder(folder.parent)
+    _sync_folder(folder.parent)     # the name itself must be on the disk
     return folder
 
 
@@ -143,7 +143,7 @@ def _clear_parts(folder: Path) -> None:
         return
     _cleared.add(folder)
     for part in folder.glob(f".*.{_host}.*.part"):
-        number = part.name.split(".")[-2]
+        number = part.name.split(".")[-2]     # process that was writing it
         if number.isdecimal() and not _lives(int(number)):
             part.unlink(missing_ok=True)
 

@@ -64,7 +64,7 @@ def words_named(text: str) -> list[str]:
 
 def count_gpus(text: str) -> int:
     """Reads '2', or CompVis's list '0,1,', which must count from 0."""
-    numbers = [part for part in text.split(",") if part]
+    numbers = [part for part in text.split(",") if part]     # a trailing comma is CompVis's way to write one GPU
     if not all(part.isdecimal() for part in numbers) or ("," in text and numbers != [*map(str, range(len(numbers)))]):
         raise UserError(f"--gpus '{text}' is neither a number nor 0,1,...; choose others with CUDA_VISIBLE_DEVICES.")
     return len(numbers) if "," in text else int(text)
@@ -103,7 +103,7 @@ CONCEPT_FLAGS = (      # of the first concept that is configured
 
 def read_flags(options: Namespace, flags: Iterable[Flag] = ()) -> dict[str, Any]:
     """Returns what flags and those of `Parser.add_base` say, by keys; targets are allowed at once."""
-    allow_targets(options.allow_target)
+    allow_targets(options.allow_target)     # before a configuration is read that may name them
     values = {}
     for flag in (*BASE_FLAGS, *flags):
         value = getattr(options, flag.name)
@@ -142,13 +142,14 @@ def training_settings(options: Namespace, files: Sequence[str | Path]) -> DictCo
         UserError: flags contradict each other.
     """
     flags = set_keys(read_flags(options, TRAINING_FLAGS))
-    if options.gpus:
+    if options.gpus:     # CompVis's spelling
         OmegaConf.update(flags, "trainer", {"accelerator": "gpu", "devices": count_gpus(options.gpus)}, merge=True)
-    configured = merge(TrainConfig, files, data=bool(options.resume)).concepts
+    configured = merge(TrainConfig, files, data=bool(options.resume)).concepts     # to change its first concept
     concepts = concepts_named(options, configured)
     if concepts:
         flags.concepts = concepts
     if options.caption:
+        # Of the flags' concepts, else of the files'.
         nouns = [entry.get("class_noun", "") for entry in flags.get("concepts") or configured]
         method = caption_to_method(options.caption, nouns[0] if nouns else "")
         if options.modifier_token and options.modifier_token != method["words"]:
@@ -188,10 +189,10 @@ def concepts_named(options: Namespace, configured: ListConfig) -> list[Any]:
 
 def caption_to_method(caption: str, class_noun: str) -> dict[str, Any]:
     """Reads words and template off a Custom Diffusion caption such as 'photo of a <new1> cat'."""
-    caption = caption.replace("+<", " <")
+    caption = caption.replace("+<", " <")     # Custom Diffusion joins words by +
     words = [word for word in caption.split() if word.startswith("<")]
     concept = " ".join([*words, class_noun]).strip()
-    if not words or concept not in caption:
+    if not words or concept not in caption:     # in their order, and the noun right after them
         raise UserError(f"--caption '{caption}' must contain the concept words and then the class noun '{class_noun}' "
                         "(--class_noun), as in 'photo of a <new1> cat'.")
     return {"words": words, "template": caption.replace(concept, "{}")}

@@ -101,7 +101,7 @@ class Generator:
     def load(self, concept: Concept | None) -> None:
         """Puts a concept in, in place of the one before; None restores the base."""
         with self._lock:
-            self._texts.clear()
+            self._texts.clear()     # a word means something else with another concept
             if self._applied:
                 self._applied.remove()
                 self._applied = self.concept = None
@@ -134,7 +134,7 @@ class Generator:
                 word, does not mention the concept, or so late that it is cut off.
         """
         settings = typed(settings)
-        check_steps(settings, self.model.num_timesteps)
+        check_steps(settings, self.model.num_timesteps)     # what costs nothing comes first
         self.size(settings)
         self.prompts.check(prompts, settings.dci)
         requests = list_requests(prompts, settings, self.concept)
@@ -159,6 +159,7 @@ class Generator:
         settings = typed(settings)
         requests, size = self.requests(prompts, settings), self.size(settings)
         for dci in (None, settings.dci):
+            # A batch is all plain or all DCI.
             group = [request for request in requests if (request.strength is None) == (dci is None)]
             for first in range(0, len(group), settings.batch_size):
                 batch = group[first:first + settings.batch_size]
@@ -226,7 +227,7 @@ class Generator:
         dci, device = settings.dci, self.model.device
         layout = BranchLayout.SHARED if dci.guidance == "shared" else BranchLayout.SEPARATE
         if settings.scale == 1.0:
-            layout = BranchLayout.UNGUIDED
+            layout = BranchLayout.UNGUIDED     # without guidance there is no unconditional row
         _, height, width = self._shape(settings)
         control = DBIMControl(
             concept_tokens=concept.named.to(device), concept_prompt=concept.content.to(device),

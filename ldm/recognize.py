@@ -108,7 +108,7 @@ def fit_names(content: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, T
             state[re.sub(LATER_TEXT_NAMES, r"\g<0>text_model.", name)] = value
         else:
             spare.append(name)
-    if averages_alone(state):
+    if averages_alone(state):     # some files of SD have their U-Net as averages only
         averages = {}           # CompVis's averages lose the dots of the names they stand for
         for name in expected:
             if name.startswith(UNET):
@@ -141,7 +141,7 @@ def load_checkpoint(model: nn.Module, content: Mapping[str, Any], path: str | os
     state |= vae or {}
     expected = model.state_dict()
     accepted = [name for name in expected if name.startswith(left_alone)]
-    accepted += OPTIONAL_KEYS
+    accepted += OPTIONAL_KEYS     # what a released file may lack or have beside the weights
     if describe_mismatch(model, state, accepted):
         kind = kind_of(content)
         # A damaged file of the right kind is not called another kind: `load_weights` names what it lacks.
@@ -164,11 +164,11 @@ def read_vae(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, 
     if _some_start_with(VAE, state):
         state = {name.removeprefix(VAE): value for name, value in state.items() if name.startswith(VAE)}
     expected = model.first_stage_model.state_dict()
-    state = our_vae_state(state, expected)
+    state = our_vae_state(state, expected)     # where the names are diffusers'
     known = {name: state[name] for name in expected if name in state}
     problem = describe_mismatch(model.first_stage_model, known)
     if problem:
-        kind = kind_of(content)
+        kind = kind_of(content)     # to say what was given instead
         what = f"is {kind[0]}; it" if kind else "is none that fits; it"
         raise UserError(f"autoencoder '{path}' {what} has {problem}.")
     spare = [name for name in state if name not in expected]

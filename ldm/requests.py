@@ -34,7 +34,7 @@ def list_requests(prompts: Sequence[str], settings: SampleConfig, concept: Conce
     """
     strengths: list[float | None] = []
     if concept is None or settings.plain or not settings.dci.use:
-        strengths.append(None)
+        strengths.append(None)     # a base without a concept has nothing to inject around
     if concept is not None and settings.dci.use:
         strengths += settings.dci.agg_lambda
     count = settings.n_samples * settings.n_iter
@@ -55,7 +55,7 @@ def cost_matched_steps(steps: int, agg_time: float, separate: bool, guided: bool
     """
     plain, joint = 1, 2
     if guided:
-        plain, joint = 2, 4 if separate else 3
+        plain, joint = 2, 4 if separate else 3     # rows of the U-Net
     return max(1, round(steps / (1.0 + agg_time * (joint - plain) / plain)))
 
 
@@ -87,6 +87,7 @@ def check_joint_phase(settings: SampleConfig, num_timesteps: int) -> None:
         UserError: there is none.
     """
     steps, share = dci_steps(settings), settings.dci.agg_time
+    # Where the steps start from, the sampler's own.
     times = SAMPLERS[settings.sampler].times(steps, num_timesteps)
     if not any(in_joint_phase(t, num_timesteps, share) for t in times):
         raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
@@ -102,6 +103,6 @@ def record_of(request: ImageRequest, told: dict[str, str], settings: SampleConfi
         scheme = named_scheme(request.prompt, concept.schemes)
         record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
         record["dci"] = asdict(settings.dci)
-        for given_per_image in ("use", "agg_lambda"):
+        for given_per_image in ("use", "agg_lambda"):     # the request has them
             del record["dci"][given_per_image]
     return {**record, **asdict(request), **told}

@@ -47,6 +47,7 @@ def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts
     Raises:
         UserError: what `Generator.requests` refuses; a concept that does not fit the model; no image has masks.
     """
+    # On the meta device: no weights, no memory.
     generator = Generator(empty_model(config.model), dict(concept.base) if concept else {}, "meta")
     generator.load(concept)
     requests = generator.requests(prompts, config)
@@ -66,12 +67,12 @@ def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None,
                    class_noun: str | Sequence[str] = "", prompts: Sequence[str] = (),
                    masks: bool = False) -> Generator:
     """Builds the base and puts the concept in; mistakes are refused first, those in `prompts` too if they are given."""
-    check_run(config)
+    check_run(config)     # in the order of what it costs to find out
     device = choose_device(config.device)
     concept = load_concept(concept_path, words, class_noun) if concept_path else None
-    if prompts:
+    if prompts:     # mistakes in them come to light before 4 GB are read
         rehearse(config, concept, prompts, masks)
-    precision = supported_precision(config.precision, device)
+    precision = supported_precision(config.precision, device)     # weights are cast as they are read, not after
     model, identity = build_model(config.model, config.base, FORMATS.get(precision, torch.float32))
     generator = Generator(model, identity, device, precision, config.compile, config.base.any_base)
     generator.load(concept)
@@ -115,7 +116,7 @@ def claim_names(outdir: Path, config: SampleConfig | DictConfig, count: int) -> 
         head = f"# The images of this run are numbered {first:03d} to {first + count - 1:03d}.\n"
         try:
             save_config(config, outdir / f"config{tail}.yaml", head, new=True)
-        except NameTaken:
+        except NameTaken:     # another run was quicker; look again
             continue
         return first, tail
 
@@ -136,7 +137,7 @@ def first_free_number(outdir: Path) -> int:
             taken.append(int(match[1]))
     for path in outdir.glob("config*.yaml"):
         with path.open(encoding="utf-8", errors="replace") as file:
-            head = file.readline(HEAD_LENGTH)
+            head = file.readline(HEAD_LENGTH)     # the claim is the first line
         if match := re.match(r"# The (?:images|pictures) of this run are numbered \d+ to (\d+)", head):
             taken.append(int(match[1]))
     return max(taken) + 1
@@ -152,14 +153,14 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     """
     prompts = list(dict.fromkeys(prompts))
     requests = generator.requests(prompts, config)
-    warn_of_words(generator.identity, generator.prompts.texts(prompts))
+    warn_of_words(generator.identity, generator.prompts.texts(prompts))     # the embedded model knows few
     watched = watched_requests(requests) if masks else []
-    references = reference_images(concept_path) if grid else []
-    first, tail = claim_names(outdir, config, len(prompts))
+    references = reference_images(concept_path) if grid else []     # only shown, never measured
+    first, tail = claim_names(outdir, config, len(prompts))     # from here on the folder has a place for this run
     if first:
         print(f"'{outdir}' holds images already; those of this run are numbered from {first:03d}", flush=True)
     number = {prompt: index for index, prompt in enumerate(prompts, first)}
-    print_auxiliary(generator, config, requests)
+    print_auxiliary(generator, config, requests)     # a noun that was chosen should not be a secret
     drawn: dict[ImageRequest, Image.Image] = {}
     files, panels = [], []
     with progress(total=len(requests), desc="sampling", unit="image") as bar:
@@ -167,7 +168,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
             prompt_number = number[sample.request.prompt]
             name = file_name(prompt_number, sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
-            drawn[sample.request] = sample.image
+            drawn[sample.request] = sample.image     # for the sheet
             if sample.request in watched:
                 panels.append(draw_masks(generator, sample, outdir / "masks" / f"{prompt_number:03d}.png"))
     sheets = []
@@ -213,6 +214,7 @@ def reference_images(concept_path: Path | None) -> list[Image.Image]:
 
     They only stand beside what is drawn, so one that cannot be read is named and left out.
     """
+    # logs/<run>/checkpoints/step-*.safetensors.
     folder = concept_path.parent.parent / "images" / "references" if concept_path else None
     if folder is None or not folder.is_dir():
         return []
@@ -232,7 +234,7 @@ def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, pr
 
     A row's caption names the noun that stood for the concept in DCI's second branch.
     """
-    strengths = list(dict.fromkeys(request.strength for request in drawn))
+    strengths = list(dict.fromkeys(request.strength for request in drawn))     # in the order they were asked for
     seeds = sorted({request.seed for request in drawn})
     columns = ["reference"] if references else []
     for strength in strengths:
@@ -247,6 +249,7 @@ def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, pr
             noun = generator.prompts.auxiliary_noun(prompt, config.dci)
         how = f", auxiliary noun: {noun}" if noun else ""
         for seed in seeds:
+            # A reference in front of each row.
             cells = [references[index % len(references)]] if references else []
             cells += [drawn[ImageRequest(prompt, seed, strength)] for strength in strengths]
             rows.append((f"{generator.prompts.texts([prompt])[0]}   (seed {seed}{how})", cells))

@@ -20,7 +20,7 @@ from ldm.files import write_atomically
 from ldm.records import BadRecord, Line, Prose, Record, parse_json, read_record
 from ldm.util import UserError
 
-MARGIN = 8
+MARGIN = 8     # px between cells, and around the page
 WIDEST, TALLEST = 4000, 12000   # px of a page, where its cells are not at their least already
 FONT = Path(__file__).parent / "fonts" / "DejaVuSans-subset.ttf"
 DRAWN = 2000                    # letters of a text that is written on a sheet
@@ -91,7 +91,7 @@ def cell_side(images: Sequence[Image.Image | None], columns: int, rows: int, lea
     Their median decides, so that one large reference does not enlarge all others.
     """
     sides = [max(image.size) for image in images if image is not None]
-    room = min(WIDEST // max(1, columns), TALLEST // max(1, rows)) - MARGIN
+    room = min(WIDEST // max(1, columns), TALLEST // max(1, rows)) - MARGIN     # px a cell may have
     return max(least, min(room, int(statistics.median(sides or [least]))))
 
 
@@ -145,7 +145,7 @@ def _write_lines(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Seque
 
 def fit(image: Image.Image, cell: int) -> Image.Image:
     """Scales an image so that its longer side is `cell` px."""
-    scale = cell / max(image.size)
+    scale = cell / max(image.size)     # pixels of small images stay visible
     size = (round(image.width * scale), round(image.height * scale))
     return image.convert("RGB").resize(size, Image.LANCZOS if scale < 1 else Image.BICUBIC)
 
@@ -164,8 +164,9 @@ def mask_panel(image: Image.Image, record: Sequence[tuple[str, Tensor]], title: 
     """
     if not record:
         raise UserError("there are no masks to draw: agg_time leaves no step with two branches.")
-    layers = len({name for name, _ in record})
+    layers = len({name for name, _ in record})     # every joint step integrates in every layer once
     steps = len(record) // layers
+    # First and last among them.
     shown = np.unique(np.linspace(0, steps - 1, min(columns, steps)).round().astype(int))
     sizes = {tuple(masks.shape[-2:]) for _, masks in record}
     rows = []
@@ -194,7 +195,7 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None 
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_text(SETTINGS_KEY, json.dumps(settings))
-        info.add_text(PARAMETERS_KEY, describe(settings))
+        info.add_text(PARAMETERS_KEY, describe(settings))     # shown by viewers of images
     return write_atomically(path, lambda part: image.save(part, format="png", pnginfo=info))
 
 

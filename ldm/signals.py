@@ -39,7 +39,7 @@ class Signals:
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
         self.number = number
-        if self.held:
+        if self.held:     # parameters change or files are written; the work asks later
             return
         if self.leave is not None and _importing(frame):
             self.leave(number)
@@ -53,7 +53,7 @@ class Signals:
 def _importing(frame: FrameType | None) -> bool:
     """Says whether a module is being imported where a frame is."""
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):     # Python's own import machinery
             return True
         frame = frame.f_back
     return False
@@ -75,7 +75,7 @@ def heeded(leave: Callable[[int], object] | None = None) -> Iterator[Signals]:
     Libraries turn an exception that reaches them in the middle of their work into one of their own (reading
     safetensors: ValueError), so whatever error follows a signal counts as its consequence.
     """
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in ENDING}     # to put them back, whoever's they are
     outer = [getattr(handler, "leave", None) for handler in before.values()]
     signals = Signals(next(filter(None, [leave, *outer]), None))
     signals.install()
@@ -84,6 +84,6 @@ def heeded(leave: Callable[[int], object] | None = None) -> Iterator[Signals]:
     except Exception as error:
         if signals.number is None:
             raise
-        raise Interrupt(signals.number) from error
+        raise Interrupt(signals.number) from error     # the error is the signal's consequence
     finally:
         _answer(before)

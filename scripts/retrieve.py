@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import cli
-from ldm.flags import yes_or_no
+from ldm import cli, flags
 from ldm.util import UserError, folder_name, from_here
 
 COMMANDS = ("index", "serve", "setup")
@@ -29,7 +28,7 @@ def retrieval_parser() -> cli.Parser:
     parser.add_argument("--oversample", type=float, default=2.0, help="candidates asked for per image")
     parser.add_argument("--clip", help="CLIP that compares captions: ViT-B/32, or open_clip:NAME/FILE; default none")
     parser.add_argument("--threshold", type=float, default=0.85, help="cosine a caption needs, with --clip")
-    parser.add_argument("--deduplicate", type=yes_or_no, default=True, help="let the server leave out look-alikes")
+    parser.add_argument("--deduplicate", type=flags.yes_or_no, default=True, help="let the server leave out look-alikes")
     add_download_options(parser)
     return parser
 
@@ -92,8 +91,8 @@ def main(arguments: Sequence[str]) -> None:
     for reason, count in found.refused.items():
         print(f"left out: {count} ({reason})")
     print(f"regularization set: {found.images} of {options.num} images in {found.folder}")
-    flags = shlex.join(["--class_noun", options.class_noun, "--reg_datapath", str(found.folder)])
-    print(f"next: python {from_here('scripts/train.py')} ... {flags}")
+    print(f"next: python {from_here('scripts/train.py')} ... "
+          + shlex.join(["--class_noun", options.class_noun, "--reg_datapath", str(found.folder)]))
 
 
 if __name__ == "__main__":

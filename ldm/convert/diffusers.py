@@ -29,11 +29,11 @@ def rename(key: str, table: Mapping[str, str]) -> str:
 
 def unet_key(key: str, res_blocks: int) -> str:
     """Names a U-Net weight as diffusers does: its levels count blocks and resamplers apart."""
-    per_level = res_blocks + 1
+    per_level = res_blocks + 1     # blocks and a resampler, or in the upper half one more block
     found = re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", key)
     if found:
         half, index, part, rest = found[1], int(found[2]), int(found[3]), found[4]
-        kind = ("resnets", "attentions")[part]
+        kind = ("resnets", "attentions", "upsamplers")[part]
         if half == "output":
             level, position = divmod(index, per_level)
             place = "upsamplers.0" if rest.startswith("conv.") else f"{kind}.{position}"
@@ -73,7 +73,7 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 def our_vae_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Puts an autoencoder's state dict under the names and shapes of `expected`, where diffusers' names are known."""
-    levels = len({key.split(".")[2] for key in expected if key.startswith("decoder.up.")})
+    levels = len({key.split(".")[2] for key in expected if key.startswith("decoder.up.")})     # of the decoder
     ours = {vae_key(key, levels): key for key in expected}
     fitted = {}
     for key, value in state.items():

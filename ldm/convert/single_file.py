@@ -44,14 +44,15 @@ def convert(source: Path, target: Path, half: bool = False) -> Converted:
         raise UserError(f"'{target}' must end in .safetensors, which is what is written.")
     if target.exists():
         raise UserError(f"'{target}' exists already; remove it first, or choose another name.")
-    state = unwrapped(load_file(source))
+    state = unwrapped(load_file(source))     # mapped: tensors take memory as they are read
+    # Averages are half the file, and sampling never reads them.
     others = ACCEPTED_EXTRA if averages_alone(state) else (*ACCEPTED_EXTRA, AVERAGE)
     kept = {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(others)}
     if not kept:
         raise UserError(f"checkpoint '{source}' holds no weights.")
     if half:
         kept = {key: value if key in SCHEDULE_BUFFERS else to_half(key, value) for key, value in kept.items()}
-    save_safetensors(target, _apart(kept), {"format": "pt"})
+    save_safetensors(target, _apart(kept), {"format": "pt"})     # the metadata other tools look for
     return Converted(target, len(kept), len(state) - len(kept), target.stat().st_size)
 
 
@@ -74,7 +75,7 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     apart = {}
     for key, value in state.items():
-        shared = value.numel() > 0 and value.data_ptr() in seen
+        shared = value.numel() > 0 and value.data_ptr() in seen     # empty tensors share an address by chance
         apart[key] = value.clone() if shared else value
         seen.add(value.data_ptr())
     return apart

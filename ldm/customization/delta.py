@@ -34,7 +34,7 @@ from ldm.recognize import say_left_out
 from ldm.records import BadRecord, Count, Line, Record, read_record
 from ldm.util import UserError
 
-FORMAT_NAME = "dci-ico-concept-"
+FORMAT_NAME = "dci-ico-concept-"     # what every version's format begins with
 FORMAT = FORMAT_NAME + "1"
 FACTORS = (".u", ".v")       # what a weight's name in a file ends with where factors of a difference are stored
 
@@ -87,10 +87,11 @@ class Concept:
         weights = dict(self.weights)
         for name, (u, v) in self.factors.items():
             weights[name + FACTORS[0]], weights[name + FACTORS[1]] = u, v
+        # A file that cannot be used is worse than none.
         refuse_non_finite({**self.words, **self.contexts, **weights}, f"the concept of step {self.step}")
         tensors = {}
         for name, value in self.words.items():
-            tensors[f"words.{name}"] = value.float()
+            tensors[f"words.{name}"] = value.float()     # few and small; their rounding would move the concept
         for name, value in self.contexts.items():
             tensors[f"contexts.{name}"] = value.float()
         for name, value in weights.items():
@@ -102,7 +103,7 @@ class Concept:
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a weight in the format of the file, or in float32, with a warning, where the format cannot hold it."""
-    stored = value.to(dtype)
+    stored = value.to(dtype)     # of what float32 holds, float16 has values up to 65,504
     if bool(stored.isfinite().all()):
         return stored
     warnings.warn(f"'{name}' exceeds what {str(dtype).removeprefix('torch.')} can hold; it is stored as float32.",
@@ -142,7 +143,7 @@ def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
     Raises:
         UserError: the file is none of these, damaged, or says too little.
     """
-    path = existing_file(path, "concept file")
+    path = existing_file(path, "concept file")     # says what is wrong with a path before it is opened
     if is_safetensors(path) and read_metadata(path, "concept file").get("format", "").startswith(FORMAT_NAME):
         try:
             return _read_own(path)
@@ -165,7 +166,7 @@ def _read_own(path: Path) -> Concept:
     if entries["format"] != FORMAT or unknown:
         what = f"{entries['format']}, with {named(unknown)}" if unknown else entries["format"]
         raise UserError(f"concept file '{path}' was written by another version ({what}); use the one that made it.")
-    metadata = read_record(Metadata, entries)
+    metadata = read_record(Metadata, entries)     # after the format: another version's would not fit
     refuse_non_finite(tensors, f"concept file '{path}'")
     _check_tensors(tensors)
 
@@ -200,6 +201,7 @@ def _split_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     factors = {}
     for name in sorted(names):
         u, v = weights.get(name + FACTORS[0]), weights.get(name + FACTORS[1])
+        # (rows, r) and (r, columns).
         if u is None or v is None or u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
             raise BadRecord(f"'{name}' has factors that do not multiply")
         factors[name] = u, v
@@ -217,7 +219,7 @@ def words_of(schemes: Sequence[PromptScheme]) -> list[str]:
 def _in_order(words: Mapping[str, Tensor], schemes: Sequence[PromptScheme]) -> dict[str, Tensor]:
     """Returns the words' vectors in the order in which concepts name them."""
     names = words_of(schemes)
-    if sorted(names) != sorted(words):
+    if sorted(names) != sorted(words):     # tensors in a file have no order; the concepts' does
         raise BadRecord(f"its concepts name the words {named(names)}, and it holds {named(words) or 'none'}")
     return {name: words[name] for name in names}
 
@@ -245,7 +247,7 @@ class AppliedConcept:
     """
 
     def __init__(self, model: LatentDiffusion, concept: Concept, base: Mapping[str, str], any_base: bool = False):
-        _check_base(concept, base, any_base)
+        _check_base(concept, base, any_base)     # a concept for another base would draw noise
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
         shapes = {name: tuple(value.shape) for name, value in concept.weights.items()}
@@ -258,7 +260,9 @@ class AppliedConcept:
                             f"{len(wrong)} tensors differ ({', '.join(wrong[:2]) or 'word vectors of another width'}); "
                             "draw with the model it was made for.")
         if concept.words:                                                       # may refuse; so before any change
+            # Words are the concept's, not to be trained.
             model.cond_stage_model.add_words(concept.words).requires_grad_(False)
+        # On the model's device; about 38 MB for SD v1.
         self._originals = {name: unet[name].detach().clone() for name in shapes}
         self._write_concept()
 
@@ -272,6 +276,7 @@ class AppliedConcept:
         self._write(self.concept.weights)
         for name, (u, v) in self.concept.factors.items():
             base = self._originals[name]
+            # In float32: half precision would round what was learned away.
             self._write({name: base.float() + u.to(base.device).float() @ v.to(base.device).float()})
 
     @contextmanager
@@ -300,6 +305,7 @@ class AppliedConcept:
 
 def _check_base(concept: Concept, base: Mapping[str, str], any_base: bool) -> None:
     """Compares U-Net and text encoder, or what earlier files have instead, the values of the whole model."""
+    # Files from before the network's hash have the other alone.
     kinds = [kind for kind in ("network", "hash") if concept.base.get(kind)]
     if not kinds or any(concept.base[kind] == base.get(kind) for kind in kinds):
         return

@@ -41,8 +41,9 @@ class CaptionFeatures:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Returns features (B, T, D); gradients reach the new words as they would without this class."""
+        # Their words move with every step.
         learned = [caption for caption in captions if NEW_WORD.search(caption)]
-        fresh = iter(self._encode(learned)) if learned else iter(())
+        fresh = iter(self._encode(learned)) if learned else iter(())     # (B', T, D), in the captions' order
         return torch.stack([next(fresh) if NEW_WORD.search(caption) else self._known(caption)
                             for caption in captions])
 
@@ -66,4 +67,4 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     What autocast casts in every step is then cast once, to the same values; trained tensors and normalization stay.
     """
     for parameter in castable(module):
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)     # in place: optimizer and hooks hold the parameter itself

@@ -52,6 +52,7 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
     """
     state, kind = unwrapped(content), kind_of(content)
     title = kind[0] if kind and kind[1] != AS_CONCEPT else None
+    # Custom Diffusion's deltas have no autoencoder.
     if title is None and any(name.startswith("first_stage_model.") for name in state):
         title = "a whole checkpoint"
     if title:
@@ -78,13 +79,14 @@ def _take_apart(path: Path, state: Mapping[str, Any]) -> Delta:
         if key == EMBED and isinstance(value, Tensor):
             delta.rows = _rows(path, key, value)
         elif key == TABLE and isinstance(value, Tensor):
+            # The release's table: CLIP's rows, then the new ones.
             delta.rows, delta.single = _rows(path, key, value)[CLIP_WORDS:], False
         elif TEXT_NAME.match(key):
             delta.text.append(key)
         elif UNET_NAME.match(name) and isinstance(value, Tensor):
             delta.weights[name] = value.detach()
         elif UNET_NAME.match(name) and _is_pair(value):
-            delta.factors[name] = value["u"].detach(), value["v"].detach()
+            delta.factors[name] = value["u"].detach(), value["v"].detach()     # Custom Diffusion's compressed form
         else:
             delta.spare.append(key)
     return delta
@@ -116,6 +118,7 @@ def schemes_of(path: Path, delta: Delta, words: tuple[str, ...], nouns: tuple[st
         UserError: words or nouns do not fit the file, or it may hold one concept or several.
     """
     count = len(delta.rows)
+    # As Custom Diffusion names them by default.
     names = words or tuple(f"<new{index + 1}>" for index in range(count))
     if len(names) != count:
         raise UserError(f"concept file '{path}' holds {count} new words but {len(names)} were named "

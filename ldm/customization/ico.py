@@ -20,7 +20,7 @@ from ldm.records import is_line
 from ldm.text import NEW_WORD
 from ldm.util import UserError
 
-RANDOM = "random"
+RANDOM = "random"     # in place of words: contexts and words that start nowhere in particular
 PLACEHOLDER = "{}"  # stands for the concept in templates and prompts
 
 
@@ -53,6 +53,7 @@ class PromptScheme:
         for word in self.words:
             if not NEW_WORD.fullmatch(word):
                 raise UserError(f"concept word '{word}' must be in angle brackets without spaces, like <new1>.")
+        # A word twice would be one row in two places.
         if len(set(self.words)) != len(self.words) or not self.concept:
             raise UserError(f"concept words {list(self.words)} must be at least one and all different.")
         if self.template.count(PLACEHOLDER) != 1:
@@ -70,7 +71,7 @@ class PromptScheme:
     def caption(self, image: int) -> str:
         """The fine-tuning prompt P_i of a reference image (Eq 2)."""
         contexts = self.context_words(image)
-        middle = self.template.replace(PLACEHOLDER, self.concept)
+        middle = self.template.replace(PLACEHOLDER, self.concept)     # the manual baseline's "photo of a V noun"
         return " ".join([*contexts[: self.prefix], middle, *contexts[self.prefix:]])
 
 
@@ -111,6 +112,7 @@ def caption_template(caption: str, scheme: PromptScheme) -> str:
     caption = clean(caption)
     if PLACEHOLDER in caption:
         return caption
+    # The concept itself first: "a <new1> cat" has both.
     for name in filter(None, (scheme.concept, scheme.class_noun)):
         pattern = re.compile(rf"(?<!\w){re.escape(clean(name))}(?!\w)", re.IGNORECASE)
         template, found = pattern.subn(PLACEHOLDER, caption, count=1)
@@ -130,7 +132,7 @@ def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None,
         if length is None:
             raise UserError(f"method.{name} is 'random', but method.{name}_length does not say how many; set it.")
         return length
-    tokens = len(embedder.content_ids(words))
+    tokens = len(embedder.content_ids(words))     # a word of two byte pairs starts two contexts
     if length is not None and length != tokens:
         raise UserError(f"method.{name}_length is {length} but method.{name} '{words}' has {tokens} tokens; give one "
                         "of the two, or write 'random' for the words.")
@@ -140,7 +142,7 @@ def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None,
 def initial_contexts(embedder: FrozenCLIPEmbedder, prefix_words: str, suffix_words: str, scheme: PromptScheme,
                      generator: torch.Generator) -> Tensor:
     """Returns the first vectors (p+s, D) of one image's contexts, from words or at random."""
-    prefix = _vectors(embedder, prefix_words, scheme.prefix, generator)
+    prefix = _vectors(embedder, prefix_words, scheme.prefix, generator)     # (p, D) and (s, D)
     suffix = _vectors(embedder, suffix_words, scheme.suffix, generator)
     return torch.cat([prefix, suffix])
 
@@ -168,7 +170,7 @@ def initial_words(embedder: FrozenCLIPEmbedder, count: int, sources: Sequence[st
         if source == RANDOM:
             vectors.append(random_vectors(embedder, 1, generator))
             continue
-        token = embedder.tokenizer.get_vocab().get(source)
+        token = embedder.tokenizer.get_vocab().get(source)     # as the vocabulary spells it, </w> and all
         ids = [token] if token is not None else embedder.content_ids(source)
         if len(ids) != 1:
             raise UserError(f"method.initial_words: '{source}' is {len(ids)} tokens and must be one; choose another.")
@@ -178,5 +180,5 @@ def initial_words(embedder: FrozenCLIPEmbedder, count: int, sources: Sequence[st
 
 def random_vectors(embedder: FrozenCLIPEmbedder, count: int, generator: torch.Generator) -> Tensor:
     """Returns (count, D) normal vectors as large as the vocabulary's on average."""
-    table = embedder.embedding.weight.detach()
+    table = embedder.embedding.weight.detach()     # the base's tokens alone
     return float(table.std()) * torch.randn(count, table.shape[1], generator=generator)

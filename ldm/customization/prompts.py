@@ -44,11 +44,11 @@ class PromptReader:
         Raises:
             UserError: a prompt has an unknown word, does not mention the concept, or so late that it is cut off.
         """
-        texts = self.texts(prompts)
+        texts = self.texts(prompts)     # refuses a prompt without the concept
         if self.concept:
             for prompt in prompts:
                 self._check_concept(prompt)
-        self.embedder.tokenize(texts)
+        self.embedder.tokenize(texts)     # refuses unknown words
         if self.concept and dci.use:
             for prompt in prompts:
                 self.token_sets([prompt], dci)
@@ -69,7 +69,7 @@ class PromptReader:
         for prompt in prompts:
             if prompt not in made:      # one for many images
                 made[prompt] = self._token_sets(prompt, dci)
-        concept, auxiliary = zip(*(made[prompt] for prompt in prompts), strict=True)
+        concept, auxiliary = zip(*(made[prompt] for prompt in prompts), strict=True)     # one pair a prompt
         return tokens.stack(concept), tokens.stack(auxiliary)
 
     def _token_sets(self, prompt: str, dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
@@ -81,7 +81,7 @@ class PromptReader:
 
     def auxiliary_noun(self, prompt: str, dci: DCIConfig) -> str | None:
         """Returns the noun that stands for the concept in a prompt's second branch; None where none does."""
-        if dci.ablation == DIVIDED:
+        if dci.ablation == DIVIDED:     # the second branch has no noun then
             return None
         scheme = tokens.named_scheme(prompt, self.concept.schemes)
         pieces = tokens.split_at_concept(prompt, scheme.concept)

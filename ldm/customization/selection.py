@@ -14,7 +14,7 @@ UNET_PREFIX = "model.diffusion_model."
 PATTERNS = {
     "crossattn-kv": r"transformer_blocks\.\d+\.attn2\.to_[kv]\.weight$",
     "crossattn": r"transformer_blocks\.\d+\.attn2\.",
-    "none": r"(?!)",
+    "none": r"(?!)",     # matches nothing: words alone are learned
 }
 
 

@@ -63,7 +63,7 @@ def split_at_concept(prompt: str, concept: str) -> list[str]:
     Raises:
         UserError: the prompt does not mention the concept.
     """
-    pieces = _cut(prompt, concept)
+    pieces = _cut(prompt, concept)     # n mentions give n + 1 pieces
     if len(pieces) == 1:
         raise _unnamed(prompt, [concept])
     return pieces
@@ -119,6 +119,7 @@ def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str
             content[row, position:min(stop, room)] = True
             position = stop
         if ids != embedder.content_ids(prompt):
+            # Merges across the seam would move every later token.
             raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
         prompts.append(prompt)
     return TokenSets(prompts, named, content)
@@ -152,7 +153,7 @@ def choose_auxiliary_noun(class_noun: str, pieces: Sequence[str]) -> str:
     """Returns the first preset noun that shares no word with the class noun or the rest of the prompt."""
     taken = set(re.findall(r"\w+", f"{class_noun} {' '.join(pieces)}".lower()))
     for noun in AUXILIARY_NOUNS:
-        if not taken & set(noun.split()):
+        if not taken & set(noun.split()):     # a noun that is in the prompt already would be S^c and S^a at once
             return noun
     raise UserError(f"every preset auxiliary noun ({', '.join(AUXILIARY_NOUNS)}) is in the prompt; give one with "
                     "--replace_noun.")

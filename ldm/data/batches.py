@@ -119,16 +119,17 @@ class TrainingPlan(IterableDataset):
         shown = self.shown(micro_step)
         seen = [image for image, _ in shown]
         seeds = [seed for _, seed in shown]
-        images = torch.stack([self.load(image) for image in seen])
+        images = torch.stack([self.load(image) for image in seen])     # (n, H, W, 3)
+        # A reference's caption names its image's contexts (Eq 2).
         captions = [self._source(image).captions[image.item] for image in seen]
-        weights = torch.tensor([self.prior_weight if image.source else 1.0 for image in seen])
-        masks = torch.stack([self.mask(image) for image in seen]) if self._masked else None
+        weights = torch.tensor([self.prior_weight if image.source else 1.0 for image in seen])     # (n,)
+        masks = torch.stack([self.mask(image) for image in seen]) if self._masked else None     # (n, H, W)
         full = 2 * self.batch_size if self._members else self.batch_size
         return TrainingBatch(images, captions, weights, full, seeds, frozenset(self.picks(micro_step)), masks, seen)
 
     def picks(self, micro_step: int) -> list[int]:
         """Returns the reference images of a micro-step, of all devices one after the other."""
-        total = self.batch_size * self.world_size
+        total = self.batch_size * self.world_size     # rows of all devices
         return [shuffled(len(self.concept), micro_step * total + row, self.seed) for row in range(total)]
 
     def shown(self, micro_step: int) -> list[tuple[SeenImage, int]]:
@@ -159,6 +160,7 @@ class TrainingPlan(IterableDataset):
             return None
         lap, place = divmod(position, len(self.concept))
         before = self._groups[lap_order(len(self.concept), lap, self.seed)[:place]]
+        # How many references of this class came before.
         turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
         return members[shuffled(len(members), turn, self.seed + 1 + group)]
 
@@ -201,4 +203,5 @@ class TrainingPlan(IterableDataset):
 
     def row_seed(self, position: int, kind: int) -> int:
         """Returns the number all randomness of a row comes from: its place in the endless sequence, its kind."""
+        # 63 bits: torch's generators take no more.
         return int(np.random.SeedSequence([self.seed, position, kind]).generate_state(1, np.uint64)[0]) >> 1

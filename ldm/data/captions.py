@@ -16,8 +16,8 @@ from ldm.text import read_lines, read_text
 from ldm.util import UserError, shipped
 
 IMAGES, CAPTIONS = "images.txt", "caption.txt"
-METADATA = ("metadata.jsonl", "metadata.csv")
-SIDECARS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv")     # of Hugging Face's image folders
+SIDECARS = (".txt", ".caption")     # of kohya's and other trainers
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ def captioned(path: Path, check: Callable[[Path], str | None] = why_unusable, ca
         UserError: nothing is there or usable, or captions do not match images.
     """
     path = shipped(path)
-    if (path / IMAGES).is_file():
+    if (path / IMAGES).is_file():     # a real_reg folder
         path = path / IMAGES
     if captions and path.is_file() and path.name == IMAGES and path.with_name(CAPTIONS).exists():
         return _listed(path, check)
     paths, skipped = list_images(path, check)
-    if not path.is_dir():
+    if not path.is_dir():     # nothing stands beside the images of a list
         return Captioned(paths, [None] * len(paths), skipped, "list of images")
     texts = [path / name for name in METADATA]
     known = set(texts)                 # files of captions are not images that were skipped
@@ -106,6 +106,7 @@ def _read_caption_table(path: Path) -> dict[Path, str]:
     said = {}
     read_rows = _csv_rows if path.suffix == ".csv" else _json_rows
     for number, entry in read_rows(path):
+        # Other columns are other tools'.
         name, text = entry.get("file_name"), entry.get("text", entry.get("caption"))
         if not isinstance(name, str) or not name:
             raise UserError(f"line {number} of '{path}' does not say which image it is about; name it as file_name, "
@@ -114,6 +115,7 @@ def _read_caption_table(path: Path) -> dict[Path, str]:
         if not isfile(image):
             raise UserError(f"line {number} of '{path}' names '{name}', which is not there; correct it.")
         if isinstance(text, str) and text.strip():
+            # A caption's line ends and runs of spaces mean nothing.
             said[image.resolve()] = " ".join(text.split())
     return said
 
@@ -137,6 +139,7 @@ def _json_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Reads the rows below a heading such as file_name,text with their lines' numbers."""
+    # Strict: a stray quote is an error, not half a row.
     reader = csv.DictReader(StringIO(read_text(path, "list of captions"), newline=""), strict=True)
     try:
         return [(reader.line_num, row) for row in reader]

@@ -84,6 +84,7 @@ def choose_concepts(path: Path, chosen: Sequence[str] = ()) -> list[ListedConcep
         raise UserError(f"'{path}' {problem}; choose with --subject among {some}.")
     if chosen:
         concepts = [concepts[names.index(name)] for name in chosen]
+    # Of the chosen ones only: others' need not be there.
     concepts = [_with_classes(concept, path) for concept in concepts]
     words = [word for concept in concepts for word in concept.words]
     if len(set(words)) < len(words):     # a data set calls every concept <new1>; together they need their own words
@@ -178,7 +179,7 @@ def _place(text: str, path: Path) -> Path:
 
 def _tree(folder: Path, with_prompts: bool) -> list[ListedConcept]:
     """Reads a folder of folders, one per concept."""
-    nouns = _table(folder / CLASSES)
+    nouns = _table(folder / CLASSES)     # what the table says wins over folders' names
     for entry in entries_of(folder):
         if entry.is_dir() and not entry.name.startswith("."):
             nouns.setdefault(entry.name, _noun_of(entry.name))
@@ -211,7 +212,7 @@ def _dreambooth_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Reads DreamBooth's two lists of prompts, for objects and for live subjects, {} for the concept's word."""
     lists = []
     for part in read_text(path, "list of classes").split("prompt_list")[1:]:
-        found = re.findall(r"'([^']*\{0\}[^']*)'", part)
+        found = re.findall(r"'([^']*\{0\}[^']*)'", part)     # the prompts are Python there, which is not run
         lists.append(tuple(" ".join(text.replace("{0}", "{}").replace("{1}", "").split()) for text in found))
     if not _table(path) or len(lists) != 2 or not all(lists):
         raise UserError(f"'{path}' is not as DreamBooth's data set has it: a table of classes and two prompt lists.")

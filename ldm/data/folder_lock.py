@@ -18,7 +18,7 @@ def turn_in(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 
     Where nothing can be locked (a folder that may only be read, a file system without locks) nobody waits.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK)     # released with the process, however it ends
     try:
         make_folder(folder)
         _take(lock, folder, say)

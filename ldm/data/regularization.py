@@ -48,9 +48,9 @@ def read_regularization(path: Path, class_noun: str, caption: str | None = None)
     if not os.path.exists(path):
         raise UserError(f"regularization folder '{path}' does not exist; give one with images of the class, fill "
                         f"one with scripts/retrieve.py --class_noun '{class_noun}', or use --reg_mode generate.")
-    caption_file = _caption_file(caption)
+    caption_file = _caption_file(caption)     # a path where a caption is expected is a common mistake
     if path.is_dir() and (path / IMAGES).exists():
-        path = path / IMAGES
+        path = path / IMAGES     # the list decides which of the folder's images are meant
     if path.is_file():
         return _read_listed(path, None if caption_file else caption, caption_file or path.with_name(CAPTIONS))
     unmatched = caption_file
@@ -127,7 +127,8 @@ def write_regularization(folder: Path, class_noun: str,
     Raises:
         UserError: there is no image to write, or the disk refuses.
     """
-    folder, name = Path(folder), folder_name(class_noun)
+    folder, name = Path(folder), folder_name(class_noun)     # the layout of Custom Diffusion's real_reg
+    # Numbers of an earlier set.
     taken = [int(path.stem) for path in (folder / name).glob("*.jpg") if path.stem.isdecimal()]
     paths, rows = [], []
     for number, (image, caption, url) in enumerate(images, max(taken, default=-1) + 1):
@@ -158,7 +159,7 @@ def write_lists(folder: Path, rows: Sequence[tuple[str, str, str]]) -> None:
 def holds(path: Path, text: str) -> bool:
     """Says whether a file is there and holds exactly a text."""
     try:
-        return path.read_bytes() == text.encode("utf-8")
+        return path.read_bytes() == text.encode("utf-8")     # rewriting the same would change its time
     except OSError:
         return False
 

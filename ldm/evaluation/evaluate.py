@@ -29,7 +29,7 @@ from ldm.files import write_text
 from ldm.sheets import save_png, sheet
 from ldm.util import UserError
 
-SHEET_ROWS = 16
+SHEET_ROWS = 16     # prompts and seeds on the sheet
 TABLE, SHEET = "table.md", "sheet.png"
 PASSED_ON = ("seed", "strength", "steps", "sampler", "scale", "text", "auxiliary_text")    # of an image's settings
 
@@ -58,7 +58,7 @@ def class_noun_of(found: Sequence[Found], wanted: str) -> str:
     nouns: set[str] = set()
     for item in found:
         nouns.add(item.settings.get("concept", {}).get("class_noun", ""))
-    nouns.discard("")
+    nouns.discard("")     # images of the base model say none
     if len(nouns) > 1 and not wanted:
         raise UserError(f"the images contradict each other about the class noun ({', '.join(sorted(nouns))}); give "
                         "the right one with --class_noun.")
@@ -101,15 +101,17 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     """
     noun = class_noun_of(found, class_noun)
     images = [open_image(item.path) for item in found]
+    # What the concept is; without references there is no fidelity.
     known = open_references(references) if references else []
     compared = open_references(real) if real else known
-    claim(outdir)
-    features = scorer.features(images)
-    references_seen = scorer.features(known) if known else None
+    claim(outdir)     # before hours of measuring, not after
+    features = scorer.features(images)     # by extractor, (N, D) each
+    references_seen = scorer.features(known) if known else None     # by extractor, (M, D) each
     compared_seen = scorer.features(compared) if real else references_seen
     measured = scorer.rows(images, [item.prompt for item in found], noun, references_seen, features)
     rows = []
     for name, item, values in zip(names_of(found), found, measured, strict=True):
+        # So that a row can be sampled again.
         passed_on = {key: item.settings[key] for key in PASSED_ON if key in item.settings}
         rows.append({"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
                      **passed_on, **values})
@@ -123,13 +125,13 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
     no_kid: dict[str, list[str]] = {}
     for name, indices in _by_way(found).items():
         groups[name] = [rows[index] for index in indices]
-        of_group = {key: values[indices] for key, values in features.items()}
+        of_group = {key: values[indices] for key, values in features.items()}     # (G, D) each
         sets[name] = scorer.of_set(of_group, compared_seen)
         reason = scorer.why_no_kid(len(indices), len(compared))
         if reason:
             no_kid.setdefault(reason, []).append(name)
     notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items()]
-    shown = dict(zip(names_of(found), images, strict=True))
+    shown = dict(zip(names_of(found), images, strict=True))     # images by the name their rows have
     return _write_results(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
 
 
@@ -172,6 +174,7 @@ def _sheet(groups: Mapping[str, list], images: Mapping[str, Image.Image],
     for name, rows in groups.items():
         for index, row in enumerate(rows):
             place = (row["prompt"] or row["picture"], row.get("seed", index))
+            # A page that can be looked at; every row is in the table.
             if place in places or len(places) < SHEET_ROWS:
                 places.setdefault(place, {})[name] = images[row["picture"]]
     lines = []

@@ -56,7 +56,7 @@ class Extractor:
         vectors = []
         for first in range(0, len(images), BATCH):
             batch = [self.prepare(image.convert("RGB")) for image in images[first:first + BATCH]]
-            vectors.append(self.encode_images(torch.stack(batch)).float().cpu())
+            vectors.append(self.encode_images(torch.stack(batch)).float().cpu())     # (B, 3, h, w)
         return torch.cat(vectors)
 
     @torch.no_grad()
@@ -81,7 +81,7 @@ def load_small(path: Path | None, device: torch.device) -> Extractor:
 
 def load_efficientnet(path: Path | None, device: torch.device) -> Extractor:
     """EfficientNet-Lite0 as trained on ImageNet: a judge of fidelity that nobody here trained."""
-    path = path or _packaged_efficientnet()
+    path = path or _packaged_efficientnet()     # trained on ImageNet by others
     model = _timm_model("tf_efficientnet_lite0", "efficientnet")
     state = load_state(path, "EfficientNet-Lite0 weights")
     expected = model.state_dict()

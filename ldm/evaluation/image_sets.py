@@ -51,6 +51,7 @@ def read_images(folder: Path, prompts: Path | None = None) -> list[Found]:
     """
     if not folder.is_dir():
         raise UserError(f"image folder '{folder}' does not exist; give the folder that holds the images.")
+    # As our runs and CustomConcept101's lay them.
     inner = folder / "samples" if (folder / "samples").is_dir() else folder
     source = prompts
     for beside in (folder / "prompts.json", inner / "prompts.json"):
@@ -75,7 +76,7 @@ def drawn_images(paths: Sequence[Path]) -> list[Found]:
 def _by_folder(folder: Path) -> list[Found]:
     """Reads sub-folders named by prompts, underscores for spaces; none where the folder holds images itself."""
     entries = [path for path in entries_of(folder) if not path.name.startswith(".")]
-    if not entries or not all(path.is_dir() for path in entries):
+    if not entries or not all(path.is_dir() for path in entries):     # DreamBooth's results are often kept so
         return []
     found = []
     for entry in entries:
@@ -88,7 +89,7 @@ def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
     """Returns a folder's usable images, naming what is passed over beside their prompts."""
     paths, skipped = list_images(folder)
     for item in skipped:
-        if item.path != prompts and not item.path.name.startswith("."):
+        if item.path != prompts and not item.path.name.startswith("."):     # the prompts' own file, and hidden ones
             print(f"skipped {item}", flush=True)
     return paths
 
@@ -115,7 +116,7 @@ def _table(source: Path, paths: Sequence[Path]) -> list[str]:
 def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
     """Reads one prompt per image."""
     texts = read_lines(source, "prompt file")
-    if len(texts) != len(paths):
+    if len(texts) != len(paths):     # an order that cannot be checked must at least be complete
         raise UserError(f"prompt file '{source}' has {len(texts)} lines but '{paths[0].parent}' holds {len(paths)} "
                         "images; give one line per image, in order of the images' names.")
     return texts

@@ -21,7 +21,7 @@ from ldm.util import UserError
 SIDE = 64                                   # px the classifier sees
 HEADS = ("noun", "scene", "style", "colour")     # as files of judges spell them
 EDITS = ("scene", "style", "colour")        # what a prompt can ask for beside the thing itself
-FORMAT = "dci-ico-judge-1"
+FORMAT = "dci-ico-judge-1"     # of the file that ships in ldm/tiny
 
 
 class Block(nn.Module):
@@ -156,6 +156,7 @@ class Judge:
         rows = []
         for ranked, prompt in zip(self.classifier.ranked(images), prompts, strict=True):
             scores = score_request(read_request(prompt, self.phrases), ranked)
+            # A noun the world lacks cannot be right or wrong.
             known = class_noun in self.classifier.labels["noun"]
             row: dict[str, Any] = {}
             for kind in EDITS:
@@ -188,6 +189,7 @@ class _JudgeMetadata(Record):
 
 def save_judge(judge: Judge, path: Path) -> Path:
     """Writes one safetensors file in fp16 with labels, phrases and accuracy as metadata."""
+    # 2.5 MB; the answers stay the same.
     weights = {key: value.half() for key, value in judge.classifier.state_dict().items()}
     return save_safetensors(path, weights,
                             {"format": FORMAT, "labels": judge.classifier.labels, "phrases": dict(judge.phrases),

@@ -21,7 +21,7 @@ CLIPPED = "_clipped"        # column name's end: cosines below zero counted as z
 
 def units_of(rows: Records) -> list[object]:
     """Names what is resampled: concepts and prompts; images where there are no two of these."""
-    units = [(row.get("concept"), row.get("prompt")) for row in rows]
+    units = [(row.get("concept"), row.get("prompt")) for row in rows]     # images of a prompt share its difficulty
     return units if len(set(units)) > 1 else list(range(len(rows)))
 
 
@@ -58,9 +58,9 @@ def column_place(settings: Mapping[str, Any]) -> tuple[bool, float, bool]:
 def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str], first: str = "",
           scales: Sequence[str] = tuple(SCALES)) -> str:
     """A markdown table: a line per metric, a column per group; CLIP-T on each of some scales, by its name."""
-    lines = [f"| {first} | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    lines = [f"| {first} | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]     # markdown
     for name, title in titles.items():
-        if not any(name in group for group in groups.values()):
+        if not any(name in group for group in groups.values()):     # a metric that no group has
             continue
         for scale in scales if name.endswith("_t") else ("cosine",):
             key = name + CLIPPED if scale in PER_IMAGE else name

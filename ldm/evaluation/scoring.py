@@ -25,7 +25,7 @@ METRICS = (*LOADERS, "judge", "kid")
 
 def plain_text(prompt: str, class_noun: str) -> str:
     """Returns a prompt without the concept words "V": {} becomes the class noun (paper section 4.1)."""
-    filled = "".join(join_pieces(prompt.split(PLACEHOLDER), class_noun))
+    filled = "".join(join_pieces(prompt.split(PLACEHOLDER), class_noun))     # with an article that fits the noun
     return " ".join(NEW_WORD.sub(" ", filled).split())
 
 
@@ -108,8 +108,9 @@ class Scorer:
             features: the images' own, where they are known already.
         """
         features = features or self.features(images)
+        # What CLIP and judge are asked; the words V mean nothing to them.
         texts = [None if prompt is None else plain_text(prompt, class_noun) for prompt in prompts]
-        spoken = [index for index, text in enumerate(texts) if text is not None]
+        spoken = [index for index, text in enumerate(texts) if text is not None]     # images whose prompt is known
         unique: dict[str, int] = {}                         # each text is encoded once
         for index in spoken:
             unique.setdefault(texts[index], len(unique))
@@ -117,10 +118,11 @@ class Scorer:
         for extractor in self.extractors:
             own = features[extractor.name]                                          # (N, D)
             if extractor.encode_texts:
-                vectors = extractor.texts(list(unique)) if spoken else own[:0]
+                vectors = extractor.texts(list(unique)) if spoken else own[:0]     # (U, D), a row per text
                 vectors = vectors[[unique[texts[index]] for index in spoken]]       # (S, D)
                 _fill(rows, f"{extractor.name}_t", spoken, text_alignment(own[spoken], vectors))
             if references:
+                # (N,), the mean cosine to the references.
                 alignment = image_alignment(own, references[extractor.name])
                 _fill(rows, f"{extractor.name}_i", range(len(rows)), alignment)
         if self.judge:
@@ -136,7 +138,7 @@ class Scorer:
         for name, own in features.items():
             values[f"diversity_{name}"] = diversity(own)
             if self.kid and real and min(len(own), len(real[name])) >= KID_LEAST:
-                values[f"kid_{name}"] = kid(own, real[name])
+                values[f"kid_{name}"] = kid(own, real[name])     # Binkowski et al. 2018; of few images it is noise
         return values
 
     def why_no_kid(self, images: int, real: int) -> str | None:
@@ -164,11 +166,12 @@ def load_scorer(names: Sequence[str] | None = None, files: Mapping[str, Path] | 
         UserError: a name is unknown, a given file is bad, or a metric asked for by name has no weights.
     """
     files = dict(files or {})
-    for name in (*(names or ()), *files):
+    for name in (*(names or ()), *files):     # before anything is loaded
         if name not in METRICS:
             raise UserError(f"metric '{name}' is unknown; use some of {', '.join(METRICS)}.")
     if "kid" in files:
         raise UserError("metric 'kid' has no weights of its own; leave them out.")
+    # What is asked for by name must be there.
     wanted, insist = tuple(names or METRICS), set(names or ()) | set(files)
     extractors, judge, skipped, not_given = [], None, [], []
     for name in METRICS:

@@ -67,7 +67,7 @@ class SmallCLIP(nn.Module):
         self.text = text.transformer.requires_grad_(True)
         self.image = ImageTower(dim)
         self.text_projection = nn.Linear(width, dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(2.0))
+        self.log_scale = nn.Parameter(torch.tensor(2.0))     # logit scale e^2, as trained from
 
     def encode_text(self, ids: Tensor, end: Tensor) -> Tensor:
         """Unit vectors (B, dim) from the states at the end tokens; ids may stop at the batch's longest text."""
@@ -90,6 +90,7 @@ def pack_small_clip(state: Mapping[str, Tensor], text_config: Mapping[str, Any],
     Args:
         text_config: arguments of the FrozenCLIPEmbedder whose tower it is.
     """
+    # Named by a hash alone: it ships once.
     text = {key.removeprefix("text."): value.half() for key, value in state.items() if key.startswith("text.")}
     rest = {key: value.half() for key, value in state.items() if not key.startswith("text.")}
     return save_safetensors(path, rest, {"format": FORMAT, "text_tower": weights_hash(text),
@@ -110,7 +111,7 @@ def load_small_clip(path: Path, model_path: Path) -> tuple[SmallCLIP, FrozenCLIP
                         "with scripts/pretrain/pack.py.")
     config = metadata.text_config
     embedder, rest = FrozenCLIPEmbedder(**config.model_dump()), load_state(path, "small CLIP")
-    refuse_non_finite(rest, f"small CLIP '{path}'")
+    refuse_non_finite(rest, f"small CLIP '{path}'")     # a NaN would make every alignment one
     model = SmallCLIP(embedder, config.width, _vector_length(path, rest))
     load_weights(model, {**text, **rest}, path)
     return model.eval().requires_grad_(False), embedder

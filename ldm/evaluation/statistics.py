@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS, LEVEL = 2000, 0.95
+DRAWS, LEVEL = 2000, 0.95     # resamplings; of the intervals
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ def resamplings(units: Sequence[object], draws: int = DRAWS, seed: int = 0) -> n
     a concept's images share one fine-tuned model and a prompt's share its difficulty, so that drawing the pairs one
     by one would promise too much (the pigeonhole bootstrap: McCullagh 2000, Owen 2007). Others are drawn one by one.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)     # the same interval for the same numbers
     counts = np.ones((draws, len(units)))
     parts = [unit if isinstance(unit, tuple) else (unit,) for unit in units]
     for column in zip(*parts, strict=True):
         numbers = {name: number for number, name in enumerate(dict.fromkeys(column))}
+        # (draws, names): how often each name was drawn.
         drawn = rng.multinomial(len(numbers), np.full(len(numbers), 1.0 / len(numbers)), size=draws)
         counts *= drawn[:, [numbers[name] for name in column]]
     counts = counts[counts.any(axis=1)]         # where not every concept has every prompt, a draw can miss all pairs

@@ -39,12 +39,12 @@ class AutoencoderKL(pl.LightningModule):
                  monitor: str | None = None):
         super().__init__()
         self.image_key, self.embed_dim, self.monitor = image_key, embed_dim, monitor
-        self.learning_rate = 1e-3
+        self.learning_rate = 1e-3     # a script may set another, as CompVis's main.py does
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
         self.loss = instantiate_from_config(lossconfig)
         z_channels = ddconfig["z_channels"]
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)     # of mean and log-variance
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         if ckpt_path is not None:
             state = {key: value for key, value in load_state(ckpt_path).items()
@@ -53,7 +53,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def release(self, decoder: bool) -> None:
         """Gives back the memory of the encoder and, unless `decoder` is to stay, of the decoder; for good."""
-        self.encoder = Released(self.encoder.reduction)
+        self.encoder = Released(self.encoder.reduction)     # keeps the one number that is asked of it later
         if not decoder:
             self.decoder = Released(self.encoder.reduction)
 
@@ -64,7 +64,7 @@ class AutoencoderKL(pl.LightningModule):
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Returns the posterior over latents (B, embed_dim, H/f, W/f) of images (B, 3, H, W) in [-1, 1]."""
-        moments = self.quant_conv(self.encoder(x.to(self.format)))
+        moments = self.quant_conv(self.encoder(x.to(self.format)))     # (B, 2*embed_dim, H/f, W/f)
         return DiagonalGaussianDistribution(moments.to(x.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class AutoencoderKL(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         if isinstance(self.loss, nn.Identity):
             raise UserError("lossconfig is torch.nn.Identity: this configuration is for inference; name a loss.")
-        inputs = self.get_input(batch, self.image_key)
+        inputs = self.get_input(batch, self.image_key)     # (B, 3, H, W)
         reconstructions, posterior = self(inputs)
         loss = self.loss(inputs, reconstructions, posterior)
         self.log("train/loss", loss, prog_bar=True)

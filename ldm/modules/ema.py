@@ -21,6 +21,7 @@ class LitEma(nn.Module):
         self.m_name2s_name = {name: name.replace(".", "") for name, parameter in model.named_parameters()
                               if parameter.requires_grad}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device="cpu"))
+        # -1: the decay is the same from the start.
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int, device="cpu"))
         parameters = dict(model.named_parameters())
         for name, stored in self.m_name2s_name.items():
@@ -33,10 +34,12 @@ class LitEma(nn.Module):
         decay = float(self.decay)
         if self.num_updates >= 0:
             self.num_updates += 1
+            # As CompVis's: the average forgets its start quickly.
             decay = min(decay, (1 + int(self.num_updates)) / (10 + int(self.num_updates)))
         averages = dict(self.named_buffers())
         for name, parameter in model.named_parameters():
             if name in self.m_name2s_name:
+                # average -= (1 - decay) * (average - parameter)
                 averages[self.m_name2s_name[name]].lerp_(parameter, 1.0 - decay)
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class SaveConcept(Callback):
             UserError: a value is not finite, or the disk refuses.
         """
         tensors = state_tensors(module.state_dict(), trainer.optimizers[0].state_dict()["state"])
+        # Before the concept file, so that neither is written.
         refuse_non_finite(tensors, f"the state of {self.place(trainer)}")
         if trainer.is_global_zero:
             module.concept().save(self.path(trainer.global_step), self.dtype)
@@ -188,6 +189,7 @@ class Preview(Callback):
 
     def draw(self, module: Any, step: int) -> Path:
         """Writes images/preview-000123.png and returns its path; the model trains on unchanged."""
+        # Sampling turns dropout off and may move the VAE.
         training, home = module.model.training, module.model.first_stage_model.device
         generator = self.generator(module)
         drawn = {sample.request: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}

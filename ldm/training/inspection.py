@@ -19,7 +19,7 @@ from ldm.sheets import fit, font, save_png, sheet
 from ldm.training.references import framing_of
 from ldm.util import UserError
 
-COLUMNS, PER_PAGE = 6, 48
+COLUMNS, PER_PAGE = 6, 48     # images in a row, and on a page
 CELL, LABEL = 176, 24     # px of an image's longer side, and of its name below it
 SIDE = 512     # of SD v1, where the model's configuration does not tell
 ALARMS = ("enlarged", *(bars_advice(trim) for trim in (False, True)))     # how notes end that a reader must not miss
@@ -64,10 +64,10 @@ class _Reader:
             image = decode(path, self.framing.background)
         except Unusable as problem:
             return str(problem)
-        kept = trim_bars(image) if self.framing.trim_bars else image
+        kept = trim_bars(image) if self.framing.trim_bars else image     # as training crops, before anything else
         pixels, mask = self.framing.frame(kept)
         if not mask.any():
-            return "is transparent all over"
+            return "is transparent all over"     # nothing of it would count in the loss
         barred = None if kept is image else replace(self.framing, trim_bars=False).frame(image)[0]
         notes = list(kept.notes)
         width, height = kept.image.size
@@ -77,7 +77,7 @@ class _Reader:
             notes.append(f"smaller than {self.framing.size} px: enlarged")
         if has_black_bars(pixels):
             notes.append(f"has {bars_advice(self.framing.trim_bars)}")
-        with self._lock:
+        with self._lock:     # files are decoded by several threads
             self.seen[path] = _Seen(pixels, mask, image.image.size, tuple(notes), barred)
         return None
 
@@ -96,7 +96,7 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
     """
     rows: list[tuple[str, ...]] = []
     lines, sheets, used, skipped = [], [], 0, 0
-    _claim(folder)
+    _claim(folder)     # before files are decoded, which takes minutes for large folders
     for name, source, captions in sets:
         reader = _Reader(framing)
         found = captioned(source, reader, captions)
@@ -147,6 +147,7 @@ def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip
     """Draws a set as pages of rows: images, with their black bars where some were cropped off, mirrored, and their
     loss masks where anything is left out.
     """
+    # A row of white masks would say nothing.
     masked = any((reader.seen[path].mask < 255).any() for path in found.paths)
     pages = []
     for first in range(0, len(found.paths), PER_PAGE):
@@ -161,7 +162,7 @@ def _draw_pages(name: str, found: Captioned, reader: _Reader, folder: Path, flip
                  f"{len(found.paths)}")
         page = sheet([""] * min(COLUMNS, len(found.paths)), rows, CELL + LABEL, title)
         sheet_name = f"sheet-{drawn + len(pages):02d}.png"
-        claim_results(folder, [sheet_name])
+        claim_results(folder, [sheet_name])     # a page more than the run before had is claimed as it comes
         pages.append(save_png(page, folder / sheet_name))
     return pages
 
@@ -190,7 +191,7 @@ def _card(image: Image.Image, name: str = "") -> Image.Image:
     card.paste(fit(image, CELL))
     shown, half = name, len(name) // 2
     while face.getlength(shown) > CELL and half:
-        half -= 1
+        half -= 1     # letters are left out in the middle: ends tell files apart
         shown = f"{name[:half]}...{name[-half:]}"
     ImageDraw.Draw(card).text((0, CELL + 3), shown, fill="black", font=face)
     return card

@@ -20,7 +20,7 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.util import UserError, instantiate_from_config
 
 MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}     # what autocast computes in
-GB = 1e9
+GB = 1e9     # as GPUs are sold
 RUNTIME = 800_000_000        # CUDA's context, its libraries' workspaces, and what fragmentation wastes
 
 
@@ -85,11 +85,11 @@ def activation_bytes(unet_config: DictConfig, train: str, latents: tuple[int, ..
         dtype: what autocast computes in; None is float32 throughout.
         checkpointing: whether activations are recomputed.
     """
-    with FakeTensorMode():
+    with FakeTensorMode():     # shapes and formats without values: seconds, no memory
         network = instantiate_from_config(unet_config).requires_grad_(False)
         for parameter in trained_parameters(network, train).values():
             parameter.requires_grad_(True)
-        network.set_checkpointing(False)
+        network.set_checkpointing(False)     # what it would save is counted from the blocks
         if dtype is not None:
             cast_frozen(network, dtype)
         tally = Tally(network)
@@ -125,6 +125,7 @@ def estimate_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> 
     parts = [unet, model.cond_stage_model]
     if not config.trainer.cache:
         parts.append(model.first_stage_model)
+    # Gradients and AdamW's two averages, in float32.
     trained = [*module.trained.values(), *module.word_blocks, *module.context_blocks]
     dtype, checkpointing = MIXED.get(config.trainer.precision), config.trainer.checkpointing
     if checkpointing is None:

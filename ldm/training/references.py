@@ -58,7 +58,7 @@ def load_references(found: Sequence[Captioned], captions: Sequence[str], framing
     """Reads the reference images of all concepts, warning of tiny ones and of black bars."""
     for references in found:
         for path in references.paths:
-            width, height = size_of(path)
+            width, height = size_of(path)     # off the header, without decoding
             if min(width, height) < framing.size:
                 print(f"warning: '{path.name}' is {width} x {height} px and is enlarged to {framing.size}; a larger "
                       "photo would show more.")
@@ -69,7 +69,7 @@ def load_references(found: Sequence[Captioned], captions: Sequence[str], framing
         masks.append(own)
         groups += [group] * len(references.paths)
         for path, image in zip(references.paths, pixels.numpy(), strict=True):
-            if has_black_bars(image):
+            if has_black_bars(image):     # they would be learned as part of the thing
                 barred.append(path.name)
     if barred:
         print(f"warning: {', '.join(barred)}: {bars_advice(framing.trim_bars)}")
@@ -84,7 +84,7 @@ def save_references(references: CaptionedImages, concepts: Sequence[ConceptConfi
         save_png(image, folder / "references" / f"{index:03d}.png")
     rows, start, columns = [], 0, max(counts)
     for concept, count in zip(concepts, counts, strict=True):
-        cells = images[start:start + count]
+        cells = images[start:start + count]     # images lie concept after concept
         rows.append((f"{concept.name} ({concept.class_noun})", cells + [None] * (columns - count)))
         start += count
     save_png(sheet([str(index) for index in range(columns)], rows, CELL), folder / "references.png")

@@ -66,11 +66,11 @@ def load_class_images(settings: RegularizationConfig, concepts: Sequence[Concept
         print(f"{concept.name}: {found.source}")
         for item in found.skipped:
             print(f"{concept.name}: skipped regularization image {item}")
-        pixels, own = load_framed(found.paths, framing)
+        pixels, own = load_framed(found.paths, framing)     # (N, S, S, 3) and (N, S, S) or None
         images.append(pixels)
         masks.append(own)
         captions += [without_tags(caption, concept.class_noun) for caption in found.captions]
-        groups += [index] * len(found.paths)
+        groups += [index] * len(found.paths)     # a class image stands beside its own concept's references
     if not images:
         return None
     return CaptionedImages(torch.cat(images), captions, join_masks(images, masks), groups)
@@ -93,7 +93,7 @@ def class_images_of(concept: ConceptConfig, settings: RegularizationConfig, iden
                             "another mode.")
         return read_regularization(Path(concept.regularization), concept.class_noun, concept.regularization_caption)
     folder = generated_folder(identity, concept.class_noun, settings, side)
-    if not (folder / IMAGES).exists():
+    if not (folder / IMAGES).exists():     # the lists come last: a set without them is not finished
         return None
     return _first(read_regularization(folder, concept.class_noun), settings.num)
 
@@ -114,8 +114,10 @@ def class_prompt(settings: RegularizationConfig, class_noun: str) -> str:
 
 def generated_folder(identity: dict[str, str], class_noun: str, settings: RegularizationConfig, side: int) -> Path:
     """Names the folder of drawn class images after all that decides them: base, prompt, steps, seed and the rest."""
+    # Whatever decides an image.
     facts = [identity["hash"], class_prompt(settings, class_noun), settings.steps, settings.scale, settings.eta,
              settings.seed, side]
+    # Another prompt or base makes another set, beside it.
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
     return Path(settings.root) / "generated" / f"samples_{folder_name(class_noun)}-{key}"
 
@@ -130,9 +132,9 @@ def generate_class_images(generator: Generator, class_noun: str, settings: Regul
         UserError: a setting is out of range, or the disk refuses.
     """
     folder = generated_folder(generator.identity, class_noun, settings, side)
-    with turn_in(folder):
+    with turn_in(folder):     # two runs of the same class would draw the same set
         images = folder / folder_name(class_noun)
-        good = _drawn(images, settings.num)
+        good = _drawn(images, settings.num)     # an earlier run's, which may have been stopped
         missing = [number for number in range(settings.num) if number not in good]
         if missing:
             _draw_missing(generator, class_prompt(settings, class_noun), settings, side, images, missing)
@@ -173,7 +175,7 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
     runs: list[list[int]] = []
     for number in numbers:
         if not runs or number != runs[-1][-1] + 1:
-            runs.append([])
+            runs.append([])     # a gap: other seeds
         runs[-1].append(number)
     return runs
 

@@ -52,6 +52,7 @@ def name_images(images: CaptionedImages | None) -> Named:
     """Names images by what the network sees of them."""
     if images is None:
         return Named("", "none")
+    # What the network sees, whatever the files are called.
     digest = hashlib.sha256(images.images.contiguous().numpy())
     if images.masks is not None:
         digest.update(images.masks.contiguous().numpy())
@@ -76,7 +77,7 @@ class Resumed:
         """
         for part in fields(RunIdentity):
             before, after = getattr(self.identity, part.name), getattr(now, part.name)
-            if before is None or after is None or before == after:
+            if before is None or after is None or before == after:     # what is not known yet cannot differ
                 continue
             title = part.metadata.get("title", part.name)
             changed = f"the run in '{self.folder}' was trained with the {title} {before.text}, and this is {after.text}"
@@ -98,7 +99,7 @@ class StateFiles(CheckpointIO):
 
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None,
                         weights_only: bool | None = None) -> dict[str, Any]:
-        return load_file(path, "resume state")
+        return load_file(path, "resume state")     # a state is a file like others': nothing in it may run
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         raise NotImplementedError("a run's states are replaced, never removed")
@@ -169,7 +170,7 @@ def resume_state(folder: Path) -> Resumed:
 
 def earlier_identity(folder: Path) -> RunIdentity:
     """Names a run whose state does not (an earlier version's) by its newest concept file; photos stay unknown."""
-    files = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    files = sorted((folder / "checkpoints").glob("step-*.safetensors"))     # numbered with leading zeros
     if not files:
         return RunIdentity()
     concept = load_concept(files[-1])

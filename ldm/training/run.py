@@ -65,7 +65,7 @@ class ConceptData(pl.LightningDataModule):
         self.regularization = load_class_images(config.data.reg, config.concepts, self.run.module.base,
                                                 self.run.framing)
         named = name_images(self.regularization)
-        self.identity = replace(self.identity, class_pictures=named)
+        self.identity = replace(self.identity, class_pictures=named)     # goes into the resume state
         self.ready(named, self.regularization)
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,11 +74,12 @@ class ConceptData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         method, trainer = self.run.config.method, self.trainer
+        # Where a resumed run stood.
         plan = TrainingPlan(self.run.references, self.regularization, batch_size=method.batch_size,
                             prior_weight=method.prior_weight, flip=method.flip, seed=self.run.config.trainer.seed,
                             first=trainer.global_step * method.accumulate, rank=trainer.global_rank,
                             world_size=trainer.world_size)
-        return DataLoader(plan, batch_size=None)
+        return DataLoader(plan, batch_size=None)     # the plan makes whole batches
 
 
 def fine_tune(config: TrainConfig | DictConfig, resume: Path | None = None, insist: bool = False) -> Run:
@@ -94,7 +95,7 @@ def fine_tune(config: TrainConfig | DictConfig, resume: Path | None = None, insi
     config = typed(config)
     if global_rank(config.trainer.devices):
         sys.stdout = open(os.devnull, "w")         # the first process speaks for all
-    begun = None if resume else earlier_run(Path(config.trainer.logdir))
+    begun = None if resume else earlier_run(Path(config.trainer.logdir))     # Slurm starts the same command again
     if begun and resume_state(begun).step >= config.method.steps:
         print(f"the run in '{begun}', which this job began, is finished")
         return Run(begun, concept_file(begun / "checkpoints", config.method.steps), None)
@@ -115,7 +116,7 @@ def fit(setup: Setup, signals: Signals) -> Run:
         Interrupt: a signal ended the run.
     """
     config, module = setup.config, setup.module
-    first = global_rank(config.trainer.devices) == 0
+    first = global_rank(config.trainer.devices) == 0     # the process that speaks and writes
     if setup.resumed:
         folder = setup.resumed.folder
     else:
@@ -127,12 +128,14 @@ def fit(setup: Setup, signals: Signals) -> Run:
         if first and not setup.resumed:
             describe_run(config, folder)
         if first:
+            # After the report: a resumed run has them already, and they are the same.
             save_references(setup.references, config.concepts, setup.counts, folder / "images")
 
     trainer_config = config.trainer
     save = SaveConcept(folder / "checkpoints", trainer_config.save_every, trainer_config.save_dtype, signals)
     preview = Preview(folder / "images", config.preview,
                       "autocast" if trainer_config.precision in MIXED else "full")
+    # In this order: memory first, then the loss is looked at before it is saved.
     callbacks = [Lighten(MIXED.get(trainer_config.precision), trainer_config.checkpointing), Progress(save), save,
                  preview]
     if trainer_config.cache:

@@ -33,7 +33,7 @@ def claim_run_folder(config: TrainConfig) -> Path:
     stem = f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{name}"
     logdir = Path(config.trainer.logdir)
     try:
-        for attempt in itertools.count():
+        for attempt in itertools.count():     # runs of the same second
             with suppress(NameTaken):
                 return take_folder(logdir / (f"{stem}-{attempt}" if attempt else stem))
     except OSError as error:
@@ -59,7 +59,7 @@ def shareable(config: TrainConfig) -> dict[str, Any]:
     """Returns the configuration for a file others may get: without the paths of this machine."""
     content = to_dict(config)
     content["base"] |= {"ckpt": None, "vae": None}
-    content["trainer"]["logdir"] = ""
+    content["trainer"]["logdir"] = ""     # a folder's name may be a person's
     content["data"]["reg"]["root"] = ""
     for concept in content["concepts"]:
         concept["images"] = concept["regularization"] = ""
@@ -76,7 +76,7 @@ def resume_hint(folder: Path, step: int) -> str:
     """Says where an interrupted run stands and how it is resumed."""
     if not (folder / "checkpoints" / "last.ckpt").exists():
         return f"before the first step; '{folder}' holds nothing to go on from."
-    run = shlex.quote(str(folder))
+    run = shlex.quote(str(folder))     # to be pasted into a shell
     hint = (f"and saved at step {step}; go on with: bash {from_here('train.sh')} -r {run}   "
             f"(or: python {from_here('scripts/train.py')} -r {run})")
     return f"{hint}   (or: scontrol requeue {job()})" if job() else hint

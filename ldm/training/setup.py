@@ -72,6 +72,7 @@ def prepare(config: TrainConfig, resume: Path | None = None, insist: bool = Fals
     if resumed and resumed.step >= config.method.steps:
         raise UserError(f"the run in '{resume}' is at step {resumed.step} already; method.steps is "
                         f"{config.method.steps}.")
+    # Before the model: a wrong folder should cost no time.
     found = read_references(config.concepts, config.data.captions)
     pl.seed_everything(config.trainer.seed, verbose=False)
     print(f"loading {config.base.ckpt or 'the embedded model'}", flush=True)
@@ -81,19 +82,20 @@ def prepare(config: TrainConfig, resume: Path | None = None, insist: bool = Fals
     schemes = []
     for index, (concept, words) in enumerate(zip(config.concepts, concept_words(config), strict=True)):
         schemes.append(make_scheme(model.cond_stage_model, config.method, concept.class_noun, words, index))
-    identity = identify(base, schemes)
+    identity = identify(base, schemes)     # what a resumed run must be about, too
     if resumed:
         resumed.check(identity, insist)
+    # One per image, in place of the method's.
     templates = caption_templates(found, schemes) if config.data.captions else ()
     counts = [len(references.paths) for references in found]
     info = {"config": shareable(config), "versions": versions()}
     module = ConceptFinetune(model, config.method, schemes, counts, base, effective_learning_rate(config),
                              config.trainer.seed, info, templates)
-    if device.type == "cuda":
+    if device.type == "cuda":     # a CPU's memory is not what runs out first
         check_memory(config, module, size)
     framing = framing_of(config.data, size)
-    references = load_references(found, module.captions, framing)
-    photos = name_images(references)
+    references = load_references(found, module.captions, framing)     # as the network sees them, (N, S, S, 3)
+    photos = name_images(references)     # by their pixels
     if resumed:
         resumed.check(RunIdentity(photos=photos), insist)
     return Setup(config, device, module, references, counts, framing, replace(identity, photos=photos), resumed, insist)
@@ -112,7 +114,7 @@ def concept_words(config: TrainConfig) -> list[list[str]]:
     """Returns every concept's words "V": its own, else the method's; a further concept's are numbered on."""
     taken = set(config.method.words)
     for concept in config.concepts:
-        taken.update(concept.words or ())
+        taken.update(concept.words or ())     # words that other concepts claim by name
     words = []
     for index, concept in enumerate(config.concepts):
         if concept.words or index == 0:

@@ -33,6 +33,7 @@ def global_rank(devices: int) -> int:
     Args:
         devices: of one machine; where nobody else started its processes, Lightning does.
     """
+    # Whoever started this process says which it is.
     for kind in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment):
         if kind.detect():
             return kind().global_rank()

@@ -23,7 +23,7 @@ def ddim_step(x: Tensor, eps: Tensor, alpha: float, alpha_prev: float, sigma: fl
               noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step (Song et al. 2021, Eq 12): returns the previous state and the predicted x_0."""
     pred_x0 = (x - (1.0 - alpha) ** 0.5 * eps) / alpha**0.5
-    direction = (1.0 - alpha_prev - sigma**2) ** 0.5 * eps
+    direction = (1.0 - alpha_prev - sigma**2) ** 0.5 * eps     # points to x_t
     x_prev = alpha_prev**0.5 * pred_x0 + direction
     return (x_prev if noise is None else x_prev + sigma * noise), pred_x0
 
@@ -70,6 +70,7 @@ class DDIMSampler(Sampler):
         if options.mask is None:
             return x
         step = torch.full((len(options.x0),), t, device=x.device)
+        # What the mask keeps, as noisy as the state.
         known = self.model.q_sample(options.x0, step, draw_noise(options.x0, guidance.generators))
         return torch.cat([known * options.mask + part * (1.0 - options.mask) for part in x.split(len(options.x0))])
 
@@ -78,7 +79,7 @@ class DDIMSampler(Sampler):
         """Takes the step of an index of the schedule; `draw` draws the noise it adds, if any."""
         sigma, noise = float(self.ddim_sigmas[index]), None
         if sigma > 0:
-            noise = options.temperature * draw(x)
+            noise = options.temperature * draw(x)     # not drawn at sigma 0, so that seeds do not shift
             noise = F.dropout(noise, options.noise_dropout) if options.noise_dropout > 0 else noise
         return ddim_step(x, eps, float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index]), sigma, noise)
 
@@ -148,7 +149,7 @@ class DDIMSampler(Sampler):
         """Noises latents `x0` (B, C, h, w) to step indices `t` (B,) of the schedule made before (image-to-image)."""
         alphas = self.model.alphas_cumprod if use_original_steps else \
             torch.as_tensor(self.ddim_alphas, dtype=torch.float32, device=x0.device)
-        alpha = extract_into_tensor(alphas, t, x0.shape)
+        alpha = extract_into_tensor(alphas, t, x0.shape)     # (B, 1, 1, 1)
         noise = torch.randn_like(x0) if noise is None else noise
         return alpha.sqrt() * x0 + (1.0 - alpha).sqrt() * noise
 
@@ -160,5 +161,6 @@ class DDIMSampler(Sampler):
         if use_original_steps:
             self.make_schedule(self.ddpm_num_timesteps)
         guidance = make_guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
+        # No callbacks but the steps'.
         record = SamplingRecord(x_latent, len(x_latent), t_start, t_start, callback, None)
         return self._loop(x_latent, guidance, t_start, record, StepOptions())

@@ -99,7 +99,7 @@ class DDPM(pl.LightningModule):
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Samples from the averaged weights inside the block, where an average is kept."""
         if self.use_ema:
-            self.model_ema.store(self.model.parameters())
+            self.model_ema.store(self.model.parameters())     # the trained ones come back afterwards
             self.model_ema.copy_to(self.model)
         try:
             yield
@@ -110,8 +110,8 @@ class DDPM(pl.LightningModule):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Noises `x_start` (B, ...) to time steps `t` (B,): alpha_t x_0 + sigma_t eps (paper Eq 1)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        alpha = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape)
-        sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape)
+        alpha = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape)     # (B, 1, 1, 1)
+        sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape)     # (B, 1, 1, 1)
         return alpha * x_start + sigma * noise
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def earlier_groups(unet: Mapping[str, Any], first_stage: Mapping[str, Any]) -> t
     ddconfig = params.get("ddconfig") or {}
     if "group_channels" in ddconfig or ddconfig.get("ch", GROUPS) % GROUPS == 0:
         return unet, first_stage
-    ddconfig = {"group_channels": 4, **ddconfig}
+    ddconfig = {"group_channels": 4, **ddconfig}     # what such files were trained with
     return ({**unet, "params": {"group_channels": 8, **unet["params"]}},
             {**first_stage, "params": {**params, "ddconfig": ddconfig}})
 
@@ -174,7 +174,7 @@ class LatentDiffusion(DDPM):
         super().__init__(conditioning_key=conditioning_key, **ddpm)
         self.scale_factor, self.cond_stage_key = scale_factor, cond_stage_key
         self.cond_stage_trainable = cond_stage_trainable
-        self.clip_denoised = False
+        self.clip_denoised = False     # latents are not bounded as pixels are
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
         if ckpt_path is not None:
@@ -202,7 +202,7 @@ class LatentDiffusion(DDPM):
         z = encoder_posterior
         if isinstance(z, DiagonalGaussianDistribution):
             z = z.sample()
-        return self.scale_factor * z
+        return self.scale_factor * z     # to about unit variance
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
         """Turns the diffusion model's latents (B, C, h, w) into images (B, 3, H, W), about [-1, 1]."""
@@ -226,7 +226,7 @@ class LatentDiffusion(DDPM):
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) and text features of a batch with images (B, H, W, 3) under `k`."""
         images = batch[k].permute(0, 3, 1, 2).contiguous().float()         # (B, 3, H, W)
-        latents = self.get_first_stage_encoding(self.encode_first_stage(images))
+        latents = self.get_first_stage_encoding(self.encode_first_stage(images))     # (B, C, h, w)
         return latents, self.get_learned_conditioning(batch[self.cond_stage_key])
 
     def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -244,7 +244,7 @@ class LatentDiffusion(DDPM):
     def p_sample(self, x: Tensor, c: Conditioning, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
                  temperature: float = 1.0) -> Tensor:
         """Draws x_{t-1} (B, C, h, w) from the network's prediction at `t` (B,); at t = 0 it is the mean."""
-        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised)
+        mean, _, log_variance = self.p_mean_variance(x, c, t, clip_denoised)     # (B, C, h, w), and per row
         noise = temperature * noise_like(x.shape, x.device, repeat_noise)
         return mean + (t > 0).reshape(-1, 1, 1, 1) * (0.5 * log_variance).exp() * noise
 
@@ -285,8 +285,8 @@ class LatentDiffusion(DDPM):
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns a batch's loss at random time steps, and what to log of it."""
         latents, cond = self.get_input(batch, self.first_stage_key)
-        t = torch.randint(0, self.num_timesteps, (len(latents),), device=self.device)
-        loss = self.p_losses(latents, cond, t).mean()
+        t = torch.randint(0, self.num_timesteps, (len(latents),), device=self.device)     # (B,)
+        loss = self.p_losses(latents, cond, t).mean()     # every pixel of every row alike
         return loss, {"train/loss": loss}
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -299,6 +299,6 @@ class LatentDiffusion(DDPM):
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         if self.scheduler_config is None:
             return optimizer
-        factor = instantiate_from_config(self.scheduler_config)
+        factor = instantiate_from_config(self.scheduler_config)     # ldm.lr_scheduler's
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor.schedule)
         return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]

@@ -53,6 +53,7 @@ class Guidance:
                  scale: float = 1.0, generators: Generators | None = None):
         self.model, self.scale, self.generators = model, scale, generators
         self.conditioning = conditioning
+        # At scale 1 its prediction would be multiplied by 0.
         self.unconditional = None if scale == 1.0 else unconditional
         self._cond = conditioning
         if self.unconditional is not None:

@@ -16,6 +16,7 @@ from ldm.util import UserError
 
 def refuse_set(**options: Any) -> None:
     """Refuses what CompVis's samplers do and these do not, where it is asked for."""
+    # 0.0 counts as asked for: it is a value.
     asked = [name for name, value in options.items() if value is not None and value is not False]
     if asked:
         raise UserError(f"the sampler does not know how to use {', '.join(asked)}; leave it out (docs/compvis.md).")
@@ -60,7 +61,7 @@ class SamplingRecord:
         if self.img_callback:
             self.img_callback(pred_x0, done)
         index = self.steps - done - 1
-        if index % self.log_every_t == 0 or done == 0:
+        if index % self.log_every_t == 0 or done == 0:     # as CompVis's samplers keep them
             self.intermediates["x_inter"].append(x)
             self.intermediates["pred_x0"].append(pred_x0)
 
@@ -117,13 +118,14 @@ class Sampler:
         warn_ignored(ignored)
         options = StepOptions(eta, mask, x0, temperature, noise_dropout, verbose)
         device = self.model.device
-        empty = torch.empty((batch_size, *shape), device=device)
-        x = draw_noise(empty, generators) if x_T is None else x_T.to(device)
+        empty = torch.empty((batch_size, *shape), device=device)     # for its shape, format and device
+        x = draw_noise(empty, generators) if x_T is None else x_T.to(device)     # (B, C, h, w)
         guidance = make_guidance(self.model, conditioning, unconditional_conditioning,
                                  unconditional_guidance_scale, generators, dual)
         record = SamplingRecord(x, batch_size, S, log_every_t, callback, img_callback)
+        # (rows, C, h, w): of two branches while they last.
         x = self.run(guidance.start(x), guidance, S, record, options)
-        return x[:batch_size], record.intermediates
+        return x[:batch_size], record.intermediates     # the concept's rows come first
 
     @staticmethod
     def times(steps: int, num_timesteps: int) -> Sequence[float]:

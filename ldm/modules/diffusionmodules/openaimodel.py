@@ -106,7 +106,7 @@ class UNetModel(nn.Module):
         self.context_dim, self.transformer_depth = context_dim, transformer_depth
         self.num_heads, self.num_head_channels, self.group_channels = num_heads, num_head_channels, group_channels
         self.attention_resolutions = set(attention_resolutions)
-        self.emb_channels = model_channels * 4
+        self.emb_channels = model_channels * 4     # SD's
         self.reduction = 2 ** (len(channel_mult) - 1)      # latents' sides must be multiples of this
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, self.emb_channels), nn.SiLU(),
@@ -193,10 +193,11 @@ class UNetModel(nn.Module):
         Returns:
             (B, C, H, W) in the format of `x`.
         """
+        # The ablation: DBIM in the last layer alone.
         layer_control = None if control is not None and control.last_layer_only else control
         emb = timestep_embedding(timesteps, self.model_channels).to(self.dtype)                  # (B, model_channels)
         emb = self.time_embed(emb)                                                               # (B, emb_channels)
-        h, skips = x.to(self.dtype), []
+        h, skips = x.to(self.dtype), []     # (B, C, H, W)
         for block in self.input_blocks:
             h = block(h, emb, context, **keyword(layer_control))
             skips.append(h)

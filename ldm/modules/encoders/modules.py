@@ -77,8 +77,8 @@ class FrozenCLIPEmbedder(AbstractEncoder):
                 raise UserError(f"new word '{word}' must be written in angle brackets without spaces, like <new1>.")
             if word in self.words:
                 raise UserError(f"new word '{word}' exists already; choose another name.")
-        block = self.embedding.add_rows(torch.stack(list(words.values())))
-        self.tokenizer.add_tokens(list(words), special_tokens=True)
+        block = self.embedding.add_rows(torch.stack(list(words.values())))     # (n, D)
+        self.tokenizer.add_tokens(list(words), special_tokens=True)     # special: never cut into byte pairs
         self.words += words
         return block
 
@@ -120,7 +120,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         if unknown:
             known = ", ".join(self.words) or "none"
             raise UserError(f"the prompt '{text}' has the unknown word {unknown[0]}; known new words: {known}.")
-        ids, room = self.piece_ids(text), self.max_length - 2
+        ids, room = self.piece_ids(text), self.max_length - 2     # without start and end
         if len(ids) > room:
             cut = self.tokenizer.decode(ids[room:]).strip()
             message = f"the text '{text}' has {len(ids)} tokens and {room} fit; cut: '{cut}'"
@@ -129,6 +129,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             warnings.warn(message, stacklevel=4)
         tokenizer = self.tokenizer
         ids = [tokenizer.bos_token_id, *ids[:room], tokenizer.eos_token_id]
+        # The network sees the padding; SD was trained so.
         return ids + [tokenizer.pad_token_id] * (self.max_length - len(ids))
 
     def forward(self, text: str | Sequence[str], strict: bool = False) -> Tensor:
