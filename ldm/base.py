@@ -1,6 +1,7 @@
 """Base models: built from a configuration and files of weights, named by what they are, asked what sizes they draw."""
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoint import cast_weights, is_mapped, load_file
 from ldm.config import BaseConfig
-from ldm.customization.delta import base_identity
+from ldm.customization.selection import UNET_PREFIX
 from ldm.device import format_of
 from ldm.embedded import NAME
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -90,6 +91,25 @@ def build_model(model_node: Any, base: BaseConfig,
     cast_weights(model, lambda key: format_of(key, dtype), read if mapped else None)
     model.to("cpu")                      # where its weights are already; Lightning still has "meta" noted as its place
     return model.eval().requires_grad_(False), identity
+
+
+def base_identity(model: LatentDiffusion, name: str) -> dict[str, str]:
+    """Names a base model: by its name and two hashes over the first values of its tensors.
+
+    `hash` is of all tensors' values in half precision. `network` is of what a concept touches, U-Net and text encoder,
+    and of signs alone: those are the same whatever format a file stores, and any training turns some.
+    """
+    values, signs = hashlib.sha256(), hashlib.sha256()
+    state = model.state_dict()
+    for key in sorted(state):
+        if ".token_embedding.extra." in key or key.startswith("model_ema."):
+            continue
+        first = state[key].detach().reshape(-1)[:2048].cpu()
+        title = f"{key}{tuple(state[key].shape)}".encode()
+        values.update(title + first.to(torch.float16).numpy().tobytes())
+        if key.startswith((UNET_PREFIX, "cond_stage_model.")):
+            signs.update(title + first.signbit().numpy().tobytes())
+    return {"name": name, "hash": values.hexdigest()[:16], "network": signs.hexdigest()[:16]}
 
 
 def image_side(model: LatentDiffusion, name: str, side: int | None) -> int:

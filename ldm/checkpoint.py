@@ -1,8 +1,7 @@
-"""Read and write tensors safely: .ckpt or .safetensors told apart by content, mismatches reported in words."""
+"""Reads tensors safely: .ckpt or .safetensors told apart by content, mismatches reported in words."""
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import pickletools
@@ -16,10 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.files import write_atomically
 from ldm.util import UserError
 
 # What a released SD v1 file holds beside the 1130 weights: a buffer of positions and the EMA's bookkeeping.
@@ -316,37 +313,6 @@ def read_metadata(path: str | os.PathLike[str], what: str = "file") -> dict[str,
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise UserError(f"{what} '{path}' is damaged ({error}); copy or download it again.") from error
-
-
-def save_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
-                     metadata: Mapping[str, Any] | None = None) -> Path:
-    """Writes tensors and metadata (values that are not text become JSON) atomically; equal content as equal bytes."""
-    text = {}
-    for key, value in (metadata or {}).items():
-        text[key] = value if isinstance(value, str) else json.dumps(value)
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-
-    def write(part: Path) -> None:
-        save_file(contiguous, part, metadata=text or None)
-        _sort_metadata(part)
-
-    return write_atomically(path, write)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts a safetensors file's metadata in order of names: its library writes them in any order, another each time."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        # The same length: sorting adds nothing.
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise ValueError(f"the header of '{path}' has {len(text)} bytes instead of {size}")
-        file.seek(8)
-        file.write(text.ljust(size))
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

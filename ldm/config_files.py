@@ -17,8 +17,9 @@ from yaml import YAMLError
 
 from ldm.config import ConceptConfig
 from ldm.files import write_text
-from ldm.text import is_unicode, literal, looks_up, read_text
+from ldm.text import literal, looks_up, read_text
 from ldm.util import UserError, folder_name, shipped
+from ldm.words import is_unicode
 
 MOST_YAML, MOST_NODES, MOST_DEEP = 4_000_000, 100_000, 50      # bytes, values and levels of a configuration file
 MOST_INCLUDED = 100      # files that one includes, and those include

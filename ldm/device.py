@@ -1,4 +1,7 @@
-"""Where and how a model computes: device, number format, memory layout, compilation, decoding in little memory."""
+"""Where and how a model computes: device, number format, memory layout, compilation, decoding in little memory.
+
+`model` is a `LatentDiffusion` throughout; this file knows no more of it than its parts' names.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -11,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import UserError
 
 FORMATS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +80,7 @@ def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if name.startswith(("model.", "first_stage_model.")) else torch.float32
 
 
-def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
+def set_format(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Puts U-Net and autoencoder into a number format (None keeps theirs) and the memory format that suits it.
 
     Channels-last wins on GPUs, in half precision, and everywhere in the autoencoder, which is all convolutions; in
@@ -93,14 +95,14 @@ def set_format(model: LatentDiffusion, dtype: torch.dtype | None = None) -> None
     model.first_stage_model.to(dtype=dtype, memory_format=torch.contiguous_format if apple else torch.channels_last)
 
 
-def weights_precision(model: LatentDiffusion) -> str:
+def weights_precision(model: nn.Module) -> str:
     """Names the format of the U-Net's weights, bf16 or fp16; full where they are in float32 or of several formats."""
     # One, unless somebody cast a part.
     formats = {value.dtype for value in model.model.diffusion_model.parameters()}
     return next((name for name, dtype in FORMATS.items() if formats == {dtype}), "full")
 
 
-def autocast_to(precision: str, model: LatentDiffusion, own: str) -> contextlib.AbstractContextManager[Any]:
+def autocast_to(precision: str, model: nn.Module, own: str) -> contextlib.AbstractContextManager[Any]:
     """Returns the context to compute in a precision in: none for weights in the format that is asked for.
 
     Args:
@@ -121,7 +123,7 @@ def autocast_to(precision: str, model: LatentDiffusion, own: str) -> contextlib.
     return torch.autocast(device.type, FORMATS.get(wanted, half))
 
 
-def compile_network(model: LatentDiffusion, backend: str = "inductor") -> None:
+def compile_network(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles the U-Net: one graph with DBIM and one without, for any strength, time step and prompt.
 
     Raises:
@@ -170,7 +172,7 @@ def memory_for(images: int) -> Iterator[None]:
                         "smaller --H and --W.") from error
 
 
-def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) -> int:
+def decode_at_once(model: nn.Module, latents: Tensor, memory: int | None) -> int:
     """Returns how many of the latents (B, C, h, w) fit into half of `memory` bytes while they are decoded."""
     vae = model.first_stage_model
     pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2     # of an image
@@ -178,7 +180,7 @@ def decode_at_once(model: LatentDiffusion, latents: Tensor, memory: int | None) 
     return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * image)))
 
 
-def decode_latents(model: LatentDiffusion, latents: Tensor, memory: int | None = None) -> Tensor:
+def decode_latents(model: nn.Module, latents: Tensor, memory: int | None = None) -> Tensor:
     """Decodes latents (B, C, h, w) to images (B, 3, H, W) float32, as many at once as there is memory for.
 
     A decoder in half precision that overflows is turned to float32, for good, and asked again.

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from ldm.data.images import size_of
-from ldm.text import NEW_WORD
+from ldm.words import NEW_WORD
 
 NAME = "embedded"     # what the model is called where nobody names it
 CARD = "ldm/tiny/README.md"

@@ -5,7 +5,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from ldm.base import image_side
 from ldm.config import SampleConfig, typed
 from ldm.customization.delta import AppliedConcept, Concept
 from ldm.customization.prompts import PromptReader
-from ldm.customization.tokens import TokenSets
+from ldm.customization.tokens import TokenSets, named_scheme
 from ldm.data.framing import to_images
 from ldm.device import (
     FORMATS,
@@ -33,20 +33,16 @@ from ldm.device import (
     weights_precision,
 )
 from ldm.device import choose_device as choose_device  # likewise
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dual_branch import DualBranch
+from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
-from ldm.requests import (
-    SAMPLERS,
-    ImageRequest,
-    check_joint_phase,
-    check_steps,
-    dci_steps,
-    list_requests,
-    record_of,
-)
+from ldm.requests import ImageRequest, check_joint_phase, check_steps, dci_steps, list_requests
 
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
 
 Masks = list[tuple[str, Tensor]]
@@ -69,6 +65,20 @@ def layer_size(pixels: int, height: int, width: int) -> tuple[int, int]:
     """Returns the sides of a layer of so many pixels over latents of these sides, which it divides alike."""
     factor = math.isqrt(height * width // pixels)
     return height // factor, width // factor
+
+
+def record_of(request: ImageRequest, told: dict[str, str], settings: SampleConfig, size: tuple[int, int],
+              identity: dict[str, str], concept: Concept | None) -> dict[str, Any]:
+    """Returns everything that decides an image, without any path: the request, what was told, the settings."""
+    record = {name: getattr(settings, name) for name in ("sampler", "steps", "eta", "scale", "precision")}
+    record |= {"height": size[0], "width": size[1], "base": dict(identity)}
+    if concept is not None:
+        scheme = named_scheme(request.prompt, concept.schemes)
+        record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
+        record["dci"] = asdict(settings.dci)
+        for given_per_image in ("use", "agg_lambda"):     # the request has them
+            del record["dci"][given_per_image]
+    return {**record, **asdict(request), **told}
 
 
 class Generator:
@@ -116,7 +126,7 @@ class Generator:
     @property
     def prompts(self) -> PromptReader:
         """Reads prompts with the present concept in mind."""
-        return PromptReader(self.model.cond_stage_model, self.concept)
+        return PromptReader(self.model.cond_stage_model, self.concept.schemes if self.concept else ())
 
     def size(self, settings: SampleConfig) -> tuple[int, int]:
         """Returns (height, width) in px, the model's own where none is set.
@@ -137,9 +147,10 @@ class Generator:
         check_steps(settings, self.model.num_timesteps)     # what costs nothing comes first
         self.size(settings)
         self.prompts.check(prompts, settings.dci)
-        requests = list_requests(prompts, settings, self.concept)
+        requests = list_requests(prompts, settings, self.concept is not None)
         if any(request.strength is not None for request in requests):
-            check_joint_phase(settings, self.model.num_timesteps)
+            total = self.model.num_timesteps
+            check_joint_phase(settings, SAMPLERS[settings.sampler].times(dci_steps(settings), total), total)
         return requests
 
     def generate(self, prompts: Sequence[str], settings: SampleConfig | DictConfig,

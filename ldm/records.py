@@ -9,17 +9,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
-from ldm.text import LONGEST, read_text
+from ldm.text import read_text
 from ldm.util import UserError
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")     # what terminals obey and files cannot hold
+from ldm.words import is_line
 
 F = TypeVar("F", bound="Record")
-
-
-def is_line(text: str) -> bool:
-    """Says whether a text is one line of bounded length without control characters."""
-    return len(text) <= LONGEST and not _CONTROL.search(text)
 
 
 def _line(text: str) -> str:

@@ -2,19 +2,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ldm.config import MAX_IMAGES, SampleConfig
-from ldm.customization.delta import Concept
-from ldm.customization.tokens import named_scheme
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.dual_branch import in_joint_phase
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import UserError
-
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 
 
 @dataclass(frozen=True)
@@ -26,16 +18,16 @@ class ImageRequest:
     strength: float | None
 
 
-def list_requests(prompts: Sequence[str], settings: SampleConfig, concept: Concept | None) -> list[ImageRequest]:
+def list_requests(prompts: Sequence[str], settings: SampleConfig, has_concept: bool) -> list[ImageRequest]:
     """Lists the images of a run: for each prompt and seed, the plain one, then one per strength.
 
     Raises:
         UserError: they are too many.
     """
     strengths: list[float | None] = []
-    if concept is None or settings.plain or not settings.dci.use:
+    if not has_concept or settings.plain or not settings.dci.use:
         strengths.append(None)     # a base without a concept has nothing to inject around
-    if concept is not None and settings.dci.use:
+    if has_concept and settings.dci.use:
         strengths += settings.dci.agg_lambda
     count = settings.n_samples * settings.n_iter
     if count * len(prompts) * len(strengths) > MAX_IMAGES:
@@ -80,29 +72,16 @@ def check_steps(settings: SampleConfig, num_timesteps: int) -> None:
         raise UserError(f"steps is {settings.steps}; {settings.sampler} takes at most {most} with this model.")
 
 
-def check_joint_phase(settings: SampleConfig, num_timesteps: int) -> None:
+def check_joint_phase(settings: SampleConfig, times: Sequence[float], num_timesteps: int) -> None:
     """Refuses DCI without any joint step: it would draw plain images under another name.
+
+    Args:
+        times: the time steps that the sampler's steps start from.
 
     Raises:
         UserError: there is none.
     """
     steps, share = dci_steps(settings), settings.dci.agg_time
-    # Where the steps start from, the sampler's own.
-    times = SAMPLERS[settings.sampler].times(steps, num_timesteps)
     if not any(in_joint_phase(t, num_timesteps, share) for t in times):
         raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
                         "nothing; take more steps, a larger dci.agg_time, or dci.use=false.")
-
-
-def record_of(request: ImageRequest, told: dict[str, str], settings: SampleConfig, size: tuple[int, int],
-              identity: dict[str, str], concept: Concept | None) -> dict[str, Any]:
-    """Returns everything that decides an image, without any path: the request, what was told, the settings."""
-    record = {name: getattr(settings, name) for name in ("sampler", "steps", "eta", "scale", "precision")}
-    record |= {"height": size[0], "width": size[1], "base": dict(identity)}
-    if concept is not None:
-        scheme = named_scheme(request.prompt, concept.schemes)
-        record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
-        record["dci"] = asdict(settings.dci)
-        for given_per_image in ("use", "agg_lambda"):     # the request has them
-            del record["dci"][given_per_image]
-    return {**record, **asdict(request), **told}

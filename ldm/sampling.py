@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.base import build_model, empty_model
+from ldm.comparison import comparison_sheet
 from ldm.config import SampleConfig, typed
 from ldm.config_files import save_config
 from ldm.customization.delta import Concept, load_concept
@@ -24,7 +25,7 @@ from ldm.files import NameTaken
 from ldm.pipeline import Generator, Sample
 from ldm.progress import progress
 from ldm.requests import ImageRequest
-from ldm.sheets import mask_panel, save_png, sheet
+from ldm.sheets import mask_panel, save_png
 from ldm.util import UserError
 
 HEAD_LENGTH = 200      # letters of a configuration file that are read for the numbers it claims
@@ -173,7 +174,10 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
                 panels.append(draw_masks(generator, sample, outdir / "masks" / f"{prompt_number:03d}.png"))
     sheets = []
     if grid:
-        page = comparison_sheet(generator, config, prompts, drawn, references)
+        dual = any(request.strength is not None for request in requests)
+        captions = generator.prompts.captions(prompts, config.dci if dual else None)
+        plain = "fine-tuned" if generator.concept else "base model"
+        page = comparison_sheet(captions, plain, drawn, references)
         sheets.append(save_png(page, outdir / f"grid{tail}.png"))
     return Written(outdir, len(drawn), sheets + panels, files)
 
@@ -225,35 +229,6 @@ def reference_images(concept_path: Path | None) -> list[Image.Image]:
         except Unusable as problem:
             print(f"warning: reference image '{path}' {problem}; the sheet goes without it", flush=True)
     return found
-
-
-def comparison_sheet(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str],
-                     drawn: dict[ImageRequest, Image.Image], references: Sequence[Image.Image],
-                     title: str = "") -> Image.Image:
-    """Lays images out as reference | fine-tuned | + DCI at each lambda, one row per prompt and seed.
-
-    A row's caption names the noun that stood for the concept in DCI's second branch.
-    """
-    strengths = list(dict.fromkeys(request.strength for request in drawn))     # in the order they were asked for
-    seeds = sorted({request.seed for request in drawn})
-    columns = ["reference"] if references else []
-    for strength in strengths:
-        if strength is None:
-            columns.append("fine-tuned" if generator.concept else "base model")
-        else:
-            columns.append(f"+ DCI, lambda {strength:g}")
-    rows = []
-    for index, prompt in enumerate(prompts):
-        noun = None
-        if strengths != [None]:
-            noun = generator.prompts.auxiliary_noun(prompt, config.dci)
-        how = f", auxiliary noun: {noun}" if noun else ""
-        for seed in seeds:
-            # A reference in front of each row.
-            cells = [references[index % len(references)]] if references else []
-            cells += [drawn[ImageRequest(prompt, seed, strength)] for strength in strengths]
-            rows.append((f"{generator.prompts.texts([prompt])[0]}   (seed {seed}{how})", cells))
-    return sheet(columns, rows, title=title)
 
 
 def draw_masks(generator: Generator, sample: Sample, path: Path) -> Path:

@@ -123,7 +123,7 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image
         y = _write_lines(draw, (MARGIN, y), lines, small, "#444444")
         for index, image in enumerate(images):
             if image is not None:
-                page.paste(fit(image, cell), (MARGIN + index * (cell + MARGIN), y))
+                page.paste(scaled(image, cell), (MARGIN + index * (cell + MARGIN), y))
         y += cell + 2 * MARGIN
     return page
 
@@ -143,7 +143,7 @@ def _write_lines(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Seque
     return y
 
 
-def fit(image: Image.Image, cell: int) -> Image.Image:
+def scaled(image: Image.Image, cell: int) -> Image.Image:
     """Scales an image so that its longer side is `cell` px."""
     scale = cell / max(image.size)     # pixels of small images stay visible
     size = (round(image.width * scale), round(image.height * scale))

@@ -8,25 +8,8 @@ from typing import Any
 
 from ldm.util import UserError
 
-LONGEST = 10_000                        # letters of a text that is believed; prompts end at 77 tokens
 MOST_BYTES = 64_000_000                 # of a text file
 _LOOKUP = re.compile(r"(\\*)\$\{")      # backslashes make what follows them a text of its own, in pairs themselves
-_HALF = re.compile("[\ud800-\udfff]")     # of a letter: what Python makes of bytes that are no text
-# "an" goes by the first sound: vowels but those that begin with a "y" or "w" (unicorn, user, European, one-eyed), the
-# silent h (hour, heir, honest), and letters that are spelled (x-ray).
-_TAKES_AN = re.compile(r"(?!uni(?![nm])|u[kst][aeiou]|ufo|u\b|eu|ewe|one(?:sies?)?\b|once)[aeiou]|hour|heir"
-                       r"|hon(?:est|ou?r)|[fhlmnrsx](?=-|\b)", re.IGNORECASE)
-NEW_WORD = re.compile(r"<[^<>\s|]+>")   # how a new word is written: <new1>, <ctx-0-2>
-
-
-def article(noun: str) -> str:
-    """Returns "an" or "a", as the first sound of `noun` wants it; that of new words is unknown, and they take "a"."""
-    return "an" if _TAKES_AN.match(noun) else "a"
-
-
-def is_unicode(text: str) -> bool:
-    """Says whether a text can be written as UTF-8: names of files and command lines may hold any bytes."""
-    return _HALF.search(text) is None
 
 
 def literal(value: Any) -> Any:

@@ -28,7 +28,7 @@ def retrieval_parser() -> cli.Parser:
     parser.add_argument("--oversample", type=float, default=2.0, help="candidates asked for per image")
     parser.add_argument("--clip", help="CLIP that compares captions: ViT-B/32, or open_clip:NAME/FILE; default none")
     parser.add_argument("--threshold", type=float, default=0.85, help="cosine a caption needs, with --clip")
-    parser.add_argument("--deduplicate", type=flags.yes_or_no, default=True, help="let the server leave out look-alikes")
+    parser.add_argument("--deduplicate", type=flags.yes_or_no, default=True, help="leave out look-alikes")
     add_download_options(parser)
     return parser
 

@@ -20,13 +20,14 @@ from PIL import Image
 
 from ldm import cli
 from ldm.base import build_model
-from ldm.checkpoint import load_state, save_safetensors
+from ldm.checkpoint import load_state
 from ldm.config import SampleConfig, TrainConfig
 from ldm.config_files import merge
 from ldm.evaluation.judge import AttributeClassifier, Judge, save_judge
 from ldm.evaluation.small_clip import TEXT_PREFIX, SmallCLIP, embedded, pack_small_clip
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.saving import save_safetensors
 from ldm.training.run import Run, fine_tune
 from ldm.util import instantiate_from_config
 

@@ -23,10 +23,10 @@ from ldm.checkpoint import (
     load_state,
     load_weights,
     read_metadata,
-    save_safetensors,
     weights_hash,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.saving import save_safetensors
 from ldm.util import UserError, instantiate_from_config
 
 ROOT = Path(__file__).parents[1]

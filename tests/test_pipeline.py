@@ -381,7 +381,7 @@ def test_the_auxiliary_noun_is_on_screen_and_sheet(small_world: SmallWorld, smal
         captions[:] = [caption for caption, _ in rows]
         return Image.new("RGB", (4, 4))
 
-    monkeypatch.setattr("ldm.sampling.sheet", sheet_of)
+    monkeypatch.setattr("ldm.comparison.sheet", sheet_of)
     prompts = [PROMPT, "a {} beside a dog", "{} on the beach"]
     draw_run(small_generator, small_world.sample_config("steps=2"), prompts, tmp_path)
     assert "auxiliary noun: dog (2 of 3 prompts), man (1 of 3 prompts)" in capsys.readouterr().out

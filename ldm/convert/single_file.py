@@ -8,15 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import (
-    ACCEPTED_EXTRA,
-    AVERAGE,
-    SCHEDULE_BUFFERS,
-    averages_alone,
-    load_file,
-    save_safetensors,
-    unwrapped,
-)
+from ldm.checkpoint import ACCEPTED_EXTRA, AVERAGE, SCHEDULE_BUFFERS, averages_alone, load_file, unwrapped
+from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 

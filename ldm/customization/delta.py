@@ -1,7 +1,6 @@
 """What a concept is on disk: new words, changed tensors, how they are prompted; save, load, apply, take off."""
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field, Json
 from torch import Tensor, nn
 
-from ldm.checkpoint import (
-    existing_file,
-    is_safetensors,
-    load_file,
-    named,
-    read_metadata,
-    refuse_non_finite,
-    save_safetensors,
-)
+from ldm.checkpoint import existing_file, is_safetensors, load_file, named, read_metadata, refuse_non_finite
 from ldm.customization.foreign import read_delta, schemes_of
 from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import UNET_PREFIX
@@ -32,6 +23,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.dbim import BranchLayout
 from ldm.recognize import say_left_out
 from ldm.records import BadRecord, Count, Line, Record, read_record
+from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 FORMAT_NAME = "dci-ico-concept-"     # what every version's format begins with
@@ -59,7 +51,7 @@ class Concept:
         weights: changed tensors of the U-Net by their names inside it, in full.
         factors: further ones as factors (u, v) of their difference to the base: weight = base + u @ v.
         schemes: how each concept is prompted; the first is the one `{}` stands for.
-        base: the model it was trained on, as `base_identity` names it; an empty hash means unknown (foreign files).
+        base: the model it was trained on, as `ldm.base.base_identity` names it; an empty hash: unknown (foreign files).
         step: training steps taken.
         info: configuration and versions, for the reader.
     """
@@ -109,25 +101,6 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     warnings.warn(f"'{name}' exceeds what {str(dtype).removeprefix('torch.')} can hold; it is stored as float32.",
                   stacklevel=3)
     return value.float()
-
-
-def base_identity(model: LatentDiffusion, name: str) -> dict[str, str]:
-    """Names a base model: by its name and two hashes over the first values of its tensors.
-
-    `hash` is of all tensors' values in half precision. `network` is of what a concept touches, U-Net and text encoder,
-    and of signs alone: those are the same whatever format a file stores, and any training turns some.
-    """
-    values, signs = hashlib.sha256(), hashlib.sha256()
-    state = model.state_dict()
-    for key in sorted(state):
-        if ".token_embedding.extra." in key or key.startswith("model_ema."):
-            continue
-        first = state[key].detach().reshape(-1)[:2048].cpu()
-        title = f"{key}{tuple(state[key].shape)}".encode()
-        values.update(title + first.to(torch.float16).numpy().tobytes())
-        if key.startswith((UNET_PREFIX, "cond_stage_model.")):
-            signs.update(title + first.signbit().numpy().tobytes())
-    return {"name": name, "hash": values.hexdigest()[:16], "network": signs.hexdigest()[:16]}
 
 
 def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.data.batches import SeenImage
 from ldm.progress import progress
-from ldm.text import NEW_WORD
+from ldm.words import NEW_WORD
 
 
 class Posteriors:

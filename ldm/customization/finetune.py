@@ -159,6 +159,10 @@ class ConceptFinetune(pl.LightningModule):
                 block.grad = None
         self._seen = frozenset()
 
+    def trained_tensors(self) -> list[nn.Parameter]:
+        """Returns all that is trained: weights, words, contexts."""
+        return [*self.trained.values(), *self.word_blocks, *self.context_blocks]
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
         return ico.learning_rate_groups(list(self.trained.values()), self.word_blocks, self.context_blocks,

@@ -8,20 +8,33 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import MethodConfig
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
-from ldm.records import is_line
-from ldm.text import NEW_WORD
 from ldm.util import UserError
+from ldm.words import NEW_WORD, is_line
 
 RANDOM = "random"     # in place of words: contexts and words that start nowhere in particular
 PLACEHOLDER = "{}"  # stands for the concept in templates and prompts
+
+
+class TextEncoder(Protocol):
+    """What ICO asks of a text encoder: SD v1's `FrozenCLIPEmbedder`."""
+
+    tokenizer: Any
+    embedding: nn.Module
+
+    def content_ids(self, text: str) -> list[int]:
+        """Returns a text's token numbers, without start and end."""
+        ...
+
+    def vectors_of(self, text: str) -> Tensor:
+        """Returns the vectors (n, D) of a text's tokens."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class PromptScheme:
         return " ".join([*contexts[: self.prefix], middle, *contexts[self.prefix:]])
 
 
-def make_scheme(embedder: FrozenCLIPEmbedder, method: MethodConfig, class_noun: str, words: Sequence[str],
+def make_scheme(embedder: TextEncoder, method: MethodConfig, class_noun: str, words: Sequence[str],
                 index: int = 0) -> PromptScheme:
     """Builds a concept's prompt scheme: p and s follow from the method's words and lengths.
 
@@ -122,7 +135,7 @@ def caption_template(caption: str, scheme: PromptScheme) -> str:
                     "place in it; name the class there, or set data.captions to false.")
 
 
-def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None, name: str) -> int:
+def context_length(embedder: TextEncoder, words: str, length: int | None, name: str) -> int:
     """Returns how many contexts `words` start: one per byte-pair token, or `length` random ones.
 
     Raises:
@@ -139,7 +152,7 @@ def context_length(embedder: FrozenCLIPEmbedder, words: str, length: int | None,
     return tokens
 
 
-def initial_contexts(embedder: FrozenCLIPEmbedder, prefix_words: str, suffix_words: str, scheme: PromptScheme,
+def initial_contexts(embedder: TextEncoder, prefix_words: str, suffix_words: str, scheme: PromptScheme,
                      generator: torch.Generator) -> Tensor:
     """Returns the first vectors (p+s, D) of one image's contexts, from words or at random."""
     prefix = _vectors(embedder, prefix_words, scheme.prefix, generator)     # (p, D) and (s, D)
@@ -147,13 +160,13 @@ def initial_contexts(embedder: FrozenCLIPEmbedder, prefix_words: str, suffix_wor
     return torch.cat([prefix, suffix])
 
 
-def _vectors(embedder: FrozenCLIPEmbedder, words: str, count: int, generator: torch.Generator) -> Tensor:
+def _vectors(embedder: TextEncoder, words: str, count: int, generator: torch.Generator) -> Tensor:
     if words in ("", RANDOM):
         return random_vectors(embedder, count, generator)
     return embedder.vectors_of(words).cpu()
 
 
-def initial_words(embedder: FrozenCLIPEmbedder, count: int, sources: Sequence[str],
+def initial_words(embedder: TextEncoder, count: int, sources: Sequence[str],
                   generator: torch.Generator) -> Tensor:
     """Returns the first vectors (n, D) of the concept words "V".
 
@@ -178,7 +191,7 @@ def initial_words(embedder: FrozenCLIPEmbedder, count: int, sources: Sequence[st
     return torch.cat(vectors)
 
 
-def random_vectors(embedder: FrozenCLIPEmbedder, count: int, generator: torch.Generator) -> Tensor:
+def random_vectors(embedder: TextEncoder, count: int, generator: torch.Generator) -> Tensor:
     """Returns (count, D) normal vectors as large as the vocabulary's on average."""
     table = embedder.embedding.weight.detach()     # the base's tokens alone
     return float(table.std()) * torch.randn(count, table.shape[1], generator=generator)

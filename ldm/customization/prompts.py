@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ldm.config import DCIConfig
 from ldm.customization import tokens
-from ldm.customization.delta import Concept
+from ldm.customization.ico import PromptScheme
 from ldm.customization.tokens import TokenSets
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import UserError
@@ -17,23 +17,23 @@ DIVIDED = "no_full_prompt"      # the ablation in which each branch is told its 
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Reads prompts for a text encoder and, if there is one, a concept.
+    """Reads prompts for a text encoder and the concepts of a file, none or several.
 
     In each prompt DCI is for the first concept of the file that it mentions.
     """
 
     embedder: FrozenCLIPEmbedder
-    concept: Concept | None
+    schemes: tuple[PromptScheme, ...] = ()
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """Puts the file's first concept where a prompt says {}; with a file loaded, every prompt must mention one."""
-        if self.concept is None:
+        if not self.schemes:
             if any("{}" in prompt for prompt in prompts):
                 raise UserError("a prompt has {} but no concept is loaded; give one with --delta_ckpt.")
             return list(prompts)
         texts = []
         for prompt in prompts:
-            concept = tokens.named_scheme(prompt, self.concept.schemes).concept
+            concept = tokens.named_scheme(prompt, self.schemes).concept
             pieces = tokens.split_at_concept(prompt, concept)
             texts.append("".join(tokens.join_pieces(pieces, concept, articles=False)))
         return texts
@@ -45,16 +45,16 @@ class PromptReader:
             UserError: a prompt has an unknown word, does not mention the concept, or so late that it is cut off.
         """
         texts = self.texts(prompts)     # refuses a prompt without the concept
-        if self.concept:
+        if self.schemes:
             for prompt in prompts:
                 self._check_concept(prompt)
         self.embedder.tokenize(texts)     # refuses unknown words
-        if self.concept and dci.use:
+        if self.schemes and dci.use:
             for prompt in prompts:
                 self.token_sets([prompt], dci)
 
     def _check_concept(self, prompt: str) -> None:
-        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        scheme = tokens.named_scheme(prompt, self.schemes)
         tokens.concept_prompts(self.embedder, [prompt], scheme.concept)
         if tokens.noun_beside(prompt, scheme.concept, scheme.class_noun):
             warnings.warn(f"the prompt '{prompt}' says '{scheme.class_noun}' beside the concept, which is a "
@@ -63,7 +63,7 @@ class PromptReader:
 
     def token_sets(self, prompts: Sequence[str], dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
         """Returns the prompts of the concept and of the auxiliary branch with their token sets S^c and S^a (Eq 3)."""
-        if self.concept is None:
+        if not self.schemes:
             raise UserError("DCI needs a concept; give one with --delta_ckpt.")
         made: dict[str, tuple[TokenSets, TokenSets]] = {}
         for prompt in prompts:
@@ -73,7 +73,7 @@ class PromptReader:
         return tokens.stack(concept), tokens.stack(auxiliary)
 
     def _token_sets(self, prompt: str, dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
-        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        scheme = tokens.named_scheme(prompt, self.schemes)
         if dci.ablation == DIVIDED:
             return tokens.divided_prompts(self.embedder, [prompt], scheme.concept)
         return (tokens.concept_prompts(self.embedder, [prompt], scheme.concept),
@@ -83,7 +83,7 @@ class PromptReader:
         """Returns the noun that stands for the concept in a prompt's second branch; None where none does."""
         if dci.ablation == DIVIDED:     # the second branch has no noun then
             return None
-        scheme = tokens.named_scheme(prompt, self.concept.schemes)
+        scheme = tokens.named_scheme(prompt, self.schemes)
         pieces = tokens.split_at_concept(prompt, scheme.concept)
         return tokens.chosen_noun(self.embedder, scheme.class_noun, pieces, dci.replace_noun)
 
@@ -92,6 +92,14 @@ class PromptReader:
         concept, auxiliary = self.token_sets(prompts, dci)
         return "\n".join([tokens.describe_tokens(self.embedder, concept, ("S^c: concept", "-")),
                           tokens.describe_tokens(self.embedder, auxiliary, ("auxiliary noun", "S^a: context"))])
+
+    def captions(self, prompts: Sequence[str], dci: DCIConfig | None) -> dict[str, tuple[str, str]]:
+        """Returns, by prompt, its text and a note of the noun in its second branch, if it has one, for sheets."""
+        captions = {}
+        for prompt, text in zip(prompts, self.texts(prompts), strict=True):
+            noun = self.auxiliary_noun(prompt, dci) if dci else None
+            captions[prompt] = (text, f", auxiliary noun: {noun}" if noun else "")
+        return captions
 
     def told(self, prompts: Sequence[str], dci: DCIConfig | None) -> list[dict[str, str]]:
         """Returns what each branch is told of each prompt, for the images' settings; one branch where `dci` is None."""

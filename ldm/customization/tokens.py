@@ -11,8 +11,8 @@ from torch import Tensor
 from ldm.customization.ico import PLACEHOLDER, PromptScheme
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import clean
-from ldm.text import article
 from ldm.util import UserError
+from ldm.words import article
 
 # Common nouns tried in this order; the paper presets such a list without printing it (section 5, "limitations").
 AUXILIARY_NOUNS = ("cat", "dog", "man", "car", "toy", "bag")

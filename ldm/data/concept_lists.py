@@ -11,8 +11,9 @@ from typing import Any
 
 from ldm.data.listing import entries_of
 from ldm.records import load_json
-from ldm.text import NEW_WORD, read_lines, read_text
+from ldm.text import read_lines, read_text
 from ldm.util import UserError
+from ldm.words import NEW_WORD
 
 CLASSES = "prompts_and_classes.txt"     # of DreamBooth's data set: a table of classes, then two lists of prompts
 LIVE_CLASSES = ("cat", "dog")           # which have the second of these lists, all others the first
@@ -65,7 +66,7 @@ def read_concepts(path: Path, prompts: bool = False) -> list[ListedConcept]:
     """
     path = Path(path)
     return _tree(path, prompts) if path.is_dir() else [
-        _listed(entry, number, path, prompts) for number, entry in enumerate(_entries(path), 1)]
+        _concept_of(entry, number, path, prompts) for number, entry in enumerate(_entries(path), 1)]
 
 
 def choose_concepts(path: Path, chosen: Sequence[str] = ()) -> list[ListedConcept]:
@@ -127,7 +128,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _listed(entry: Mapping[str, Any], number: int, path: Path, with_prompts: bool) -> ListedConcept:
+def _concept_of(entry: Mapping[str, Any], number: int, path: Path, with_prompts: bool) -> ListedConcept:
     """Reads concept `number` of a JSON list."""
     images = _place(entry["instance_data_dir"], path)
     instance_prompt = str(entry.get("instance_prompt", ""))

@@ -13,8 +13,9 @@ from ldm.data.captions import CAPTIONS, IMAGES, captioned, read_captions
 from ldm.data.images import to_rgb, why_unusable
 from ldm.data.listing import Skipped, find_listed, some_skipped
 from ldm.files import write_atomically
-from ldm.text import article, read_lines
+from ldm.text import read_lines
 from ldm.util import UserError, folder_name, shipped
+from ldm.words import article
 
 URLS = "urls.txt"
 

@@ -60,7 +60,7 @@ def read_images(folder: Path, prompts: Path | None = None) -> list[Found]:
     if source is None:
         return _by_folder(inner) or drawn_images(_usable(inner))
     paths = _usable(inner, source)
-    texts = _table(source, paths) if source.suffix == ".json" else _lines(source, paths)
+    texts = _prompts_by_name(source, paths) if source.suffix == ".json" else _prompts_in_order(source, paths)
     return [Found(path, text, read_settings(path)) for path, text in zip(paths, texts, strict=True)]
 
 
@@ -94,7 +94,7 @@ def _usable(folder: Path, prompts: Path | None = None) -> list[Path]:
     return paths
 
 
-def _table(source: Path, paths: Sequence[Path]) -> list[str]:
+def _prompts_by_name(source: Path, paths: Sequence[Path]) -> list[str]:
     """Looks up each image's prompt in a JSON file."""
     table = load_json(source, "file")
     if not isinstance(table, dict):
@@ -113,7 +113,7 @@ def _table(source: Path, paths: Sequence[Path]) -> list[str]:
     return texts
 
 
-def _lines(source: Path, paths: Sequence[Path]) -> list[str]:
+def _prompts_in_order(source: Path, paths: Sequence[Path]) -> list[str]:
     """Reads one prompt per image."""
     texts = read_lines(source, "prompt file")
     if len(texts) != len(paths):     # an order that cannot be checked must at least be complete

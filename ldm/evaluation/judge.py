@@ -13,9 +13,10 @@ from PIL import Image
 from pydantic import Field, Json
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_state, load_weights, read_metadata, refuse_non_finite, save_safetensors
+from ldm.checkpoint import load_state, load_weights, read_metadata, refuse_non_finite
 from ldm.data.framing import square, to_tensor
 from ldm.records import BadRecord, Count, Line, Record, read_record
+from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 SIDE = 64                                   # px the classifier sees

@@ -17,8 +17,8 @@ from ldm.evaluation.features import LOADERS, Extractor, MissingWeights, WeightsN
 from ldm.evaluation.judge import Judge, load_judge
 from ldm.evaluation.metrics import KID_LEAST, diversity, image_alignment, kid, text_alignment
 from ldm.evaluation.small_clip import embedded
-from ldm.text import NEW_WORD
 from ldm.util import UserError
+from ldm.words import NEW_WORD
 
 METRICS = (*LOADERS, "judge", "kid")
 

@@ -11,16 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field, Json
 from torch import Tensor, nn
 
-from ldm.checkpoint import (
-    load_state,
-    load_weights,
-    read_metadata,
-    refuse_non_finite,
-    save_safetensors,
-    weights_hash,
-)
+from ldm.checkpoint import load_state, load_weights, read_metadata, refuse_non_finite, weights_hash
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.records import BadRecord, Line, Record, read_record
+from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 SIDE = 64                                        # px the image tower sees

@@ -13,10 +13,10 @@ from pytorch_lightning.callbacks import Callback
 from tqdm import tqdm
 
 from ldm.checkpoint import refuse_non_finite
+from ldm.comparison import comparison_sheet
 from ldm.config import DCIConfig, PreviewConfig, SampleConfig
 from ldm.pipeline import Generator
 from ldm.progress import progress
-from ldm.sampling import comparison_sheet
 from ldm.sheets import save_png
 from ldm.signals import Interrupt, Signals
 from ldm.training.resume import state_tensors
@@ -193,7 +193,8 @@ class Preview(Callback):
         training, home = module.model.training, module.model.first_stage_model.device
         generator = self.generator(module)
         drawn = {sample.request: sample.image for sample in generator.generate(self.settings.prompts, self.sampling())}
-        page = comparison_sheet(generator, self.sampling(), self.settings.prompts, drawn, [], f"step {step}")
+        captions = generator.prompts.captions(self.settings.prompts, self.sampling().dci)
+        page = comparison_sheet(captions, "fine-tuned", drawn, [], f"step {step}")
         module.model.train(training)
         module.model.first_stage_model.to(home)     # where it waits while the rest trains
         return save_png(page, self.folder / f"preview-{step:06d}.png")

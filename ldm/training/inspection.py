@@ -15,7 +15,7 @@ from ldm.data.captions import Captioned, captioned
 from ldm.data.framing import Framing, bars_advice, has_black_bars, trim_bars
 from ldm.data.images import Unusable, check_color, decode
 from ldm.files import claim_results, write_text
-from ldm.sheets import fit, font, save_png, sheet
+from ldm.sheets import font, save_png, scaled, sheet
 from ldm.training.references import framing_of
 from ldm.util import UserError
 
@@ -188,7 +188,7 @@ def _rows_of(seen: Sequence[_Seen], names: Sequence[str], flip: bool,
 def _card(image: Image.Image, name: str = "") -> Image.Image:
     """Puts a name below an image, its middle left out where it is too long for one line."""
     card, face = Image.new("RGB", (CELL, CELL + LABEL), "white"), font(14)
-    card.paste(fit(image, CELL))
+    card.paste(scaled(image, CELL))
     shown, half = name, len(name) // 2
     while face.getlength(shown) > CELL and half:
         half -= 1     # letters are left out in the middle: ends tell files apart

@@ -1,7 +1,7 @@
 """What a training run needs of a GPU's memory: the estimate before it starts, the advice when it was too little."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ldm.config import MethodConfig, TrainConfig, TrainerConfig
 from ldm.customization.feature_cache import cast_frozen, castable
-from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.selection import trained_parameters
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.util import UserError, instantiate_from_config
@@ -117,16 +117,15 @@ class MemoryEstimate:
                 f"{self.trained / GB:.1f}, activations {self.activations / GB:.1f}, CUDA {RUNTIME / GB:.1f}")
 
 
-def estimate_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, model: LatentDiffusion, trained: Sequence[Tensor],
+                    size: int) -> MemoryEstimate:
     """Estimates a run's memory for images of `size` px; the VAE is not part of it where `trainer.cache` drops it."""
-    model, method = module.model, config.method
+    method = config.method
     unet = model.model.diffusion_model
     side = size // model.first_stage_model.encoder.reduction
     parts = [unet, model.cond_stage_model]
     if not config.trainer.cache:
         parts.append(model.first_stage_model)
-    # Gradients and AdamW's two averages, in float32.
-    trained = [*module.trained.values(), *module.word_blocks, *module.context_blocks]
     dtype, checkpointing = MIXED.get(config.trainer.precision), config.trainer.checkpointing
     if checkpointing is None:
         checkpointing = unet.use_checkpoint
@@ -134,6 +133,7 @@ def estimate_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> 
     activations = activation_bytes(config.model.params.unet_config, method.train, latents,
                                    model.cond_stage_model.max_length, dtype, checkpointing)
     weights = sum(weights_bytes(part, dtype) for part in parts)
+    # Gradients and AdamW's two averages, in float32.
     return MemoryEstimate(weights, 3 * sum(parameter.nbytes for parameter in trained), activations)
 
 
@@ -146,7 +146,7 @@ def weights_bytes(network: nn.Module, dtype: torch.dtype | None) -> int:
     return total
 
 
-def check_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> None:
+def check_memory(config: TrainConfig, model: LatentDiffusion, trained: Sequence[Tensor], size: int) -> None:
     """Prints the estimate where `trainer.memory_gb` says how much there is.
 
     Raises:
@@ -155,7 +155,7 @@ def check_memory(config: TrainConfig, module: ConceptFinetune, size: int) -> Non
     room = config.trainer.memory_gb
     if room is None:
         return
-    need = estimate_memory(config, module, size)
+    need = estimate_memory(config, model, trained, size)
     print(f"memory: {need}; {room:g} GB are there")
     if need.total > room * GB:
         raise UserError(f"the run needs {need}, but trainer.memory_gb is {room:g}; "

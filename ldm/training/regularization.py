@@ -27,8 +27,8 @@ from ldm.files import set_aside, write_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.pipeline import Generator
 from ldm.progress import progress
-from ldm.text import NEW_WORD
 from ldm.util import UserError, folder_name
+from ldm.words import NEW_WORD
 
 NOUN = "{}"       # stands for the class noun in data.reg.prompt
 

@@ -2,22 +2,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
-from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from ldm.checkpoint import load_file, refuse_non_finite
 from ldm.customization.delta import load_concept
 from ldm.customization.ico import PromptScheme
 from ldm.data.batches import CaptionedImages
-from ldm.files import write_atomically
 from ldm.records import BadRecord, Record, read_record
 from ldm.util import UserError
 
@@ -84,25 +80,6 @@ class Resumed:
             if not insist:
                 raise UserError(f"{changed}; give what it was trained with, or go on all the same with --insist.")
             print(f"warning: {changed}.")
-
-
-class StateFiles(CheckpointIO):
-    """How Lightning writes and reads resume states: like all our files, and not through a folder for temporary ones."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str],
-                        storage_options: Any = None) -> None:
-        def write(part: Path) -> None:
-            with part.open("wb") as file:     # given a path, torch would write its name into the file
-                torch.save(checkpoint, file)
-
-        write_atomically(path, write)
-
-    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None,
-                        weights_only: bool | None = None) -> dict[str, Any]:
-        return load_file(path, "resume state")     # a state is a file like others': nothing in it may run
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        raise NotImplementedError("a run's states are replaced, never removed")
 
 
 class _Name(Record):

@@ -92,7 +92,7 @@ def prepare(config: TrainConfig, resume: Path | None = None, insist: bool = Fals
     module = ConceptFinetune(model, config.method, schemes, counts, base, effective_learning_rate(config),
                              config.trainer.seed, info, templates)
     if device.type == "cuda":     # a CPU's memory is not what runs out first
-        check_memory(config, module, size)
+        check_memory(config, model, module.trained_tensors(), size)
     framing = framing_of(config.data, size)
     references = load_references(found, module.captions, framing)     # as the network sees them, (N, S, S, 3)
     photos = name_images(references)     # by their pixels

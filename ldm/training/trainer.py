@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,14 +18,35 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ldm.checkpoint import load_file
 from ldm.config import MethodConfig, TrainerConfig
-from ldm.training.resume import StateFiles
+from ldm.files import write_atomically
 from ldm.util import UserError
 
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}     # by trainer.accelerator
 PACKAGES = {"csv": (), "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}     # any of them will do
+
+
+class StateFiles(CheckpointIO):
+    """How Lightning writes and reads resume states: like all our files, and not through a folder for temporary ones."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str],
+                        storage_options: Any = None) -> None:
+        def write(part: Path) -> None:
+            with part.open("wb") as file:     # given a path, torch would write its name into the file
+                torch.save(checkpoint, file)
+
+        write_atomically(path, write)
+
+    def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = None,
+                        weights_only: bool | None = None) -> dict[str, Any]:
+        return load_file(path, "resume state")     # a state is a file like others': nothing in it may run
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        raise NotImplementedError("a run's states are replaced, never removed")
 
 
 def global_rank(devices: int) -> int:

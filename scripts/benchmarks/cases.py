@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import as_the_release, build_random, theirs
 from benchmarks.measure import Contestant, Finding, interleave
-from ldm.checkpoint import save_safetensors
 from ldm.config import TrainConfig
 from ldm.config_files import merge
 from ldm.customization.feature_cache import CaptionFeatures, Posteriors
@@ -30,6 +29,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dual_branch import DualBranch, DualBranchGuidance
 from ldm.models.diffusion.guidance import Guidance
 from ldm.modules.dbim import BranchLayout, DBIMControl
+from ldm.saving import save_safetensors
 from ldm.util import instantiate_from_config
 
 LAYOUTS = {torch.channels_last: "channels-last", torch.contiguous_format: "contiguous"}

@@ -12,11 +12,12 @@ from PIL import Image
 from small_world.world import CONCEPTS, NOUNS, SmallWorld
 from world import REFERENCE_SCENES, WORLD
 
-from ldm.checkpoint import load_file, save_safetensors
+from ldm.checkpoint import load_file
 from ldm.data.regularization import write_regularization
 from ldm.evaluation.judge import load_judge
 from ldm.evaluation.small_clip import pack_small_clip
 from ldm.files import write_atomically
+from ldm.saving import save_safetensors
 from ldm.sheets import save_png
 from ldm.util import instantiate_from_config
 

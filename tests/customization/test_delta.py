@@ -13,12 +13,14 @@ from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
 from ldm import checkpoint
-from ldm.checkpoint import load_state, read_metadata, save_safetensors
-from ldm.customization.delta import AppliedConcept, Concept, base_identity, load_concept
+from ldm.base import base_identity
+from ldm.checkpoint import load_state, read_metadata
+from ldm.customization.delta import AppliedConcept, Concept, load_concept
 from ldm.customization.ico import PromptScheme
 from ldm.customization.selection import trained_parameters
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
+from ldm.saving import save_safetensors
 from ldm.util import UserError, instantiate_from_config
 
 WIDTH = 16      # of the text features

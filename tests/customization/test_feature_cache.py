@@ -166,7 +166,9 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_try(small_world: SmallW
         patch.setattr("ldm.training.setup.choose_device", lambda name: torch.device("cuda"))
         fine_tune(config)
     assert not list(tmp_path.iterdir())
-    check_memory(small_world.train_config(tmp_path, "trainer.memory_gb=2"), make_module(small_world), 32)
+    module = make_module(small_world)
+    config = small_world.train_config(tmp_path, "trainer.memory_gb=2")
+    check_memory(config, module.model, module.trained_tensors(), 32)
     assert "memory: about 0.8 GB: weights 0.0, gradients" in capsys.readouterr().out
 
 

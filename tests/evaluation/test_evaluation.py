@@ -10,12 +10,13 @@ import torch
 from conftest import LABELS, ROOT, Call, SmallWorld, contents
 from PIL import Image, PngImagePlugin
 
-from ldm.checkpoint import load_state, save_safetensors
+from ldm.checkpoint import load_state
 from ldm.evaluation import features, image_sets, scoring
 from ldm.evaluation.features import LOADERS, Extractor, MissingWeights
 from ldm.evaluation.scoring import Scorer, load_scorer
 from ldm.evaluation.small_clip import TEXT_PREFIX, embedded, load_small_clip, text_vectors
 from ldm.files import RECORD
+from ldm.saving import save_safetensors
 from ldm.sheets import SETTINGS_KEY, save_png
 from ldm.training.run import Run
 from ldm.util import UserError

@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from ldm.checkpoint import load_state, read_metadata, save_safetensors
+from ldm.checkpoint import load_state, read_metadata
 from ldm.evaluation.judge import (
     HEADS,
     AttributeClassifier,
@@ -24,6 +24,7 @@ from ldm.evaluation.judge import (
     save_judge,
     score_request,
 )
+from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 LABELS = {"noun": ("cat", "fish"), "scene": ("snow", "beach", "night"), "style": ("photo", "oil painting"),

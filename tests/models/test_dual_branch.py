@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.dual_branch import DualBranch, make_guidance
+from ldm.models.diffusion.dual_branch import DualBranch, DualBranchGuidance
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
@@ -141,7 +141,7 @@ def test_conditionings_of_every_form_are_stacked_alike() -> None:
 def test_each_layout_stacks_and_guides_as_worked_out_by_hand(layout: BranchLayout, scale: float, text: list[float],
                                                              latents: list[float], expected: list[float]) -> None:
     model, dual = LinearModel(), dual_branch(layout)
-    guidance = make_guidance(model, CONCEPT, UNCONDITIONAL, scale, None, dual)
+    guidance = dual.guidance(model, CONCEPT, UNCONDITIONAL, scale, None)
     assert per_row(guidance.eps(states(2.0, 1.0, 3.0, 5.0), 900)) == expected
     (call,) = model.calls
     assert call.text == text and per_row(call.x) == latents and call.control is dual.control and call.t == 900
@@ -150,7 +150,7 @@ def test_each_layout_stacks_and_guides_as_worked_out_by_hand(layout: BranchLayou
 @pytest.mark.parametrize("layout, scale", [(SHARED, 3.0), (SEPARATE, 3.0), (UNGUIDED, 1.0)])
 def test_after_the_phase_a_single_branch_is_predicted(layout: BranchLayout, scale: float) -> None:
     model, x = LinearModel(mixing=1.0), states(2.0, 1.0)
-    eps = make_guidance(model, CONCEPT, UNCONDITIONAL, scale, None, dual_branch(layout)).eps(x, 600)
+    eps = DualBranchGuidance(model, CONCEPT, UNCONDITIONAL, scale, None, dual_branch(layout)).eps(x, 600)
     assert torch.equal(eps, Guidance(LinearModel(), CONCEPT, UNCONDITIONAL, scale).eps(x, 600))
     assert not model.joint
 
@@ -158,7 +158,7 @@ def test_after_the_phase_a_single_branch_is_predicted(layout: BranchLayout, scal
 @pytest.mark.parametrize("layout, scale", [(SHARED, 1.0), (SEPARATE, 1.0), (UNGUIDED, 3.0)])
 def test_layout_that_does_not_fit_the_scale_is_refused(layout: BranchLayout, scale: float) -> None:
     with pytest.raises(UserError, match="layout"):
-        make_guidance(LinearModel(), CONCEPT, UNCONDITIONAL, scale, None, dual_branch(layout))
+        DualBranchGuidance(LinearModel(), CONCEPT, UNCONDITIONAL, scale, None, dual_branch(layout))
 
 
 # ---- the phase ----
@@ -223,22 +223,23 @@ def test_auxiliary_branch_is_a_single_branch_of_its_own(sampler: type[Sampler], 
 
 def test_branches_start_from_their_own_noise_or_from_the_same() -> None:
     x = states(2.0, 1.0)
-    guidance = make_guidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11), dual_branch(SHARED))
+    guidance = DualBranchGuidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11), dual_branch(SHARED))
     drawn = torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators(20, 21)])
     assert torch.equal(guidance.start(x), torch.cat([x, drawn]))
-    common = make_guidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, None, dual_branch(SHARED, common_noise=True))
+    both = dual_branch(SHARED, common_noise=True)
+    common = DualBranchGuidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, None, both)
     assert torch.equal(common.start(x), torch.cat([x, x]))
 
 
 def test_common_noise_gives_both_branches_every_noise() -> None:
-    guidance = make_guidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11),
+    guidance = DualBranchGuidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11),
                              dual_branch(SHARED, common_noise=True))
     expected = torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators(10, 11)])
     assert torch.equal(guidance.noise(torch.zeros(4, *SHAPE)), torch.cat([expected, expected]))
 
 
 def test_branches_draw_from_their_own_streams() -> None:
-    guidance = make_guidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11), dual_branch(SHARED))
+    guidance = DualBranchGuidance(LinearModel(), CONCEPT, UNCONDITIONAL, 3.0, generators(10, 11), dual_branch(SHARED))
     own, other = generators(10, 11), generators(20, 21)
     for rows in (4, 4, 2):
         expected = [torch.randn(SHAPE, generator=generator) for generator in (own + other)[:rows]]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ldm import checkpoint
 from ldm.base import build_model
-from ldm.checkpoint import SCHEDULE_BUFFERS, load_state, save_safetensors
+from ldm.checkpoint import SCHEDULE_BUFFERS, load_state
 from ldm.convert.single_file import convert
+from ldm.saving import save_safetensors
 from ldm.util import UserError, instantiate_from_config
 
 

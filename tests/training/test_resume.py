@@ -20,9 +20,9 @@ from PIL import Image
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
 
-from ldm.checkpoint import save_safetensors
 from ldm.customization.delta import Concept
 from ldm.customization.finetune import ConceptFinetune
+from ldm.saving import save_safetensors
 from ldm.signals import ENDING, Interrupt, heeded
 from ldm.training.callbacks import Preview
 from ldm.training.run import Run, fine_tune
@@ -137,7 +137,7 @@ def test_a_full_disk_at_the_end_is_said(small_world: SmallWorld, tmp_path: Path,
     def full(*_: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.checkpoint.save_file", full)
+    monkeypatch.setattr("ldm.saving.save_file", full)
     signal_at(monkeypatch, ConceptFinetune, "training_step", 2)
     with pytest.raises(Interrupt, match="interrupted, and .* could not be written .*No space left") as ended:
         fine_tune(small_world.train_config(tmp_path, "trainer.save_every=9"))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.checkpoint import SCHEDULE_BUFFERS
-from ldm.models.diffusion.dual_branch import make_guidance
 from ldm.models.diffusion.guidance import Guidance, draw_noise
 from ldm.models.diffusion.sampler import Sampler, SamplingRecord, StepOptions, refuse_set
 from ldm.models.diffusion.schedule import ddim_parameters, ddim_timesteps
@@ -96,7 +95,7 @@ class DDIMSampler(Sampler):
         refuse_set(use_original_steps=use_original_steps, quantize_denoised=quantize_denoised,
                    score_corrector=score_corrector, corrector_kwargs=corrector_kwargs,
                    dynamic_threshold=dynamic_threshold)
-        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
+        guidance = Guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
         return self._step(x, guidance.eps(x, t[0].item()), index,
                           lambda x: noise_like(x.shape, x.device, repeat_noise),
                           StepOptions(temperature=temperature, noise_dropout=noise_dropout))
@@ -130,7 +129,7 @@ class DDIMSampler(Sampler):
             self.make_schedule(self.ddpm_num_timesteps)
         if not 1 <= t_enc <= len(self.ddim_timesteps):
             raise UserError(f"t_enc is {t_enc}; give 1 to {len(self.ddim_timesteps)}, the steps of the schedule.")
-        guidance = make_guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
+        guidance = Guidance(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
         x, steps, states = x0, [], []
         for index in progress(range(t_enc), desc="encoding", unit="step"):
             eps = guidance.eps(x, int(self.ddim_timesteps[index]))                                # (B, C, h, w)
@@ -160,7 +159,7 @@ class DDIMSampler(Sampler):
         """Denoises latents from step index `t_start` of the schedule made before (image-to-image)."""
         if use_original_steps:
             self.make_schedule(self.ddpm_num_timesteps)
-        guidance = make_guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
+        guidance = Guidance(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
         # No callbacks but the steps'.
         record = SamplingRecord(x_latent, len(x_latent), t_start, t_start, callback, None)
         return self._loop(x_latent, guidance, t_start, record, StepOptions())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import SCHEDULE_BUFFERS, load_file
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.guidance import Conditioning
 from ldm.models.diffusion.schedule import schedule_buffers
 from ldm.modules.attention import GROUPS
 from ldm.modules.dbim import DBIMControl, keyword
@@ -20,9 +20,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.progress import progress
 from ldm.recognize import load_checkpoint
-from ldm.util import UserError, instantiate_from_config
-
-Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any]
+from ldm.util import UserError, get_obj_from_str, instantiate_from_config
 
 
 class DiffusionWrapper(pl.LightningModule):
@@ -280,7 +278,9 @@ class LatentDiffusion(DDPM):
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **options)
         shape = (self.channels, self.image_size, self.image_size)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
+        # Samplers know models, not the other way round.
+        sampler = get_obj_from_str("ldm.models.diffusion.ddim.DDIMSampler")(self)
+        return sampler.sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns a batch's loss at random time steps, and what to log of it."""

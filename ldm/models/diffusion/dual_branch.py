@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.guidance import Generators, Guidance, draw_noise, guide
+from ldm.models.diffusion.guidance import Generators, Guidance, NoisePredictor, draw_noise, guide
 from ldm.modules.dbim import BranchLayout, DBIMControl
 from ldm.util import UserError
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
 
 
 def in_joint_phase(t: float, T: int, T_a: float) -> bool:
@@ -47,6 +43,11 @@ class DualBranch:
     common_noise: bool = False
     own_weights: Callable[[], AbstractContextManager] | None = None
 
+    def guidance(self, model: NoisePredictor, conditioning: Tensor, unconditional: Tensor | None, scale: float,
+                 generators: Generators | None) -> DualBranchGuidance:
+        """Builds the guidance of both branches, for a sampler."""
+        return DualBranchGuidance(model, conditioning, unconditional, scale, generators, self)
+
 
 class DualBranchGuidance(Guidance):
     """Two branches as rows of one batch: the state is [concept; auxiliary] while the joint phase lasts.
@@ -61,7 +62,7 @@ class DualBranchGuidance(Guidance):
         UserError: the layout and the scale contradict each other about guidance.
     """
 
-    def __init__(self, model: LatentDiffusion, conditioning: Tensor, unconditional: Tensor | None, scale: float,
+    def __init__(self, model: NoisePredictor, conditioning: Tensor, unconditional: Tensor | None, scale: float,
                  generators: Generators | None, dual: DualBranch):
         super().__init__(model, conditioning, unconditional, scale, generators)
         self.dual, self.layout, self.batch = dual, dual.control.layout, len(conditioning)
@@ -106,11 +107,3 @@ class DualBranchGuidance(Guidance):
         else:
             eps_u, eps_c, eps_u_a, eps_a = eps.chunk(4)
         return torch.cat([guide(eps_u, eps_c, self.scale), guide(eps_u_a, eps_a, self.scale)])
-
-
-def make_guidance(model: LatentDiffusion, conditioning: Conditioning, unconditional: Conditioning | None,
-                  scale: float, generators: Generators | None = None, dual: DualBranch | None = None) -> Guidance:
-    """Builds the guidance of one branch, or of two where `dual` is given."""
-    if dual is None:
-        return Guidance(model, conditioning, unconditional, scale, generators)
-    return DualBranchGuidance(model, conditioning, unconditional, scale, generators, dual)

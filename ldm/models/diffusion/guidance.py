@@ -2,15 +2,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import Conditioning, LatentDiffusion
-
+# As CompVis's code hands it on: text features, a list of them, or keywords of the network's wrapper.
+Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any]
 Generators = Sequence[torch.Generator]
+
+
+class NoisePredictor(Protocol):
+    """What guidance asks of a model: a `LatentDiffusion`, or what somebody put around one."""
+
+    num_timesteps: int
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Predicts noise (R, C, H, W) at time steps `t` (R,)."""
+        ...
+
+
+class SecondBranch(Protocol):
+    """What a sampler needs of a second branch: a guidance of both."""
+
+    def guidance(self, model: NoisePredictor, conditioning: Tensor, unconditional: Tensor | None, scale: float,
+                 generators: Generators | None) -> Guidance:
+        """Builds it; the arguments are those of `Guidance`."""
+        ...
 
 
 def stack_conditionings(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -49,7 +67,7 @@ class Guidance:
         generators: one per row, for the noise a sampler adds; None draws from torch's global state.
     """
 
-    def __init__(self, model: LatentDiffusion, conditioning: Conditioning, unconditional: Conditioning | None = None,
+    def __init__(self, model: NoisePredictor, conditioning: Conditioning, unconditional: Conditioning | None = None,
                  scale: float = 1.0, generators: Generators | None = None):
         self.model, self.scale, self.generators = model, scale, generators
         self.conditioning = conditioning

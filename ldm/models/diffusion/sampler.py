@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.dual_branch import DualBranch, make_guidance
-from ldm.models.diffusion.guidance import Generators, Guidance, draw_noise
+from ldm.models.diffusion.guidance import Generators, Guidance, SecondBranch, draw_noise
 from ldm.util import UserError
 
 
@@ -89,7 +88,7 @@ class Sampler:
                verbose: bool = True, x_T: Tensor | None = None, log_every_t: int = 100,
                unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
                dynamic_threshold: None = None, ucg_schedule: None = None, *, generators: Generators | None = None,
-               dual: DualBranch | None = None, **ignored: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+               dual: SecondBranch | None = None, **ignored: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Samples latents; the arguments and their order are CompVis's but for the last two.
 
         Args:
@@ -120,8 +119,8 @@ class Sampler:
         device = self.model.device
         empty = torch.empty((batch_size, *shape), device=device)     # for its shape, format and device
         x = draw_noise(empty, generators) if x_T is None else x_T.to(device)     # (B, C, h, w)
-        guidance = make_guidance(self.model, conditioning, unconditional_conditioning,
-                                 unconditional_guidance_scale, generators, dual)
+        build = Guidance if dual is None else dual.guidance
+        guidance = build(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale, generators)
         record = SamplingRecord(x, batch_size, S, log_every_t, callback, img_callback)
         # (rows, C, h, w): of two branches while they last.
         x = self.run(guidance.start(x), guidance, S, record, options)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm.modules.encoders.clip_text import CLIPTextModel
 from ldm.modules.encoders.tokenizer import clean, lower, make_tokenizer
-from ldm.text import NEW_WORD
 from ldm.util import UserError
+from ldm.words import NEW_WORD
 
 
 class AbstractEncoder(nn.Module):

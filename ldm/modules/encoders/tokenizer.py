@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from ldm.text import LONGEST, NEW_WORD, is_unicode
 from ldm.util import UserError
+from ldm.words import LONGEST, NEW_WORD, is_unicode
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = 49152 - 256 - 2  # how many merges of the published file CLIP uses

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.text import article
+from ldm.words import article
 from small_world.scenes import SCENES, Rng, edge
 from small_world.sprites import (
     COLOURS,
