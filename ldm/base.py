@@ -28,7 +28,9 @@ MAX_SIDE = 8192          # px of an image
 
 def check_counts(node: Any) -> None:
     """Refuses a model's configuration that asks for more layers than any network has, before one is built."""
-    waiting = [OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node]
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
+    waiting = [node]
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
@@ -37,7 +39,9 @@ def check_counts(node: Any) -> None:
             continue
         waiting += value.values()
         for name in COUNTS & value.keys():
-            count = len(value[name]) if isinstance(value[name], list) else value[name]
+            count = value[name]
+            if isinstance(count, list):
+                count = len(count)
             if isinstance(count, (int, float)) and count > MAX_COUNT:
                 raise UserError(f"the model cannot be built: {name} is {count}, and {MAX_COUNT} is the most; compare "
                                 "it with configs/model/.")
@@ -73,19 +77,23 @@ def build_model(model_node: Any, base: BaseConfig,
     Raises:
         UserError: a file is missing, broken or of another kind, or the configuration is no model's.
     """
-    embedded = base.ckpt is None
-    path = Path(str(resources.files("ldm.tiny") / "model.safetensors")) if embedded else Path(base.ckpt)
+    path, name = Path(str(resources.files("ldm.tiny") / "model.safetensors")), NAME
+    if base.ckpt is not None:
+        path = Path(base.ckpt)
+        name = path.stem
     content = load_file(path)      # before the model is built: a missing or broken file should cost no time
     model = empty_model(model_node)
 
     def read() -> dict[str, Tensor]:
-        return fit_names(load_file(path), model)[0] | (read_vae(base.vae, model)[0] if base.vae else {})
+        weights, _ = fit_names(load_file(path), model)
+        if base.vae:
+            weights |= read_vae(base.vae, model)[0]
+        return weights
 
     vae, spare = read_vae(base.vae, model) if base.vae else ({}, [])
     load_checkpoint(model, content, path, vae=vae, assign=True)
     say_left_out(base.vae, spare)
-    name = base.name or (NAME if embedded else path.stem)
-    identity = base_identity(model, name)
+    identity = base_identity(model, base.name or name)
     mapped = is_mapped(path) and (base.vae is None or is_mapped(Path(base.vae)))
     del content, vae                     # what is cast stays in memory no longer than it is needed
     cast_weights(model, lambda key: format_of(key, dtype), read if mapped else None)
@@ -120,7 +128,8 @@ def image_side(model: LatentDiffusion, name: str, side: int | None) -> int:
     """
     factor = model.first_stage_model.encoder.reduction
     multiple = factor * model.model.diffusion_model.reduction
-    side = model.image_size * factor if side is None else side
+    if side is None:
+        side = model.image_size * factor
     if not multiple <= side <= MAX_SIDE or side % multiple:
         raise UserError(f"{name} is {side} px; this model needs a multiple of {multiple}, up to {MAX_SIDE}.")
     return side

@@ -262,8 +262,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | os
     """
     accepted = set(accepted)
     own = model.state_dict()     # the model's own values stay where the file has none
-    spare = [key for key in state if key not in own and (key.startswith(AVERAGE) or key in accepted)]
-    state = {key: value for key, value in state.items() if key not in spare}
+    state = dict(state)
+    for key in list(state):
+        if key not in own and (key.startswith(AVERAGE) or key in accepted):
+            del state[key]
     problem = describe_mismatch(model, state, accepted)
     if problem:
         raise UserError(f"'{source}' does not fit this architecture: {problem}; check that the model configuration "

@@ -21,7 +21,9 @@ def comparison_sheet(captions: Mapping[str, tuple[str, str]], plain: str, drawn:
     """
     strengths = list(dict.fromkeys(request.strength for request in drawn))     # in the order they were asked for
     seeds = sorted({request.seed for request in drawn})
-    columns = ["reference"] if references else []
+    columns = []
+    if references:
+        columns.append("reference")
     for strength in strengths:
         columns.append(plain if strength is None else f"+ DCI, lambda {strength:g}")
     rows = []

@@ -32,8 +32,8 @@ def meanings(schema: type, path: str = "") -> dict[str, str]:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
     found = {}
     kinds = get_type_hints(schema)
-    for name in (entry.name for entry in dataclasses.fields(schema)):
-        kind = kinds[name]
+    for entry in dataclasses.fields(schema):
+        name, kind = entry.name, kinds[entry.name]
         found[f"{path}{name}"] = comments.get(name, "")
         if dataclasses.is_dataclass(kind):
             found |= meanings(kind, f"{path}{name}.")
@@ -57,7 +57,10 @@ def merge(schema: type, files: Sequence[str | Path], overrides: Sequence[str] = 
     for path in getattr(schema, "DEFAULTS", ()):     # whatever else is given merges over them
         parts.append((path, _read_yaml(Path(path))))
     for path in files:
-        parts += [(str(path), _read_yaml(Path(path)))] if data else _read_including(Path(path))
+        if data:
+            parts.append((str(path), _read_yaml(Path(path))))
+        else:
+            parts += _read_including(Path(path))
     if data:
         for source, part in parts:
             _upgrade(part)     # runs of earlier versions stay resumable
@@ -96,7 +99,8 @@ def _read_including(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str,
     parts: list[tuple[str, DictConfig]] = []
     for name in included:
         beside = place.parent / name     # a file's own neighbors, else the repository's
-        parts += _read_including(beside if beside.exists() else Path(name), (*above, place))
+        inner = beside if beside.exists() else Path(name)
+        parts += _read_including(inner, (*above, place))
     return [*parts, (str(path), part)]
 
 
@@ -171,7 +175,9 @@ def _override(config: DictConfig, item: str) -> None:
     try:
         # Numbers, lists and truth values as YAML writes them.
         value = OmegaConf.from_dotlist([f"value={literal(item.partition('=')[2])}"]).value
-        OmegaConf.update(config, key, literal(value) if isinstance(value, str) else value, merge=False)
+        if isinstance(value, str):
+            value = literal(value)
+        OmegaConf.update(config, key, value, merge=False)
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"override '{item}': {_first_line(error)}") from error
 
@@ -267,7 +273,8 @@ def _nearest(key: str, schema: DictConfig) -> str:
     """Ends an error's sentence with the key probably meant: a sibling, a like path, the same name elsewhere."""
     known = all_keys(schema)
     if "concepts" in schema:
-        known += [f"concepts.0.{entry.name}" for entry in dataclasses.fields(ConceptConfig)]
+        for entry in dataclasses.fields(ConceptConfig):
+            known.append(f"concepts.0.{entry.name}")
     parent, _, leaf = key.rpartition(".")
     siblings, by_leaf = {}, {}
     for name in known:
@@ -275,8 +282,8 @@ def _nearest(key: str, schema: DictConfig) -> str:
         by_leaf.setdefault(last, name)          # the first key of a name is the one nearest to the top
         if above == parent:
             siblings.setdefault(last, name)
-    for names, wanted, cutoff in ((siblings, leaf, 0.6), ({name: name for name in known}, key, 0.85),
-                                  (by_leaf, leaf, 0.6)):
+    whole = dict(zip(known, known, strict=True))
+    for names, wanted, cutoff in ((siblings, leaf, 0.6), (whole, key, 0.85), (by_leaf, leaf, 0.6)):
         for close in difflib.get_close_matches(wanted, names, 1, cutoff):
             return f"; did you mean '{names[close]}'?"
     return f"; the main keys are {', '.join(schema.keys())}."

@@ -91,8 +91,9 @@ def set_format(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     weight = next(unet.parameters())
     apple = weight.device.type == "mps"
     plain = apple or (weight.device.type == "cpu" and (dtype or weight.dtype) == torch.float32)
-    unet.to(dtype=dtype, memory_format=torch.contiguous_format if plain else torch.channels_last)
-    model.first_stage_model.to(dtype=dtype, memory_format=torch.contiguous_format if apple else torch.channels_last)
+    formats = {True: torch.contiguous_format, False: torch.channels_last}
+    unet.to(dtype=dtype, memory_format=formats[plain])
+    model.first_stage_model.to(dtype=dtype, memory_format=formats[apple])
 
 
 def weights_precision(model: nn.Module) -> str:
@@ -177,7 +178,9 @@ def decode_at_once(model: nn.Module, latents: Tensor, memory: int | None) -> int
     vae = model.first_stage_model
     pixels = latents.shape[2] * latents.shape[3] * vae.encoder.reduction**2     # of an image
     image = DECODER_COPIES * vae.decoder.conv_out.in_channels * pixels * vae.format.itemsize     # bytes
-    return len(latents) if memory is None else min(len(latents), max(1, memory // (2 * image)))
+    if memory is None:
+        return len(latents)
+    return min(len(latents), max(1, memory // (2 * image)))
 
 
 def decode_latents(model: nn.Module, latents: Tensor, memory: int | None = None) -> Tensor:
@@ -194,7 +197,8 @@ def decode_latents(model: nn.Module, latents: Tensor, memory: int | None = None)
     if not bool(latents.isfinite().all()):
         raise UserError("the network produced values that are not finite; use --precision full, or a smaller "
                         "guidance scale.")
-    memory = available_memory(latents.device) if memory is None else memory
+    if memory is None:
+        memory = available_memory(latents.device)
     parts = latents.float().split(decode_at_once(model, latents, memory))     # the U-Net's half precision ends here
     images = torch.cat([model.decode_first_stage(part) for part in parts])
     if bool(images.isfinite().all()):

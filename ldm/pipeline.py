@@ -23,7 +23,6 @@ from ldm.customization.prompts import PromptReader
 from ldm.customization.tokens import TokenSets, named_scheme
 from ldm.data.framing import to_images
 from ldm.device import (
-    FORMATS,
     autocast_to,
     compile_network,
     decode_latents,
@@ -99,7 +98,8 @@ class Generator:
                  precision: str = "full", compiled: bool = False, any_base: bool = False):
         self.model, self.identity, self.any_base = model.to(device).eval(), identity, any_base
         precision = supported_precision(precision, self.model.device)
-        set_format(self.model, FORMATS[precision] if precision in ("bf16", "fp16") else None)
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        set_format(self.model, halves.get(precision))
         self.precision = weights_precision(self.model)
         if compiled:
             compile_network(self.model)
@@ -126,7 +126,9 @@ class Generator:
     @property
     def prompts(self) -> PromptReader:
         """Reads prompts with the present concept in mind."""
-        return PromptReader(self.model.cond_stage_model, self.concept.schemes if self.concept else ())
+        if self.concept is None:
+            return PromptReader(self.model.cond_stage_model)
+        return PromptReader(self.model.cond_stage_model, self.concept.schemes)
 
     def size(self, settings: SampleConfig) -> tuple[int, int]:
         """Returns (height, width) in px, the model's own where none is set.

@@ -49,7 +49,8 @@ def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts
         UserError: what `Generator.requests` refuses; a concept that does not fit the model; no image has masks.
     """
     # On the meta device: no weights, no memory.
-    generator = Generator(empty_model(config.model), dict(concept.base) if concept else {}, "meta")
+    identity = dict(concept.base) if concept else {}
+    generator = Generator(empty_model(config.model), identity, "meta")
     generator.load(concept)
     requests = generator.requests(prompts, config)
     if masks:
@@ -155,7 +156,9 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
     prompts = list(dict.fromkeys(prompts))
     requests = generator.requests(prompts, config)
     warn_of_words(generator.identity, generator.prompts.texts(prompts))     # the embedded model knows few
-    watched = watched_requests(requests) if masks else []
+    watched: list[ImageRequest] = []
+    if masks:
+        watched = watched_requests(requests)
     references = reference_images(concept_path) if grid else []     # only shown, never measured
     first, tail = claim_names(outdir, config, len(prompts))     # from here on the folder has a place for this run
     if first:
@@ -199,7 +202,10 @@ def watched_requests(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
 
 def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, requests: Sequence[ImageRequest]) -> None:
     """Says which noun stands for the concept in the second branch, and in how many prompts where they differ."""
-    prompts = {request.prompt for request in requests if request.strength is not None}
+    prompts = set()
+    for request in requests:
+        if request.strength is not None:
+            prompts.add(request.prompt)
     nouns: Counter[str] = Counter()
     for request in requests:
         if request.prompt in prompts:
@@ -219,8 +225,10 @@ def reference_images(concept_path: Path | None) -> list[Image.Image]:
     They only stand beside what is drawn, so one that cannot be read is named and left out.
     """
     # logs/<run>/checkpoints/step-*.safetensors.
-    folder = concept_path.parent.parent / "images" / "references" if concept_path else None
-    if folder is None or not folder.is_dir():
+    if concept_path is None:
+        return []
+    folder = concept_path.parent.parent / "images" / "references"
+    if not folder.is_dir():
         return []
     found = []
     for path in sorted(folder.glob("*.png")):

@@ -19,7 +19,7 @@ def literal(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: literal(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [literal(item) for item in value]
+        return list(map(literal, value))
     return value
 
 
@@ -27,8 +27,9 @@ def looks_up(value: Any) -> bool:
     """Says whether OmegaConf would look something up in a text, or in one of a list's or table's."""
     if isinstance(value, str):
         return any(len(found[1]) % 2 == 0 for found in _LOOKUP.finditer(value))
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return any(looks_up(item) for item in items)
+    if isinstance(value, Mapping):
+        return any(map(looks_up, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(looks_up, value))
 
 
 def read_text(path: Path, what: str, most: int = MOST_BYTES) -> str:
@@ -63,7 +64,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     Raises:
         UserError: as `read_text` does.
     """
-    lines = [line.strip() for line in read_text(path, what).split("\n")]
+    lines = list(map(str.strip, read_text(path, what).split("\n")))
     while lines and not lines[-1]:
         lines.pop()
     return lines

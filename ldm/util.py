@@ -60,7 +60,9 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         raise UserError(f"target '{string}' is not a dotted name; write it as package.module.Class.")
     try:
         module = importlib.import_module(module_name)
-        return getattr(importlib.reload(module) if reload else module, name)
+        if reload:
+            module = importlib.reload(module)
+        return getattr(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"target '{string}' cannot be imported ({error}).") from error
 

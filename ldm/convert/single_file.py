@@ -40,11 +40,15 @@ def convert(source: Path, target: Path, half: bool = False) -> Converted:
     state = unwrapped(load_file(source))     # mapped: tensors take memory as they are read
     # Averages are half the file, and sampling never reads them.
     others = ACCEPTED_EXTRA if averages_alone(state) else (*ACCEPTED_EXTRA, AVERAGE)
-    kept = {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(others)}
+    kept = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or key.startswith(others):
+            continue
+        if half and key not in SCHEDULE_BUFFERS:
+            value = to_half(key, value)
+        kept[key] = value
     if not kept:
         raise UserError(f"checkpoint '{source}' holds no weights.")
-    if half:
-        kept = {key: value if key in SCHEDULE_BUFFERS else to_half(key, value) for key, value in kept.items()}
     save_safetensors(target, _apart(kept), {"format": "pt"})     # the metadata other tools look for
     return Converted(target, len(kept), len(state) - len(kept), target.stat().st_size)
 

@@ -223,7 +223,9 @@ class AppliedConcept:
         _check_base(concept, base, any_base)     # a concept for another base would draw noise
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
-        shapes = {name: tuple(value.shape) for name, value in concept.weights.items()}
+        shapes = {}
+        for name, value in concept.weights.items():
+            shapes[name] = tuple(value.shape)
         for name, (u, v) in concept.factors.items():
             shapes[name] = (len(u), v.shape[1])
         wrong = [name for name, shape in shapes.items() if name not in unet or tuple(unet[name].shape) != shape]

@@ -42,10 +42,12 @@ class CaptionFeatures:
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Returns features (B, T, D); gradients reach the new words as they would without this class."""
         # Their words move with every step.
-        learned = [caption for caption in captions if NEW_WORD.search(caption)]
-        fresh = iter(self._encode(learned)) if learned else iter(())     # (B', T, D), in the captions' order
-        return torch.stack([next(fresh) if NEW_WORD.search(caption) else self._known(caption)
-                            for caption in captions])
+        learned = list(filter(NEW_WORD.search, captions))
+        features = []
+        fresh = iter(self._encode(learned) if learned else ())     # (B', T, D), in the captions' order
+        for caption in captions:
+            features.append(next(fresh) if NEW_WORD.search(caption) else self._known(caption))
+        return torch.stack(features)
 
     @torch.no_grad()
     def _known(self, caption: str) -> Tensor:

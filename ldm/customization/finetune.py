@@ -184,14 +184,18 @@ class ConceptFinetune(pl.LightningModule):
     def on_train_start(self) -> None:
         """Sets rates and weight decay: a resumed optimizer brings those it was saved with."""
         for group, configured in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
-            group |= {name: configured[name] for name in ("lr", "weight_decay")}
+            group["lr"], group["weight_decay"] = configured["lr"], configured["weight_decay"]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Returns the trained tensors only: that is all a run needs beside its base."""
-        tensors = {f"trained.{name}": parameter for name, parameter in self.trained.items()}
-        tensors |= {f"words.{index}": block for index, block in enumerate(self.word_blocks)}
-        tensors |= {f"contexts.{index}": block for index, block in enumerate(self.context_blocks)}
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        tensors = {}
+        for name, parameter in self.trained.items():
+            tensors[f"trained.{name}"] = parameter.detach()
+        for index, block in enumerate(self.word_blocks):
+            tensors[f"words.{index}"] = block.detach()
+        for index, block in enumerate(self.context_blocks):
+            tensors[f"contexts.{index}"] = block.detach()
+        return tensors
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:

@@ -51,7 +51,9 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
         UserError: it is neither, changes what a concept here cannot, or has values that are not finite.
     """
     state, kind = unwrapped(content), kind_of(content)
-    title = kind[0] if kind and kind[1] != AS_CONCEPT else None
+    title = None
+    if kind and kind[1] != AS_CONCEPT:
+        title = kind[0]
     # Custom Diffusion's deltas have no autoencoder.
     if title is None and any(name.startswith("first_stage_model.") for name in state):
         title = "a whole checkpoint"

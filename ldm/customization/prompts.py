@@ -98,7 +98,8 @@ class PromptReader:
         captions = {}
         for prompt, text in zip(prompts, self.texts(prompts), strict=True):
             noun = self.auxiliary_noun(prompt, dci) if dci else None
-            captions[prompt] = (text, f", auxiliary noun: {noun}" if noun else "")
+            note = f", auxiliary noun: {noun}" if noun else ""
+            captions[prompt] = (text, note)
         return captions
 
     def told(self, prompts: Sequence[str], dci: DCIConfig | None) -> list[dict[str, str]]:

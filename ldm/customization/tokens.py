@@ -41,8 +41,8 @@ def stack(batches: Sequence[TokenSets]) -> TokenSets:
     prompts: list[str] = []
     for sets in batches:
         prompts += sets.prompts
-    named, content = [sets.named for sets in batches], [sets.content for sets in batches]
-    return TokenSets(prompts, torch.cat(named), torch.cat(content))
+    named = torch.cat([sets.named for sets in batches])                                     # (B, T)
+    return TokenSets(prompts, named, torch.cat([sets.content for sets in batches]))
 
 
 def _cut(prompt: str, concept: str) -> list[str]:
@@ -233,7 +233,7 @@ def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
     Raises:
         UserError: nothing is left of a prompt without the concept, so that the second branch would have no token.
     """
-    alone = token_sets(embedder, [["", concept, ""] for _ in prompts])
+    alone = token_sets(embedder, [["", concept, ""]] * len(prompts))
     for prompt in prompts:
         split_at_concept(prompt, concept)       # a prompt without the concept is the first thing to tell
     return alone, token_sets(embedder, [[rest_of_prompt(prompt, concept)] for prompt in prompts])

@@ -122,7 +122,7 @@ class TrainingPlan(IterableDataset):
         images = torch.stack([self.load(image) for image in seen])     # (n, H, W, 3)
         # A reference's caption names its image's contexts (Eq 2).
         captions = [self._source(image).captions[image.item] for image in seen]
-        weights = torch.tensor([self.prior_weight if image.source else 1.0 for image in seen])     # (n,)
+        weights = torch.tensor([self._weight(image) for image in seen])     # (n,)
         masks = torch.stack([self.mask(image) for image in seen]) if self._masked else None     # (n, H, W)
         full = 2 * self.batch_size if self._members else self.batch_size
         return TrainingBatch(images, captions, weights, full, seeds, frozenset(self.picks(micro_step)), masks, seen)
@@ -164,6 +164,9 @@ class TrainingPlan(IterableDataset):
         turn = lap * int((self._groups == group).sum()) + int((before == group).sum())
         return members[shuffled(len(members), turn, self.seed + 1 + group)]
 
+    def _weight(self, seen: SeenImage) -> float:
+        return self.prior_weight if seen.source else 1.0
+
     def _source(self, seen: SeenImage) -> CaptionedImages:
         return self.regularization if seen.source else self.concept
 
@@ -188,7 +191,7 @@ class TrainingPlan(IterableDataset):
         """Lists every image the plan can show, mirrored ones apart, or those this device shows before step `last`."""
         every = []
         for source, images in enumerate((self.concept, self.regularization)):
-            for item in range(len(images) if images is not None else 0):
+            for item in range(len(images or ())):
                 every.append(SeenImage(source, item, False))
                 if self.flip:
                     every.append(SeenImage(source, item, True))

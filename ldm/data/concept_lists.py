@@ -65,8 +65,12 @@ def read_concepts(path: Path, prompts: bool = False) -> list[ListedConcept]:
         UserError: it is none of these, or a part of it is missing.
     """
     path = Path(path)
-    return _tree(path, prompts) if path.is_dir() else [
-        _concept_of(entry, number, path, prompts) for number, entry in enumerate(_entries(path), 1)]
+    if path.is_dir():
+        return _tree(path, prompts)
+    concepts = []
+    for number, entry in enumerate(_entries(path), 1):
+        concepts.append(_concept_of(entry, number, path, prompts))
+    return concepts
 
 
 def choose_concepts(path: Path, chosen: Sequence[str] = ()) -> list[ListedConcept]:
@@ -81,13 +85,15 @@ def choose_concepts(path: Path, chosen: Sequence[str] = ()) -> list[ListedConcep
     unknown = [name for name in chosen if name not in names]
     if unknown or not (chosen or len(concepts) == 1 or not _is_dataset(path)):
         problem = f"has no subject '{unknown[0]}'" if unknown else f"holds {len(concepts)} subjects"
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        some = ", ".join([*names[:8], "..."] if len(names) > 8 else names)
         raise UserError(f"'{path}' {problem}; choose with --subject among {some}.")
     if chosen:
         concepts = [concepts[names.index(name)] for name in chosen]
     # Of the chosen ones only: others' need not be there.
     concepts = [_with_classes(concept, path) for concept in concepts]
-    words = [word for concept in concepts for word in concept.words]
+    words: list[str] = []
+    for concept in concepts:
+        words += concept.words
     if len(set(words)) < len(words):     # a data set calls every concept <new1>; together they need their own words
         concepts = [replace(concept, words=()) for concept in concepts]
     return concepts
@@ -113,15 +119,29 @@ def _entries(path: Path) -> list[Mapping[str, Any]]:
     """Reads a JSON list's entries of one concept each; CustomConcept101's pairs come one after the other."""
     content = load_json(path, "list of concepts")
     entries = content if isinstance(content, list) else []
-    if all(isinstance(group, list) for group in entries):
-        entries = [entry for group in entries for entry in group]
-        entries = [entry for entry in entries if not isinstance(entry, dict) or set(entry) != {COMPOSED}]
-    if not entries:
+    found: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, list):
+            found += entry                  # a pair
+        else:
+            found.append(entry)
+    concepts = [entry for entry in found if not _is_composed(entry)]
+    if not concepts:
         raise UserError(f"'{path}' is no list of concepts; compare it with Custom Diffusion's concept_list.json.")
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not all(_is_text(entry.get(key)) for key in REQUIRED):
+    for number, entry in enumerate(concepts, 1):
+        if not isinstance(entry, dict) or not _has_texts(entry, REQUIRED):
             raise UserError(f"concept {number} of '{path}' lacks {' or '.join(REQUIRED)}; add them.")
-    return entries
+    return concepts
+
+
+def _is_composed(entry: object) -> bool:
+    """Says whether an entry is the third of a pair, which names prompts for both concepts."""
+    return isinstance(entry, dict) and set(entry) == {COMPOSED}
+
+
+def _has_texts(entry: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Says whether an entry has a text under each of some keys."""
+    return all(_is_text(entry.get(key)) for key in keys)
 
 
 def _is_text(value: object) -> bool:
@@ -148,7 +168,8 @@ def _concept_of(entry: Mapping[str, Any], number: int, path: Path, with_prompts:
 def _prompts_of(entry: Mapping[str, Any], number: int, path: Path) -> tuple[str, ...]:
     if not _is_text(entry.get("prompt_filename")):
         raise UserError(f"concept {number} of '{path}' lacks prompt_filename; is it CustomConcept101's dataset.json?")
-    return tuple(line for line in read_lines(_place(entry["prompt_filename"], path), "prompt file") if line)
+    lines = read_lines(_place(entry["prompt_filename"], path), "prompt file")
+    return tuple(filter(None, lines))
 
 
 def _class_noun(class_prompt: str, instance_prompt: str) -> str | None:
@@ -189,11 +210,12 @@ def _tree(folder: Path, with_prompts: bool) -> list[ListedConcept]:
                         f"folder with {CLASSES}.")
     if not with_prompts and not nouns:
         raise UserError(f"'{folder}' holds no folders of images, one per subject; give one folder with --datapath.")
-    concepts = [ListedConcept(name, str(folder / name), noun) for name, noun in nouns.items()]
-    if not with_prompts:
-        return concepts
-    objects, live = _dreambooth_prompts(folder / CLASSES)
-    return [replace(concept, prompts=live if concept.class_noun in LIVE_CLASSES else objects) for concept in concepts]
+    objects, live = _dreambooth_prompts(folder / CLASSES) if with_prompts else ((), ())
+    concepts = []
+    for name, noun in nouns.items():
+        prompts = live if noun in LIVE_CLASSES else objects
+        concepts.append(ListedConcept(name, str(folder / name), noun, prompts=prompts))
+    return concepts
 
 
 def _noun_of(name: str) -> str:
@@ -209,12 +231,17 @@ def _table(path: Path) -> dict[str, str]:
     return {name: noun.strip() for name, noun in rows[1:]}      # the first is a heading
 
 
+def _without_class(text: str) -> str:
+    """Writes {} for the concept's word in a prompt of DreamBooth's, and leaves out its class."""
+    return " ".join(text.replace("{0}", "{}").replace("{1}", "").split())
+
+
 def _dreambooth_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Reads DreamBooth's two lists of prompts, for objects and for live subjects, {} for the concept's word."""
     lists = []
     for part in read_text(path, "list of classes").split("prompt_list")[1:]:
         found = re.findall(r"'([^']*\{0\}[^']*)'", part)     # the prompts are Python there, which is not run
-        lists.append(tuple(" ".join(text.replace("{0}", "{}").replace("{1}", "").split()) for text in found))
+        lists.append(tuple(map(_without_class, found)))
     if not _table(path) or len(lists) != 2 or not all(lists):
         raise UserError(f"'{path}' is not as DreamBooth's data set has it: a table of classes and two prompt lists.")
     objects, live = lists

@@ -63,7 +63,9 @@ def trim_bars(decoded: DecodedImage) -> DecodedImage:
     box = (left, top, right, bottom)
     if box == (0, 0, *decoded.image.size):
         return decoded
-    alpha = decoded.alpha.crop(box) if decoded.alpha is not None else None
+    alpha = decoded.alpha
+    if alpha is not None:
+        alpha = alpha.crop(box)
     note = f"black bars cropped off: {right - left} x {bottom - top} px are left"
     return DecodedImage(decoded.image.crop(box), alpha, (*decoded.notes, note))
 
@@ -89,7 +91,9 @@ def _end_of_bar(dark: np.ndarray, lit: np.ndarray, count: int) -> int | None:
         return None
     edge = slice(depth, depth + max(8, count // 100))       # JPEG blurs what lies in one block of 8
     sharp = (dark[edge] <= 1 / 3) & (lit[edge] >= 1 / 2)
-    return depth + int(np.argmax(sharp)) + 1 + count // 500 if sharp.any() else None
+    if not sharp.any():
+        return None
+    return depth + int(np.argmax(sharp)) + 1 + count // 500
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,9 @@ def load_framed(paths: Sequence[Path], framing: Framing) -> tuple[Tensor, Tensor
     with ThreadPoolExecutor(WORKERS) as pool:
         framed = list(pool.map(partial(_open_framed, framing=framing), paths))
     images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*framed, strict=True))
-    return images, None if bool((masks == 255).all()) else masks
+    if bool((masks == 255).all()):
+        return images, None
+    return images, masks
 
 
 def join_masks(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -145,7 +151,9 @@ def join_masks(images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> Tens
         return None
     joined = []
     for pixels, own in zip(images, masks, strict=True):
-        joined.append(torch.full(pixels.shape[:3], 255, dtype=torch.uint8) if own is None else own)
+        if own is None:
+            own = torch.full(pixels.shape[:3], 255, dtype=torch.uint8)
+        joined.append(own)
     return torch.cat(joined)
 
 

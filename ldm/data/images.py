@@ -133,7 +133,8 @@ def _read_with(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
     if _size(source) == 0:
         raise Unusable("is empty")
     try:
-        with Image.open(source if isinstance(source, Path) else BytesIO(source), formats=_formats()) as image:
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_formats()) as image:
             return read(image)
     except UnidentifiedImageError as error:
         raise Unusable(_why_unknown(source)) from error
@@ -149,7 +150,9 @@ def _size(source: Path | bytes) -> int:
     if isinstance(source, bytes):
         return len(source)
     if not source.is_file():
-        raise Unusable("is a folder" if source.is_dir() else "is not a file" if source.exists() else "does not exist")
+        if source.is_dir():
+            raise Unusable("is a folder")
+        raise Unusable("is not a file" if source.exists() else "does not exist")
     return source.stat().st_size
 
 
@@ -191,7 +194,9 @@ def _image(image: Image.Image, background: str) -> DecodedImage:
     image.load()
     try:
         turned = image.getexif().get(0x0112, 1) in range(2, 9)     # EXIF's orientation
-        image, notes = ImageOps.exif_transpose(image), ["turned upright"] if turned else []
+        image, notes = ImageOps.exif_transpose(image), []
+        if turned:
+            notes.append("turned upright")
     except Exception:     # a camera's damaged notes are no reason to refuse its image
         notes = ["orientation unreadable"]
     if image.mode not in ("RGB", "RGBA"):
@@ -246,7 +251,9 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
         converted = _converted(image, ImageCms.ImageCmsProfile(BytesIO(data)))
     except Exception:     # a damaged profile is no reason to refuse an image
         return image, "color profile unreadable"
-    return (image, None) if converted is None else (converted, "colors converted to sRGB")
+    if converted is None:
+        return image, None
+    return converted, "colors converted to sRGB"
 
 
 def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image | None:
@@ -301,7 +308,8 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
     if not has_alpha(image):
         return None
     alpha = image.convert("RGBA").getchannel("A")
-    return None if alpha.getextrema()[0] == 255 else alpha
+    least, _ = alpha.getextrema()
+    return None if least == 255 else alpha
 
 
 def check_color(name: str) -> str:

@@ -115,7 +115,9 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
         passed_on = {key: item.settings[key] for key in PASSED_ON if key in item.settings}
         rows.append({"picture": name, "concept": concept, "class_noun": noun or None, "prompt": item.prompt,
                      **passed_on, **values})
-    notes = [f"skipped {reason}" for reason in scorer.skipped]
+    notes = []
+    for reason in scorer.skipped:
+        notes.append(f"skipped {reason}")
     if not known:
         notes.append("skipped image alignment: there are no references; give them with --references")
     if not any(item.prompt for item in found):
@@ -130,7 +132,8 @@ def evaluate(found: Sequence[Found], scorer: Scorer, outdir: Path, references: P
         reason = scorer.why_no_kid(len(indices), len(compared))
         if reason:
             no_kid.setdefault(reason, []).append(name)
-    notes += [f"skipped {reason} ({'; '.join(names)})" for reason, names in no_kid.items()]
+    for reason, names in no_kid.items():
+        notes.append(f"skipped {reason} ({'; '.join(names)})")
     shown = dict(zip(names_of(found), images, strict=True))     # images by the name their rows have
     return _write_results(Evaluation(rows, "", notes, outdir), groups, sets, _sheet(groups, shown, known), scorer)
 
@@ -149,7 +152,9 @@ def _by_way(found: Sequence[Found]) -> dict[str, list[int]]:
 def _write_results(result: Evaluation, groups: Mapping[str, list], sets: Mapping[str, Mapping[str, Any]],
            page: Image.Image, scorer: Scorer) -> Evaluation:
     """Puts an evaluation on disk."""
-    estimates = {name: summarize(rows, list(scorer.titles)) for name, rows in groups.items()}
+    estimates = {}
+    for name, rows in groups.items():
+        estimates[name] = summarize(rows, list(scorer.titles))
     heading = f"mean [95 % interval], {len(result.rows)} images"
     short = table(estimates, scorer.titles, heading, ("cosine",))
     full = table(estimates, scorer.titles, heading, tuple(SCALES))
@@ -183,5 +188,7 @@ def _sheet(groups: Mapping[str, list], images: Mapping[str, Image.Image],
         if known:
             row.insert(0, known[index % len(known)])
         lines.append((f"{prompt} ({seed})", row))
-    columns = ["reference", *groups] if known else list(groups)
+    columns = list(groups)
+    if known:
+        columns.insert(0, "reference")
     return sheet(columns, lines)

@@ -62,7 +62,10 @@ def table(groups: Mapping[str, Mapping[str, Estimate]], titles: Mapping[str, str
     for name, title in titles.items():
         if not any(name in group for group in groups.values()):     # a metric that no group has
             continue
-        for scale in scales if name.endswith("_t") else ("cosine",):
+        shown = ("cosine",)
+        if name.endswith("_t"):
+            shown = tuple(scales)
+        for scale in shown:
             key = name + CLIPPED if scale in PER_IMAGE else name
             cells = [title]
             if name.endswith(("_t", "_i")):

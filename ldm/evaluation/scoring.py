@@ -76,22 +76,22 @@ class Scorer:
 
         The judge and the small CLIP know the small world only; whoever gives the weights of another CLIP looks at more.
         """
-        speaks = [extractor.name for extractor in self.extractors if extractor.encode_texts]
-        for name in ("clip_l14", "clip_b32"):
-            if name in speaks:
-                return f"{name}_t"
+        columns = [column for column in self.titles if column.endswith("_t")]
+        for column in ("clip_l14_t", "clip_b32_t"):
+            if column in columns:
+                return column
         if self.judge:
             return "judge_edit"
-        return f"{speaks[0]}_t" if speaks else None
+        return columns[0] if columns else None
 
     @property
     def fidelity(self) -> str | None:
         """The column that stands for fidelity in trade-offs: of a network nobody here trained, where there is one."""
-        names = [extractor.name for extractor in self.extractors]
-        for name in ("dino", "efficientnet", "clip_l14", "clip_b32"):
-            if name in names:
-                return f"{name}_i"
-        return f"{names[0]}_i" if names else None
+        columns = [column for column in self.titles if column.endswith("_i")]
+        for column in ("dino_i", "efficientnet_i", "clip_l14_i", "clip_b32_i"):
+            if column in columns:
+                return column
+        return columns[0] if columns else None
 
     def features(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Vectors (N, D) of images by extractor."""

@@ -85,8 +85,12 @@ def pack_small_clip(state: Mapping[str, Tensor], text_config: Mapping[str, Any],
         text_config: arguments of the FrozenCLIPEmbedder whose tower it is.
     """
     # Named by a hash alone: it ships once.
-    text = {key.removeprefix("text."): value.half() for key, value in state.items() if key.startswith("text.")}
-    rest = {key: value.half() for key, value in state.items() if not key.startswith("text.")}
+    text, rest = {}, {}
+    for key, value in state.items():
+        if key.startswith("text."):
+            text[key.removeprefix("text.")] = value.half()
+        else:
+            rest[key] = value.half()
     return save_safetensors(path, rest, {"format": FORMAT, "text_tower": weights_hash(text),
                                          "text_config": dict(text_config)})
 
@@ -98,9 +102,12 @@ def load_small_clip(path: Path, model_path: Path) -> tuple[SmallCLIP, FrozenCLIP
         UserError: a file is missing or no small CLIP, or the two were not trained together.
     """
     metadata = _read_clip_metadata(path)
-    text = {f"text.{key.removeprefix(TEXT_PREFIX)}": value for key, value in load_state(model_path).items()
-            if key.startswith(TEXT_PREFIX)}
-    if weights_hash({key.removeprefix("text."): value for key, value in text.items()}) != metadata.text_tower:
+    tower, text = {}, {}
+    for key, value in load_state(model_path).items():
+        if key.startswith(TEXT_PREFIX):
+            tower[key.removeprefix(TEXT_PREFIX)] = value
+            text[f"text.{key.removeprefix(TEXT_PREFIX)}"] = value
+    if weights_hash(tower) != metadata.text_tower:
         raise UserError(f"small CLIP '{path}' was not trained with the text tower of '{model_path}'; pack both again "
                         "with scripts/pretrain/pack.py.")
     config = metadata.text_config

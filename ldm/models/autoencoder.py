@@ -47,8 +47,10 @@ class AutoencoderKL(pl.LightningModule):
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)     # of mean and log-variance
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         if ckpt_path is not None:
-            state = {key: value for key, value in load_state(ckpt_path).items()
-                     if not key.startswith(tuple(ignore_keys))}
+            state = load_state(ckpt_path)
+            for key in list(state):
+                if key.startswith(tuple(ignore_keys)):
+                    del state[key]
             load_weights(self, state, ckpt_path)
 
     def release(self, decoder: bool) -> None:
@@ -74,7 +76,8 @@ class AutoencoderKL(pl.LightningModule):
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Encodes and decodes; returns the reconstruction and the posterior."""
         posterior = self.encode(input)
-        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+        z = posterior.sample() if sample_posterior else posterior.mode()               # (B, embed_dim, h, w)
+        return self.decode(z), posterior
 
     def get_last_layer(self) -> Tensor:
         """Returns the weight of the decoder's last convolution."""

@@ -22,7 +22,7 @@ from ldm.util import UserError
 COLUMNS, PER_PAGE = 6, 48     # images in a row, and on a page
 CELL, LABEL = 176, 24     # px of an image's longer side, and of its name below it
 SIDE = 512     # of SD v1, where the model's configuration does not tell
-ALARMS = ("enlarged", *(bars_advice(trim) for trim in (False, True)))     # how notes end that a reader must not miss
+ALARMS = ("enlarged", bars_advice(False), bars_advice(True))     # how notes end that a reader must not miss
 TABLE = "files.tsv"
 HEADINGS = ("set", "number", "file", "fate", "original size", "what was done", "caption")
 
@@ -102,11 +102,13 @@ def inspect_sets(sets: Sequence[tuple[str, Path, bool]], framing: Framing, folde
         found = captioned(source, reader, captions)
         used, skipped = used + len(found.paths), skipped + len(found.skipped)
         lines.append(f"{name}: {len(found.paths)} images used, {len(found.skipped)} files skipped ({found.layout})")
-        lines += [f"{name}: skipped {item}" for item in found.skipped]
+        for item in found.skipped:
+            lines.append(f"{name}: skipped {item}")
         for path in found.paths:
             width, height = reader.seen[path].size
-            alarming = [note for note in reader.seen[path].notes if note.endswith(ALARMS)]
-            lines += [f"{name}: warning: '{path.name}' is {width} x {height} px, {note}" for note in alarming]
+            for note in reader.seen[path].notes:
+                if note.endswith(ALARMS):
+                    lines.append(f"{name}: warning: '{path.name}' is {width} x {height} px, {note}")
         rows += _table_rows(name, found, reader)
         sheets += _draw_pages(name, found, reader, folder, flip, len(sheets))
     return Report(used, skipped, lines, _write_table(rows, folder), sheets)
@@ -172,16 +174,19 @@ def _rows_of(seen: Sequence[_Seen], names: Sequence[str], flip: bool,
     """Draws what a few images are to the network: a caption and their cards for each way of seeing them."""
     rows = []
     if any(one.barred is not None for one in seen):
-        barred = [one.pixels if one.barred is None else one.barred for one in seen]
-        rows.append(("with black bars, before data.trim_bars", [_card(Image.fromarray(pixels)) for pixels in barred]))
+        cards = []
+        for one in seen:
+            pixels = one.pixels if one.barred is None else one.barred
+            cards.append(_card(Image.fromarray(pixels)))
+        rows.append(("with black bars, before data.trim_bars", cards))
     images = [Image.fromarray(one.pixels) for one in seen]
     rows.append(("what is learned", list(map(_card, images, names))))
     if flip:
         mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
         rows.append(("mirrored, as every second time", list(map(_card, mirrored))))
     if masked:
-        masks = [Image.fromarray(one.mask) for one in seen]
-        rows.append(("what counts in the loss (white)", list(map(_card, masks))))
+        cards = [_card(Image.fromarray(one.mask)) for one in seen]
+        rows.append(("what counts in the loss (white)", cards))
     return rows
 
 

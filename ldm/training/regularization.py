@@ -35,7 +35,9 @@ NOUN = "{}"       # stands for the class noun in data.reg.prompt
 
 def chosen_mode(settings: RegularizationConfig, concept: ConceptConfig) -> str:
     """Returns the mode of one concept: the configured one, else its folder where it names one, else none."""
-    return settings.mode or ("none" if concept.regularization is None else "folder")
+    if settings.mode:
+        return settings.mode
+    return "none" if concept.regularization is None else "folder"
 
 
 def make_class_images(settings: RegularizationConfig, concepts: Sequence[ConceptConfig], model: LatentDiffusion,

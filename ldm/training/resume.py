@@ -124,7 +124,8 @@ def state_tensors(trained: Mapping[str, Tensor], moments: Mapping[int, Mapping[s
     """Returns every tensor a run goes on from, by name: what is trained, and what an optimizer's state keeps of it."""
     tensors = dict(trained)
     for index, values in moments.items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        for name, value in values.items():
+            tensors[f"optimizer.{index}.{name}"] = value
     return tensors
 
 

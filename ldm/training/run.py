@@ -117,10 +117,11 @@ def fit(setup: Setup, signals: Signals) -> Run:
     """
     config, module = setup.config, setup.module
     first = global_rank(config.trainer.devices) == 0     # the process that speaks and writes
+    folder = Path(config.trainer.logdir)         # of helpers, who write nothing
     if setup.resumed:
         folder = setup.resumed.folder
-    else:
-        folder = claim_run_folder(config) if first else Path(config.trainer.logdir)
+    elif first:
+        folder = claim_run_folder(config)
 
     def ready(named: Named, regularization: CaptionedImages | None) -> None:
         setup.check(RunIdentity(class_pictures=named))
@@ -133,8 +134,8 @@ def fit(setup: Setup, signals: Signals) -> Run:
 
     trainer_config = config.trainer
     save = SaveConcept(folder / "checkpoints", trainer_config.save_every, trainer_config.save_dtype, signals)
-    preview = Preview(folder / "images", config.preview,
-                      "autocast" if trainer_config.precision in MIXED else "full")
+    precision = "autocast" if trainer_config.precision in MIXED else "full"
+    preview = Preview(folder / "images", config.preview, precision)
     # In this order: memory first, then the loss is looked at before it is saved.
     callbacks = [Lighten(MIXED.get(trainer_config.precision), trainer_config.checkpointing), Progress(save), save,
                  preview]
@@ -142,8 +143,8 @@ def fit(setup: Setup, signals: Signals) -> Run:
         callbacks.append(KeepConstants(decoder=bool(config.preview.prompts)))
     trainer = make_trainer(trainer_config, config.method, folder, setup.device, callbacks)
     try:
-        trainer.fit(module, datamodule=ConceptData(setup, ready), weights_only=True,
-                    ckpt_path=setup.resumed.state if setup.resumed else None)
+        state = setup.resumed.state if setup.resumed else None
+        trainer.fit(module, datamodule=ConceptData(setup, ready), weights_only=True, ckpt_path=state)
     except (SystemExit, KeyboardInterrupt, UserError) as error:
         _end(error, trainer, signals, resume_hint(folder, save.done))
     finally:
@@ -171,8 +172,7 @@ def report(setup: Setup, regularization: CaptionedImages | None, folder: Path) -
     config, module = setup.config, setup.module
     method, scheme = config.method, module.schemes[0]
     print(f"base: {module.base['name']} ({module.base['hash']})")
-    print(f"references: {len(setup.references)}, regularization images: "
-          f"{len(regularization) if regularization else 0}")
+    print(f"references: {len(setup.references)}, regularization images: {len(regularization or ())}")
     step = "1 reference" if method.batch_size == 1 else f"{method.batch_size} references"
     if regularization:
         step += f" and as many regularization images of weight {method.prior_weight:g}"

@@ -21,7 +21,10 @@ def job(environment: Mapping[str, str] = os.environ) -> str | None:
 def command_text() -> str:
     """Returns what began this process, and the job it belongs to."""
     name = job()
-    return shlex.join(sys.argv) + "\n" + (f"# Slurm job {name}\n" if name else "")
+    text = shlex.join(sys.argv) + "\n"
+    if name:
+        text += f"# Slurm job {name}\n"
+    return text
 
 
 def earlier_run(logdir: Path) -> Path | None:

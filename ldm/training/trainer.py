@@ -71,11 +71,13 @@ def make_trainer(settings: TrainerConfig, method: MethodConfig, folder: Path, de
         UserError: this machine does not have what the configuration names.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)    # its hints about other products, mostly
-    several = settings.devices * settings.num_nodes > 1
+    strategy = "auto"
+    if settings.devices * settings.num_nodes > 1:
+        strategy = "ddp"
     logger = make_logger(settings.logger, folder)
     try:
         return pl.Trainer(accelerator=device.type, devices=settings.devices, num_nodes=settings.num_nodes,
-                          strategy="ddp" if several else "auto", precision=settings.precision,
+                          strategy=strategy, precision=settings.precision,
                           max_steps=method.steps, accumulate_grad_batches=method.accumulate,
                           logger=logger, callbacks=list(callbacks), plugins=[StateFiles()],
                           log_every_n_steps=min(10, method.steps),

@@ -24,7 +24,9 @@ def ddim_step(x: Tensor, eps: Tensor, alpha: float, alpha_prev: float, sigma: fl
     pred_x0 = (x - (1.0 - alpha) ** 0.5 * eps) / alpha**0.5
     direction = (1.0 - alpha_prev - sigma**2) ** 0.5 * eps     # points to x_t
     x_prev = alpha_prev**0.5 * pred_x0 + direction
-    return (x_prev if noise is None else x_prev + sigma * noise), pred_x0
+    if noise is not None:
+        x_prev = x_prev + sigma * noise
+    return x_prev, pred_x0
 
 
 class DDIMSampler(Sampler):
@@ -79,7 +81,8 @@ class DDIMSampler(Sampler):
         sigma, noise = float(self.ddim_sigmas[index]), None
         if sigma > 0:
             noise = options.temperature * draw(x)     # not drawn at sigma 0, so that seeds do not shift
-            noise = F.dropout(noise, options.noise_dropout) if options.noise_dropout > 0 else noise
+            if options.noise_dropout > 0:
+                noise = F.dropout(noise, options.noise_dropout)
         return ddim_step(x, eps, float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index]), sigma, noise)
 
     @torch.no_grad()
@@ -140,16 +143,20 @@ class DDIMSampler(Sampler):
             if callback:
                 callback(index)
         found = {"x_encoded": x, "intermediate_steps": steps}
-        return x, {**found, "intermediates": states} if return_intermediates else found
+        if return_intermediates:
+            found["intermediates"] = states
+        return x, found
 
     @torch.no_grad()
     def stochastic_encode(self, x0: Tensor, t: Tensor, use_original_steps: bool = False,
                           noise: Tensor | None = None) -> Tensor:
         """Noises latents `x0` (B, C, h, w) to step indices `t` (B,) of the schedule made before (image-to-image)."""
-        alphas = self.model.alphas_cumprod if use_original_steps else \
-            torch.as_tensor(self.ddim_alphas, dtype=torch.float32, device=x0.device)
+        alphas = self.model.alphas_cumprod
+        if not use_original_steps:
+            alphas = torch.as_tensor(self.ddim_alphas, dtype=torch.float32, device=x0.device)
         alpha = extract_into_tensor(alphas, t, x0.shape)     # (B, 1, 1, 1)
-        noise = torch.randn_like(x0) if noise is None else noise
+        if noise is None:
+            noise = torch.randn_like(x0)
         return alpha.sqrt() * x0 + (1.0 - alpha).sqrt() * noise
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class DiffusionWrapper(pl.LightningModule):
             x = torch.cat([x, *c_concat], dim=1)                             # (B, C + C', H, W)
         context = None
         if self.conditioning_key in ("crossattn", "hybrid"):
-            context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(list(c_crossattn), dim=1)
+            context = torch.cat(list(c_crossattn), dim=1)                    # (B, T, D)
         return self.diffusion_model(x, t, context=context, **keyword(control))
 
 
@@ -107,7 +107,8 @@ class DDPM(pl.LightningModule):
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Noises `x_start` (B, ...) to time steps `t` (B,): alpha_t x_0 + sigma_t eps (paper Eq 1)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        if noise is None:
+            noise = torch.randn_like(x_start)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape)     # (B, 1, 1, 1)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape)     # (B, 1, 1, 1)
         return alpha * x_start + sigma * noise
@@ -126,7 +127,8 @@ class DDPM(pl.LightningModule):
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Returns the elementwise or mean error of the configured type."""
-        error = (F.mse_loss if self.loss_type == "l2" else F.l1_loss)(pred, target, reduction="none")
+        distance = F.mse_loss if self.loss_type == "l2" else F.l1_loss
+        error = distance(pred, target, reduction="none")
         return error.mean() if mean else error
 
     def on_train_batch_end(self, *args: object) -> None:
@@ -218,8 +220,10 @@ class LatentDiffusion(DDPM):
     def _keywords(self, cond: Conditioning) -> Mapping[str, Any]:
         if isinstance(cond, Mapping):
             return cond
-        key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
-        return {key: [cond] if isinstance(cond, Tensor) else cond}
+        parts = [cond] if isinstance(cond, Tensor) else cond
+        if self.model.conditioning_key == "concat":
+            return {"c_concat": parts}
+        return {"c_crossattn": parts}
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> tuple[Tensor, Tensor]:
         """Returns latents (B, C, h, w) and text features of a batch with images (B, H, W, 3) under `k`."""
@@ -229,14 +233,17 @@ class LatentDiffusion(DDPM):
 
     def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns the error of the predicted noise, per value (B, C, h, w): Eq 1 in its noise form, w_t = 1."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        if noise is None:
+            noise = torch.randn_like(x_start)
         return self.get_loss(self.apply_model(self.q_sample(x_start, t, noise), t, cond), noise, mean=False)
 
     def p_mean_variance(self, x: Tensor, c: Conditioning, t: Tensor,
                         clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns mean, variance and log-variance of x_{t-1} that the network predicts from `x` at `t` (B,)."""
         x_start = self.predict_start_from_noise(x, t, self.apply_model(x, t, c))             # (B, C, h, w)
-        return self.q_posterior(x_start.clamp(-1.0, 1.0) if clip_denoised else x_start, x, t)
+        if clip_denoised:
+            x_start = x_start.clamp(-1.0, 1.0)
+        return self.q_posterior(x_start, x, t)
 
     @torch.no_grad()
     def p_sample(self, x: Tensor, c: Conditioning, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
@@ -270,7 +277,8 @@ class LatentDiffusion(DDPM):
                x_T: Tensor | None = None, verbose: bool = True, timesteps: int | None = None,
                shape: Sequence[int] | None = None) -> Any:
         """Samples as `p_sample_loop` does, latents of the model's own size unless `shape` (B, C, h, w) is given."""
-        shape = (batch_size, self.channels, self.image_size, self.image_size) if shape is None else shape
+        if shape is None:
+            shape = (batch_size, self.channels, self.image_size, self.image_size)
         return self.p_sample_loop(cond, shape, return_intermediates, x_T, verbose, timesteps=timesteps)
 
     def sample_log(self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **options: Any) -> Any:
@@ -295,7 +303,9 @@ class LatentDiffusion(DDPM):
         return loss
 
     def configure_optimizers(self) -> Any:
-        trained = [*self.model.parameters(), *(self.cond_stage_model.parameters() if self.cond_stage_trainable else ())]
+        trained = list(self.model.parameters())
+        if self.cond_stage_trainable:
+            trained += self.cond_stage_model.parameters()
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         if self.scheduler_config is None:
             return optimizer

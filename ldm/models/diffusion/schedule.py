@@ -19,8 +19,10 @@ def schedule_buffers(timesteps: int = 1000, linear_start: float = 0.00085, linea
     `v_posterior` mixes the posterior's lower variance bound (0) with its upper bound beta (1). `given_betas` take the
     place of the schedule described by the arguments before.
     """
-    betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end) if given_betas is None else \
-        np.asarray(given_betas, dtype=np.float64)                                      # (T,)
+    if given_betas is None:
+        betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end)     # (T,)
+    else:
+        betas = np.asarray(given_betas, dtype=np.float64)                              # (T,)
     alphas = 1.0 - betas
     cumprod = np.cumprod(alphas)                                                       # alpha-bar
     previous = np.append(1.0, cumprod[:-1])

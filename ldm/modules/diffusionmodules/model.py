@@ -95,8 +95,9 @@ class ResolutionLevel(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(blocks)
         self.attn = nn.ModuleList(attn)
-        self.resample_name = resample[0] if resample else None
+        self.resample_name = None
         if resample:
+            self.resample_name = resample[0]
             self.add_module(*resample)                                           # "downsample" or "upsample"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +105,9 @@ class ResolutionLevel(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[index](x)
-        return self.get_submodule(self.resample_name)(x) if self.resample_name else x
+        if self.resample_name is None:
+            return x
+        return self.get_submodule(self.resample_name)(x)
 
 
 class Encoder(nn.Module):
@@ -131,13 +134,15 @@ class Encoder(nn.Module):
                 channels = ch * mult
                 if resolution in attn_resolutions:
                     attn.append(AttnBlock(channels, group_channels))
-            last = level == len(ch_mult) - 1
-            self.down.append(ResolutionLevel(blocks, attn, None if last else
-                                   ("downsample", Downsample(channels, resamp_with_conv))))
-            resolution = resolution if last else resolution // 2
+            resample = None
+            if level < len(ch_mult) - 1:
+                resample = ("downsample", Downsample(channels, resamp_with_conv))
+                resolution //= 2
+            self.down.append(ResolutionLevel(blocks, attn, resample))
         self.mid = Mid(channels, dropout, group_channels)
         self.norm_out = normalization(channels, group_channels, EPS)
-        self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        moments = 2 * z_channels if double_z else z_channels           # mean and log-variance
+        self.conv_out = nn.Conv2d(channels, moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -167,8 +172,10 @@ class Decoder(nn.Module):
                 channels = ch * mult
                 if resolution in attn_resolutions:
                     attn.append(AttnBlock(channels, group_channels))
-            levels.insert(0, ResolutionLevel(blocks, attn, None if level == 0 else
-                                   ("upsample", Upsample(channels, resamp_with_conv))))
+            resample = None
+            if level > 0:
+                resample = ("upsample", Upsample(channels, resamp_with_conv))
+            levels.insert(0, ResolutionLevel(blocks, attn, resample))
             resolution *= 2
         self.up = nn.ModuleList(levels)                                          # index 0 is the finest
         self.norm_out = normalization(channels, group_channels, EPS)

@@ -136,7 +136,9 @@ class UNetModel(nn.Module):
                         self.group_channels)
 
     def _transformer(self, channels: int) -> SpatialTransformer:
-        heads = self.num_heads if self.num_heads != -1 else channels // self.num_head_channels
+        heads = self.num_heads
+        if heads == -1:
+            heads = channels // self.num_head_channels
         return SpatialTransformer(channels, heads, channels // heads, self.transformer_depth, self.dropout,
                                   self.context_dim, self.use_checkpoint, self.group_channels)
 
