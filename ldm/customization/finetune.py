@@ -114,6 +114,7 @@ class ConceptFinetune(pl.LightningModule):
         self.model.first_stage_model.cpu()
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        """Returns the weighted error of the noise predicted for a batch (Eq 1 with the prompts of Eq 2)."""
         latents, t, noise = self._noised_inputs(batch)                                   # (B, C, h, w), (B,), same
         cond = self.text(batch.captions)                                                # (B, T, D)
         unet = self.model.model.diffusion_model
@@ -170,6 +171,7 @@ class ConceptFinetune(pl.LightningModule):
                                         self.method.weight_decay)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Builds AdamW over ICO's groups."""
         return torch.optim.AdamW(self.parameter_groups(), lr=self.effective_learning_rate)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -136,6 +136,7 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
+        """Returns features (B, N, C) of features and text (B, T, D); recomputes them in training where asked to."""
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, context, use_reentrant=False, **dbim.keyword(control))
         return self._forward(x, context, **dbim.keyword(control))
@@ -164,6 +165,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None,
                 control: DBIMControl | None = None) -> Tensor:
+        """Returns a feature map (B, C, H, W) of one and of text (B, T, D)."""
         height, width = x.shape[-2:]
         h = self.proj_in(self.norm(x))                                       # (B, C', H, W)
         h = rearrange(h, "b c h w -> b (h w) c")                             # (B, N, C')

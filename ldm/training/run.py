@@ -56,11 +56,13 @@ class ConceptData(pl.LightningDataModule):
         self.prepare_data_per_node = False      # the disk is shared: one process makes the images for all
 
     def prepare_data(self) -> None:
+        """Draws class images where that is configured; Lightning's first process alone comes here."""
         config, module = self.run.config, self.run.module
         make_class_images(config.data.reg, config.concepts, module.model, module.base, self.run.framing.size,
                           self.run.device)
 
     def setup(self, stage: str) -> None:
+        """Reads the class images, in every process."""
         config = self.run.config
         self.regularization = load_class_images(config.data.reg, config.concepts, self.run.module.base,
                                                 self.run.framing)
@@ -73,6 +75,7 @@ class ConceptData(pl.LightningDataModule):
         return asdict(self.identity)
 
     def train_dataloader(self) -> DataLoader:
+        """Returns this device's share of the training plan."""
         method, trainer = self.run.config.method, self.trainer
         # Where a resumed run stood.
         plan = TrainingPlan(self.run.references, self.regularization, batch_size=method.batch_size,

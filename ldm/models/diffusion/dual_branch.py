@@ -74,16 +74,19 @@ class DualBranchGuidance(Guidance):
         self._joint_cond = {"c_crossattn": [rows], "control": dual.control}
 
     def start(self, x: Tensor) -> Tensor:
+        """Returns [x; x'], where x' is the auxiliary branch's own noise, or `x` again."""
         if self.dual.common_noise:
             return torch.cat([x, x])
         return torch.cat([x, draw_noise(x, self.dual.generators)])               # (2B, C, H, W)
 
     def end_joint_phase(self, t: float, *states: Tensor) -> tuple[Tensor, ...]:
+        """Returns `states` without the auxiliary branch's rows once t/T <= 1 - T_a."""
         if in_joint_phase(t, self.model.num_timesteps, self.dual.agg_time):
             return states
         return tuple(state[: self.batch] for state in states)                    # the auxiliary branch is done
 
     def noise(self, x: Tensor) -> Tensor:
+        """Draws the noise of a stochastic step, the concept's first: it is the same with and without DCI."""
         concept = draw_noise(x[: self.batch], self.generators)
         if len(x) == self.batch:
             return concept
@@ -92,6 +95,7 @@ class DualBranchGuidance(Guidance):
         return torch.cat([concept, draw_noise(x[self.batch:], self.dual.generators)])
 
     def eps(self, x: Tensor, t: float) -> Tensor:
+        """Predicts each branch's guided noise, (2B, C, H, W) in the joint phase and (B, C, H, W) after it."""
         if len(x) == self.batch:
             return super().eps(x, t)
         branches = x.chunk(2)                                                    # x_c and x_a, (B, C, H, W) each
