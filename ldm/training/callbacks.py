@@ -27,7 +27,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class SaveConcept(Callback):
-    """Writes checkpoints/step-000123.safetensors and last.ckpt, from which a run goes on, every k steps and at the end.
+    """Writes checkpoints/step-000123.safetensors and last.ckpt, from which a run resumes, every k steps and at the end.
 
     Both are written under a temporary name and renamed, so that a crash leaves the earlier ones; neither is written
     with a value that is not finite. A signal that ends the run has both written for the last whole step. It is heard
@@ -84,7 +84,7 @@ class SaveConcept(Callback):
         self.done = trainer.global_step
 
     def place(self, trainer: pl.Trainer) -> str:
-        """Says where a run stands that cannot go on: its step, its learning rates, and what of it is kept."""
+        """Says where a run stands that cannot continue: its step, its learning rates, and what of it is kept."""
         rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
         earlier = self.path(self.done)
         kept = f"'{earlier}' and last.ckpt are kept" if earlier.exists() else "nothing was saved before"

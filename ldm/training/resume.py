@@ -58,7 +58,7 @@ def name_images(images: CaptionedImages | None) -> Named:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on: its folder, the file and the step it goes on from, what it is about."""
+    """A run that continues: its folder, the file and the step it resumes from, what it is about."""
 
     folder: Path
     state: Path
@@ -66,7 +66,7 @@ class Resumed:
     identity: RunIdentity
 
     def check(self, now: RunIdentity, insist: bool) -> None:
-        """Refuses to go on as another run, or only warns of it.
+        """Refuses to continue as another run, or only warns of it.
 
         Raises:
             UserError: something is not what it was, and nobody insists.
@@ -121,7 +121,7 @@ def _identity(state: _State) -> RunIdentity | None:
 
 
 def state_tensors(trained: Mapping[str, Tensor], moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns every tensor a run goes on from, by name: what is trained, and what an optimizer's state keeps of it."""
+    """Returns every tensor a run resumes from, by name: what is trained, and what an optimizer's state keeps of it."""
     tensors = dict(trained)
     for index, values in moments.items():
         for name, value in values.items():
@@ -130,7 +130,7 @@ def state_tensors(trained: Mapping[str, Tensor], moments: Mapping[int, Mapping[s
 
 
 def resume_state(folder: Path) -> Resumed:
-    """Finds what a run in `folder` goes on from, refusing what is damaged before any work.
+    """Finds what a run in `folder` resumes from, refusing what is damaged before any work.
 
     Raises:
         UserError: the file is missing, damaged, not a run's, or has values that are not finite.

@@ -1,4 +1,4 @@
-"""Jobs that Slurm stops and starts again: the same command goes on with the run it began."""
+"""Jobs that Slurm stops and starts again: the same command continues the run it began."""
 from __future__ import annotations
 
 import os

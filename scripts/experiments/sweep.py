@@ -1,4 +1,4 @@
-"""Carries out a sweep's jobs: teaches, draws, measures; whatever is on disk already is not done again."""
+"""Carries out a sweep's jobs: trains, samples, measures. Whatever is on disk already is not done again."""
 from __future__ import annotations
 
 import contextlib

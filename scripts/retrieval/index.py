@@ -38,7 +38,7 @@ class Built:
 
 def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloader | None = None,
                 say: Callable[[str], None] = print) -> Built:
-    """Builds a clip-retrieval index that `IndexServer` serves; stopped at any moment, it goes on where it was.
+    """Builds a clip-retrieval index that `IndexServer` serves; stopped at any moment, it continues where it was.
 
     Args:
         source: any layout `ldm.data.captions.captioned` reads, or a text file of web addresses, one per line, each

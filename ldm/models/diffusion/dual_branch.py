@@ -1,4 +1,4 @@
-"""DCI: a concept and an auxiliary branch denoise together in the early steps, then the concept goes on alone.
+"""DCI: a concept and an auxiliary branch denoise together in the early steps, then the concept continues alone.
 
 Paper section 3.3. Inside the network DBIM fuses the auxiliary branch into the concept branch (`ldm/modules/dbim.py`);
 here is what surrounds it: which rows the network sees, how each branch is guided, and when the joint phase ends.
