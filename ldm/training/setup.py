@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 
 from ldm.base import build_model, image_side
-from ldm.config import TrainConfig
+from ldm.config import TrainConfig, typed
 from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.ico import make_scheme
 from ldm.data.batches import CaptionedImages
@@ -55,7 +56,7 @@ class Setup:
             self.resumed.check(now, self.insist)
 
 
-def prepare(config: TrainConfig, resume: Path | None = None, insist: bool = False) -> Setup:
+def prepare(config: TrainConfig | DictConfig, resume: Path | None = None, insist: bool = False) -> Setup:
     """Makes a run ready, writing nothing.
 
     Args:
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig, resume: Path | None = None, insist: bool = Fals
     Raises:
         UserError: images, checkpoint, settings or machine do not allow the run.
     """
+    config = typed(config)
     device = choose_device(DEVICES[config.trainer.accelerator])
     check_logger(config.trainer.logger)
     check_color(config.data.background)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.models.diffusion.dual_branch import DualBranch, DualBranchGuidance
+from ldm.models.diffusion.dual_branch import DualBranch, DualBranchGuidance, in_joint_phase
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
@@ -277,3 +277,11 @@ def test_mask_keeps_the_image_in_both_branches() -> None:
     for call in model.calls:
         known = image + call.t / 1000
         assert torch.equal(call.x, torch.cat([known] * (len(call.x) // 2)))
+
+
+@pytest.mark.parametrize(("t", "share", "joint"), [
+    (999, 0.3, True), (701, 0.3, True), (700, 0.3, False), (1, 0.3, False), (999, 0.0, False), (1, 1.0, True),
+    (0, 1.0, False), (899.1, 0.1, False), (900.1, 0.1, True)])
+def test_the_joint_phase_is_the_early_share_of_the_schedule(t: float, share: float, joint: bool) -> None:
+    """t/T > 1 - T_a, with T = 1000."""
+    assert in_joint_phase(t, 1000, share) is joint

@@ -20,7 +20,7 @@ PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(text: str) -> str:
-    """Cleans a text as CLIP's own tokenizer does, but for letter case, so that a phone's ’ is the ' CLIP was trained on.
+    """Cleans a text as CLIP's own tokenizer does, but for letter case: a phone's ’ becomes the ' CLIP was trained on.
 
     Broken encodings, typographic quotes and the like are repaired, HTML's entities are resolved twice, white space is
     collapsed. New words stay as they are.
