@@ -27,6 +27,11 @@ class Line:
     marks: tuple[str, ...]
     baseline: str | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the points in tables."""
+        return [f"{self.label}, {mark}".removesuffix(", ") for mark in self.marks]
+
 
 @dataclass(frozen=True)
 class Claim:

@@ -15,6 +15,7 @@ from ldm.config import SampleConfig, TrainConfig, merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
 from ldm.data.concept_lists import read_concepts
 from ldm.evaluation.image_sets import read_prompts
+from ldm.evaluation.scoring import plain_text
 from ldm.text import literal
 from ldm.util import UserError, shipped
 
@@ -58,7 +59,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """A concept as a sweep sees it: how it is taught, what is asked of it, what it is compared with."""
+    """A concept as a sweep sees it: how it is trained, what is asked of it, what it is compared with."""
 
     name: str
     class_noun: str
@@ -102,7 +103,7 @@ class Job:
         return replace(self, concept="", run=0)
 
     @property
-    def taught(self) -> tuple[str, str, int]:
+    def run_key(self) -> tuple[str, str, int]:
         """What one fine-tuning run is for."""
         return self.concept, self.method, self.run
 
@@ -113,17 +114,25 @@ class Job:
         texts = []
         for prompt in subject.prompts:
             pieces = split_at_concept(prompt, "{}")
-            noun = auxiliary_noun(subject.class_noun, pieces, None) if self.words == AUXILIARY else \
-                self.words.replace(NOUN, subject.class_noun)
+            if self.words == AUXILIARY:
+                noun = auxiliary_noun(subject.class_noun, pieces, None)
+            else:
+                noun = self.words.replace(NOUN, subject.class_noun)
             texts.append("".join(join_pieces(pieces, noun)))
         return texts
 
+    def said(self, subject: Subject) -> list[str]:
+        """What each prompt's images should show: its text without concept words, or with what replaces these."""
+        return [plain_text(prompt, subject.class_noun) for prompt in self.prompts(subject)]
+
     def sampling(self, config: SweepConfig) -> Any:
         """Merges the sampling configuration."""
-        ways = [f"dci.use={'false' if self.strength is None else 'true'}", "plain=false"]
-        ways += [] if self.strength is None else [f"dci.agg_lambda=[{self.strength}]"]
+        ways = ["dci.use=false"]
+        if self.strength is not None:
+            ways = ["dci.use=true", f"dci.agg_lambda=[{self.strength}]"]
+        # A job's own overrides come last, and win.
         return merge(SampleConfig, [*config.model_files, *config.sampling_files],
-                     [*config.sampling, *self.settings, *ways, f"n_samples={config.seeds}", "n_iter=1",
+                     [*config.sampling, *self.settings, *ways, "plain=false", f"n_samples={config.seeds}", "n_iter=1",
                       f"seed={config.first_seed}"])
 
 
@@ -132,7 +141,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def spread(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:
+def thin_out(items: Sequence[Any], count: int | None) -> tuple[Any, ...]:
     """Picks `count` items, evenly spread; all where there are no more."""
     if count is None or count >= len(items):
         return tuple(items)
@@ -158,7 +167,7 @@ def _from_files(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[Su
     found = []
     for file in config.concept_files:
         concept = merge(TrainConfig, [file]).concepts[0]
-        found.append(Subject(concept.name, concept.class_noun, spread(prompts, config.max_prompts),
+        found.append(Subject(concept.name, concept.class_noun, thin_out(prompts, config.max_prompts),
                              _references(config, concept.name, Path(concept.images)), files=(str(file),)))
     return found
 
@@ -174,7 +183,7 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
         entry = {"name": name, "images": concept.images, "class_noun": concept.class_noun}
         if exists(concept.regularization):
             entry["regularization"] = concept.regularization
-        found.append(Subject(name, concept.class_noun, spread(prompts or concept.prompts, config.max_prompts),
+        found.append(Subject(name, concept.class_noun, thin_out(prompts or concept.prompts, config.max_prompts),
                              _references(config, name, Path(concept.images)), entry=tuple(entry.items())))
     return found
 

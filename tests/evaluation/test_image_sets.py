@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from experiments.jobs import spread
+from experiments.jobs import thin_out
 from PIL import Image
 
 from ldm.data.concept_lists import read_concepts
@@ -132,4 +132,5 @@ def test_prompts_of_sweeps(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read_prompts(path)
-    assert spread("abcdefgh", 4) == ("a", "c", "e", "g") and spread("abc", None) == spread("abc", 9) == ("a", "b", "c")
+    assert thin_out("abcdefgh", 4) == ("a", "c", "e", "g")
+    assert thin_out("abc", None) == thin_out("abc", 9) == ("a", "b", "c")
