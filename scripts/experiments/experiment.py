@@ -76,7 +76,7 @@ def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
         raise UserError(f"runs is {sweep.config.runs}; give at least 1.")
     jobs = []
     for point in needed:
-        runs = 1 if point.method == BASE else sweep.config.runs       # the base model is not trained: no other run of it
+        runs = 1 if point.method == BASE else sweep.config.runs         # there is one base model
         jobs += [replace(point, concept=name, run=run) for name, run in product(sweep.subjects, range(runs))]
     return jobs
 
