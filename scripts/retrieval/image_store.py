@@ -63,12 +63,15 @@ class ImageStore:
             if not text.endswith("\n"):                    # the last line was cut short
                 self._append("\n")
             half_done = {}
-            for number, tab, record in (line.partition("\t") for line in text.split("\n")):
-                if tab and number.isdecimal():
-                    half_done.pop(int(number), None)
-                    if record.startswith(f"{REMOVING}\t"):
-                        half_done[int(number)] = record.partition("\t")[2]
-                    self._follow(int(number), record)
+            for line in text.split("\n"):
+                digits, tab, record = line.partition("\t")
+                if not tab or not digits.isdecimal():
+                    continue
+                number = int(digits)
+                half_done.pop(number, None)                # a later line says how the removal ended
+                if record.startswith(f"{REMOVING}\t"):
+                    half_done[number] = record.partition("\t")[2]
+                self._follow(number, record)
             for number, reason in half_done.items():
                 self.remove(number, reason)
 
@@ -132,7 +135,7 @@ class ImageStore:
             image = shrunk(decode(source).image)
         if os.path.lexists(self.path(number)):
             raise Unusable(TAKEN)
-        self._note([number], KEPT)
+        self._note([number], KEPT)                         # before the file: one without a note would be a stranger's
         try:
             save_jpeg(image, self.path(number), new=True)
         except NameTaken as error:
@@ -170,8 +173,10 @@ class ImageStore:
         Raises:
             UserError: the disk refuses.
         """
-        unknown = [(number, url) for number, url in dict(addresses).items()
-                   if number not in self.reasons and not self.has(number)]
+        unknown = []
+        for number, url in dict(addresses).items():
+            if number not in self.reasons and not self.has(number):
+                unknown.append((number, url))
         if not unknown:
             return
         pool = ThreadPoolExecutor(self.workers)
@@ -179,7 +184,7 @@ class ImageStore:
             for done, _ in enumerate(pool.map(lambda pair: self._fetch_one(*pair), unknown), 1):
                 if done % 50 == 0 or done == len(unknown):
                     self.say(f"fetched {done} of {len(unknown)}")
-        finally:
+        finally:                                           # what is not begun would go on after an interrupt
             pool.shutdown(cancel_futures=True)
 
     def _fetch_one(self, number: int, url: str) -> None:
