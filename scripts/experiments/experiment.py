@@ -96,7 +96,7 @@ def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
     for claim in claims:
         folder = sweep.outdir / claim.name
         if claim.masks:
-            claim_results(folder / MASKS, [mask_file(name) for name in sweep.subjects], known=is_earlier(folder))
+            claim_results(folder / MASKS, list(map(mask_file, sweep.subjects)), known=is_earlier(folder))
         claim_results_folder(folder, REPORT, PLOT, SHEET)
     if len(claims) > 1:
         claim_results(sweep.outdir, [REPORT], known=earlier)
@@ -125,7 +125,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     rows = points(sweep.run(jobs))
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
-    write_rows(list(chain.from_iterable(rows[point] for point in points_of(lines))), folder)
+    write_rows(list(chain.from_iterable(map(rows.get, points_of(lines)))), folder)
     titles = sweep.scorer.titles
     estimates, curves = {}, []
     for line in lines:
@@ -134,7 +134,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
             estimates[name] = summarize(rows[point], list(titles))
             curve.append((estimates[name][axes[0]], estimates[name][axes[1]], mark))
         curves.append(Curve(line.label, curve))
-    drawn = min(len(rows[point]) for point in points_of(lines))
+    drawn = min(map(len, rows.values()))
     several, minutes = len(estimates) > 1, sweep.store.seconds(jobs) / 60
     parts = [f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
              "![plot](plot.png)" if several else "", "![images](sheet.png)",
@@ -144,7 +144,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         parts.append(draw_masks(sweep, lines[0].points[0], jobs, folder))
     text = "\n\n".join(filter(None, parts))
     write_json(folder / SUMMARY, {
-        "points": as_numbers(estimates), "comparisons": [_as_json(item) for item in comparisons],
+        "points": as_numbers(estimates), "comparisons": list(map(_as_json, comparisons)),
         "areas": _areas_as_json(areas), "minutes": minutes, "measured_by": sweep.scorer.record, "command": command})
     write_text(folder / REPORT, text + "\n")
     if several:
@@ -199,10 +199,13 @@ def compare(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str,
 def _change(rows: Records, base: Records, column: str) -> tuple[Estimate, int, int]:
     """Returns a column's paired difference of two points, in how many concepts it is above zero, and of how many."""
     first, second = by_unit(rows, column), by_unit(base, column)
-    differences = {unit: first[unit] - second[unit] for unit in first if unit in second}
-    per_concept = unit_means(list(differences.values()), [concept for concept, _ in differences])
-    rose = sum(mean > 0 for mean in per_concept.values())
-    return difference(first, second), rose, len(per_concept)
+    values, concepts = [], []
+    for unit in first:
+        if unit in second:
+            values.append(first[unit] - second[unit])
+            concepts.append(unit[0])
+    per_concept = np.array(list(unit_means(values, concepts).values()))
+    return difference(first, second), int(np.sum(per_concept > 0)), len(per_concept)
 
 
 def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str, str]) -> Areas | None:
@@ -277,7 +280,7 @@ def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) 
     known = [change for change in found if change.low is not None]
     if found and not known:
         return "Nothing is decided: one prompt of one concept gives no intervals."
-    unclear = sum(not change.excludes_zero for change in known)
+    unclear = [change.excludes_zero for change in known].count(False)
     if not unclear:
         return ""
     return (f"Not decided with {drawn} images a point: {unclear} of {len(known)} differences, whose intervals "
@@ -319,7 +322,8 @@ def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Rec
         for line, index in places:
             cells.append(open_image(sweep.outdir / first[line.points[index], concept, prompt]))
         shown.append((_with_name(prompt, concept), cells))
-    return sheet(["reference", *(line.names[index] for line, index in places)], shown, 128)
+    titles = [line.names[index] for line, index in places]
+    return sheet(["reference", *titles], shown, 128)
 
 
 def _with_name(prompt: str, concept: str) -> str:

@@ -154,7 +154,7 @@ def subjects(config: SweepConfig) -> list[Subject]:
     Raises:
         UserError: none is configured, or what a file says is missing.
     """
-    shared = read_prompts(Path(config.prompts)) if config.prompts else None
+    shared = read_prompts(Path(config.prompts)) if config.prompts else None         # else the data set's own
     found = _from_dataset(config, shared) if config.dataset else _from_files(config, shared)
     if not found:
         raise UserError("the sweep has no concepts; list them under concept_files, or give a dataset.")
@@ -181,7 +181,7 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
     for name in config.dataset_concepts or concepts:
         concept = concepts[name]
         entry = {"name": name, "images": concept.images, "class_noun": concept.class_noun}
-        if exists(concept.regularization):
+        if exists(concept.regularization):              # without, images of the class are made or fetched
             entry["regularization"] = concept.regularization
         found.append(Subject(name, concept.class_noun, thin_out(prompts or concept.prompts, config.max_prompts),
                              _references(config, name, Path(concept.images)), entry=tuple(entry.items())))

@@ -38,6 +38,11 @@ def shares(runs: Runs, jobs: Sequence[Job]) -> dict[Job, tuple[int, int]]:
     return found
 
 
+def total_rows(runs: Runs, jobs: Sequence[Job]) -> int:
+    """U-Net rows of jobs, fine-tuning included."""
+    return sum(training + sampling for training, sampling in shares(runs, jobs).values())
+
+
 class Pace:
     """How long what is left will take: fine-tuning and sampling each at the rate it had so far.
 

@@ -82,7 +82,7 @@ def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, ti
     axes.grid(alpha=0.25)
     several = [curve.marks for curve in curves if len(curve.points) > 1]
     order = None
-    if len(several) > len(spoken):
+    if len(several) > len(spoken):          # only then do all of them say the same
         order = f"markers grow along a curve, from {several[0][0]} to {several[0][-1]}"
     _add_legend(figure, order)
     _write_marks(axes, marks)
@@ -103,9 +103,10 @@ def _write_marks(axes, marks: Sequence[tuple[str, tuple[float, float], str]]) ->
     """Writes marks (text, point, color) beside their points, where they cover the fewest others and other points."""
     from matplotlib.transforms import Bbox
     reach = LARGEST * axes.figure.dpi / 72                                      # px: a marker, and as much around it
-    spots = axes.transData.transform([spot for _, spot, _ in marks])
-    points = [Bbox([spot - reach, spot + reach]) for spot in spots]
-    written = []
+    points, written = [], []
+    for _, spot, _ in marks:
+        place = axes.transData.transform(spot)
+        points.append(Bbox([place - reach, place + reach]))
     for index, (mark, spot, color) in enumerate(marks):
         if not mark:
             continue

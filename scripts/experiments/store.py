@@ -98,7 +98,7 @@ class Store:
 
     def images(self, job: Job) -> list[list[Path]]:
         """Where a job's images are, by prompt and seed."""
-        found = []
+        found: list[list[Path]] = []
         for prompt in range(len(self.subjects[job.concept].prompts)):
             found.append([self.image(job, prompt, sample) for sample in range(self.config.seeds)])
         return found

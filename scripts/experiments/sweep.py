@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.jobs import BASE, Job, Subject, SweepConfig, describe, subjects
-from experiments.pace import Pace, progress_bar, shares
+from experiments.pace import Pace, progress_bar, shares, total_rows
 from experiments.store import Store, Stored, all_drawn
 from experiments.training import Runs
 from ldm.config import DCIConfig
@@ -64,11 +64,15 @@ class Sweep:
         Raises:
             UserError: a method is unknown, a configuration is wrong, images are missing, or a prompt cannot be drawn.
         """
-        methods = [method for method in dict.fromkeys(job.method for job in jobs) if method != BASE]
+        points, concepts, methods = {}, {}, {}          # once each, in order
+        for job in jobs:
+            points[job.point] = concepts[job.concept] = True
+            if job.method != BASE:
+                methods[job.method] = True
         for method in methods:
             if method not in self.config.methods:
                 raise UserError(f"method '{method}' is unknown; methods: {', '.join(self.config.methods)}.")
-        for point in dict.fromkeys(job.point for job in jobs):
+        for point in points:
             settings = self.store.settings(point)
             check_settings(settings)
             if point.method != BASE:
@@ -76,8 +80,8 @@ class Sweep:
             if point.strength is not None:
                 for subject in self.subjects.values():
                     check_prompts(subject, settings.dci)
-        for name in dict.fromkeys(job.concept for job in jobs):
-            self._check_images(self.subjects[name], methods)
+        for name in concepts:
+            self._check_images(self.subjects[name], list(methods))
 
     def _check_images(self, subject: Subject, methods: Sequence[str]) -> None:
         """Refuses a concept whose images cannot be read; which method trains on them makes no difference."""
@@ -126,17 +130,18 @@ class Sweep:
     def draw(self, job: Job, jobs: Sequence[Job], bar: tqdm) -> list[Image.Image]:
         """Draws the images that are missing; returns all, by prompt and seed."""
         paths = self.store.images(job)
-        missing = [prompt for prompt, row in enumerate(paths) if not all_drawn(row)]
-        bar.update(1 - len(missing) / len(paths))
-        if missing:
-            generator = self.ready(job, jobs)
-            texts = job.prompts(self.subjects[job.concept])
-            drawn = generator.generate([texts[prompt] for prompt in missing], self.store.settings(job))
-            wanted = chain.from_iterable(paths[prompt] for prompt in missing)
+        prompts, wanted = [], []
+        for prompt, row in zip(job.prompts(self.subjects[job.concept]), paths, strict=True):
+            if not all_drawn(row):          # the generator draws every seed of a prompt
+                prompts.append(prompt)
+                wanted += row
+        bar.update(1 - len(prompts) / len(paths))
+        if prompts:
+            drawn = self.ready(job, jobs).generate(prompts, self.store.settings(job))
             for sample, path in zip(drawn, wanted, strict=True):
                 save_png(sample.image, path, sample.settings)
                 bar.update(1 / (len(paths) * self.config.seeds))
-        return [open_image(path) for path in chain.from_iterable(paths)]
+        return list(map(open_image, chain.from_iterable(paths)))
 
     def ready(self, job: Job, jobs: Sequence[Job]) -> Generator:
         """Returns a generator that draws as the job says."""
@@ -155,16 +160,14 @@ class Sweep:
         subject = self.subjects[job.concept]
         if job.concept not in self._references:
             self._references[job.concept] = self.scorer.features(open_references(subject.references))
-        places = list(product(range(len(subject.prompts)), range(self.config.seeds)))
-        said = job.said(subject)
-        values = self.scorer.rows(images, [said[prompt] for prompt, _ in places], subject.class_noun,
-                                  self._references[job.concept])
-        rows = []
-        for (prompt, sample), row in zip(places, values, strict=True):
-            image = self.store.image(job, prompt, sample).relative_to(self.outdir)
-            rows.append({**describe(job), "class_noun": subject.class_noun, "prompt": subject.prompts[prompt],
-                         "seed": self.config.first_seed + sample, "picture": str(image), **row})
-        return rows
+        said, rows = [], []
+        for prompt, text, paths in zip(subject.prompts, job.said(subject), self.store.images(job), strict=True):
+            for seed, path in enumerate(paths, self.config.first_seed):
+                said.append(text)
+                rows.append({**describe(job), "class_noun": subject.class_noun, "prompt": prompt, "seed": seed,
+                             "picture": str(path.relative_to(self.outdir))})
+        values = self.scorer.rows(images, said, subject.class_noun, self._references[job.concept])
+        return [row | measured for row, measured in zip(rows, values, strict=True)]
 
 
 def check_prompts(subject: Subject, dci: DCIConfig) -> None:
@@ -175,11 +178,9 @@ def check_prompts(subject: Subject, dci: DCIConfig) -> None:
     """
     for prompt in subject.prompts:
         pieces = split_at_concept(prompt, PLACEHOLDER)
-        before, after = pieces[:-1], pieces[1:]
-        touched = [piece for piece in before if re.search(r"\w$", piece)]
-        touched += [piece for piece in after if re.match(r"\w", piece)]
-        if touched:
-            raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
+        for before, after in pairwise(pieces):
+            if re.search(r"\w$", before) or re.match(r"\w", after):
+                raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
         if dci.ablation == "no_full_prompt":
             rest_of_prompt(prompt, PLACEHOLDER)
         elif dci.replace_noun != AUTO:
@@ -198,16 +199,15 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
     groups: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.run_key, []).append(job)
-    rows = {key: sum(chain.from_iterable(shares(sweep.runs, group).values())) for key, group in groups.items()}
     # The longest first, so that none of them is left for one process at the end.
-    order = sorted(groups, key=rows.get, reverse=True)
+    order = sorted(groups.values(), key=lambda group: total_rows(sweep.runs, group), reverse=True)
     missing = sweep.store.missing(jobs)
     workers = min(workers, len(groups))
     pace = Pace(shares(sweep.runs, missing), workers)
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, \
             progress_bar(len(jobs), len(jobs) - len(missing)) as bar:
-        pending = {pool.submit(_carry_out, sweep.config, sweep.outdir, metrics, groups[key], threads) for key in order}
+        pending = {pool.submit(_carry_out, sweep.config, sweep.outdir, metrics, group, threads) for group in order}
         try:
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)

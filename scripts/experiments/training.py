@@ -34,8 +34,8 @@ class Runs:
 
     def started(self, job: Job) -> list[Path]:
         """Returns the folders of a job's fine-tuning run, of which a killed sweep may leave several."""
-        states = self.logdir(job).glob("*/checkpoints/last.ckpt")
-        return [folder for folder in sorted(state.parent.parent for state in states) if folder.suffix != DAMAGED]
+        states = sorted(self.logdir(job).glob("*/checkpoints/last.ckpt"))
+        return [state.parents[1] for state in states if state.parents[1].suffix != DAMAGED]
 
     def find(self, job: Job, step: int) -> Path | None:
         """Returns the concept file of a step of a job's fine-tuning run, if it is there."""
@@ -49,18 +49,15 @@ class Runs:
         """Returns the concept file of a job's step, training or going on with the run if need be."""
         for run in self.started(job):
             check_run(run, job.step)
-        found = self.find(job, job.step)
-        return self._train(job, steps_of(job, jobs)) if found is None else found
+        return self.find(job, job.step) or self._train(job, steps_of(job, jobs))
 
     def _train(self, job: Job, steps: Sequence[int]) -> Path:
         logdir, started = self.logdir(job), self.started(job)
         config = self.store.subjects[job.concept].training(
             self.store.config, job.method, f"method.steps={max(steps)}", f"trainer.save_every={math.gcd(*steps)}",
             f"trainer.logdir={logdir}", run=job.run)
-        earlier = None
         # A step that a longer run passed without saving is only reached from the start.
-        if started and _last_step(started[-1]) < job.step:
-            earlier = started[-1]
+        earlier = started[-1] if started and _last_step(started[-1]) < job.step else None
         logdir.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with (logdir / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
