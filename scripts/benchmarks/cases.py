@@ -141,7 +141,7 @@ def unet_rows(bench: Bench) -> Iterator[Finding]:
     """The U-Net's forward pass: guided steps of our sampler, the same rows in full, diffusers in both layouts."""
     best = partial(set_format, bench.model)         # before each run: the contestant before may have changed it
     unet = bench.model.model.diffusion_model
-    other = torch.contiguous_format if _channels_last(unet) else torch.channels_last
+    other = torch.contiguous_format if _channels_last(unet) else torch.channels_last     # what `best` did not take
     for rows in (2, 3):
         x, text, t = bench.latents(rows), bench.text(rows), torch.full((rows,), STEP, device=bench.device)
         contestants = {}

@@ -90,6 +90,7 @@ def resident(field: str) -> int:
 
 def interleave(row: str, contestants: Mapping[str, Contestant], repeats: int, device: torch.device) -> list[Finding]:
     """Runs every contestant once to warm up, then all of them in turn, `repeats` times over."""
+    # In turn, so that a machine that slows down or warms up slows all of them alike.
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, int | None] = {}
     for lap in range(repeats + 1):
@@ -100,7 +101,7 @@ def interleave(row: str, contestants: Mapping[str, Contestant], repeats: int, de
             peak.start()
             start = time.perf_counter()
             contestant.run()
-            used = peak.stop()
+            used = peak.stop()               # within the time: a GPU's work ends only there
             if lap:                          # the first warms up: caches fill, kernels are chosen
                 seconds[name].append(time.perf_counter() - start)
                 memory[name] = None if used is None else max(used, memory.get(name) or 0)

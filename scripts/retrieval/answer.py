@@ -11,9 +11,9 @@ from itertools import islice
 from typing import IO, Any
 
 CHUNK = 1 << 16
-LARGEST = 12_000_000      # bytes of one entry: its image as text is four thirds of a JPEG file
-MOST_MARKS = 500          # signs of structure in one entry, which take time, memory and, nested, Python's stack
-MESSAGE = 10_000          # bytes that are read of what is no list
+LARGEST_ENTRY = 12_000_000    # bytes of one entry: its image as text is four thirds of a JPEG file
+MOST_MARKS = 500               # signs of structure in one entry, which take time, memory and, nested, Python's stack
+MESSAGE = 10_000            # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
 _MARKS = re.compile(rb'["{}\[\],]')
 _QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)     # up to the quote that ends a text
@@ -151,7 +151,7 @@ class _Scanner:
                     yield self._start, end
                 self._start, self._marks = end + 1, 0
         self._passed += len(chunk)
-        if self._passed - self._start > LARGEST:
+        if self._passed - self._start > LARGEST_ENTRY:
             raise ValueError("an entry is too large")
 
     def finish(self) -> None:

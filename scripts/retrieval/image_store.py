@@ -16,12 +16,12 @@ from ldm.files import NameTaken, append_durably, set_aside
 from ldm.util import UserError
 from retrieval.download import Downloader, Refused
 
-LARGEST = 1024        # shorter side in px of what is kept: twice what SD v1 sees
+LARGEST_SIDE = 1024        # shorter side in px of what is kept: twice what SD v1 sees
 KEPT, REMOVING, GONE = "kept", "removing", "gone"       # in the journal, where else a reason stands
 TAKEN = "would take the name of a file that is not of this set"
 
 
-def shrunk(image: Image.Image, largest: int = LARGEST) -> Image.Image:
+def shrunk(image: Image.Image, largest: int = LARGEST_SIDE) -> Image.Image:
     """Returns an image whose shorter side is at most `largest` px."""
     if min(image.size) <= largest:
         return image
@@ -143,14 +143,6 @@ class ImageStore:
             raise Unusable(TAKEN) from error
         self._sound.add(number)
 
-    def refuse(self, number: int, reason: str) -> None:
-        """Notes at once, for this run and the next, why there is no image of a number.
-
-        Raises:
-            UserError: the disk refuses.
-        """
-        self._note([number], " ".join(reason.split()))
-
     def remove(self, number: int, reason: str = GONE) -> None:
         """Removes an image of its own, and notes why there will be none; without a reason there may be one again.
 
@@ -191,4 +183,4 @@ class ImageStore:
         try:
             self.keep(number, self.downloader.fetch(url))
         except (Refused, Unusable) as problem:
-            self.refuse(number, str(problem))
+            self._note([number], " ".join(str(problem).split()))          # a journal's record is one line

@@ -29,7 +29,7 @@ KNN, INDICES = "/knn-service", "/indices-list"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MOST_BYTES = 16_000_000      # of a request: a large photo as text
 SECONDS = 10.0               # in which a request must have arrived, and in which a part of the answer must be taken
-MOST_ASKED = 10_000          # images in one answer
+MOST_ANSWERED = 10_000       # images in one answer
 MOST_TEXT = 10_000           # characters of a question
 ANEW = "build the index again with scripts/retrieve.py index"
 _FLAT = struct.Struct("<4siqqq?iQ")      # how faiss begins an exact index: kind, width, vectors, -, -, -, -, numbers
@@ -51,7 +51,7 @@ class _Question(Record):
     text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     image: bytes | None = None
     embedding_input: list[Annotated[float, Field(gt=-1e30, lt=1e30)]] | None = None
-    num_images: Annotated[int, Field(ge=1, le=MOST_ASKED)] = 100
+    num_images: Annotated[int, Field(ge=1, le=MOST_ANSWERED)] = 100
     deduplicate: bool | None = None
     modality: Literal["image"] = "image"
     indice_name: Line | None = None
