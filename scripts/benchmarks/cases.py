@@ -67,11 +67,12 @@ class Bench:
 
     def time(self, row: str, contestants: dict[str, Contestant]) -> list[Finding]:
         """Times contestants without gradients; what is compiled runs compiled only where a name says so."""
-        if self.compiled:
-            contestants = {name: contestant if "compiled" in name else replace(contestant, run=_eager(contestant.run))
-                           for name, contestant in contestants.items()}
+        chosen = dict(contestants)
+        for name, contestant in contestants.items():
+            if self.compiled and "compiled" not in name:
+                chosen[name] = replace(contestant, run=_eager(contestant.run))
         with torch.no_grad():
-            return interleave(row, contestants, self.repeats, self.device)
+            return interleave(row, chosen, self.repeats, self.device)
 
     def drawn(self, *shape: int, seed: int = 0) -> Tensor:
         """Draws values on the device."""
@@ -131,7 +132,7 @@ def guided(bench: Bench, joint: bool) -> Callable[[], Tensor]:
         guidance: Guidance = DualBranchGuidance(model, concept, unconditional, 6.0, None, dual)
     else:
         guidance = Guidance(model, concept, unconditional, 6.0)
-    return partial(guidance.eps, bench.latents(2 if joint else 1), STEP)
+    return partial(guidance.eps, bench.latents(2 if joint else 1), STEP)       # the auxiliary branch has latents too
 
 
 def in_format(network: nn.Module, layout: torch.memory_format) -> Callable[[], object]:
@@ -141,9 +142,9 @@ def in_format(network: nn.Module, layout: torch.memory_format) -> Callable[[], o
 
 def unet_rows(bench: Bench) -> Iterator[Finding]:
     """The U-Net's forward pass: guided steps of our sampler, the same rows in full, diffusers in both layouts."""
-    best = partial(set_format, bench.model)
+    best = partial(set_format, bench.model)         # before each run: the contestant before may have changed it
     unet = bench.model.model.diffusion_model
-    other = torch.contiguous_format if _channels_last(unet) else torch.channels_last
+    other = torch.contiguous_format if _channels_last(unet) else torch.channels_last     # what `best` did not take
     for rows in (2, 3):
         x, text, t = bench.latents(rows), bench.text(rows), torch.full((rows,), STEP, device=bench.device)
         contestants = {}
@@ -162,6 +163,7 @@ def unet_rows(bench: Bench) -> Iterator[Finding]:
 
 
 def _channels_last(network: nn.Module) -> bool:
+    # Kernels of one pixel are the same in both layouts, and tell nothing.
     weight = next(value for value in network.parameters() if value.ndim == 4 and value.shape[-1] > 1)
     return weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -184,11 +186,13 @@ def run_rows(bench: Bench) -> Iterator[Finding]:
         ways["ours, compiled"] = nullcontext
     found = {}
     for rows in (2, 3):
-        contestants = {name: Contestant(_within(context, guided(bench, rows == 3)), best)
-                       for name, context in ways.items()}
+        contestants = {}
+        for name, context in ways.items():
+            contestants[name] = Contestant(_within(context, guided(bench, rows == 3)), best)
         for finding in bench.time(f"guided step, {rows} rows", contestants):
             found[finding.contestant, rows] = finding.seconds
             yield finding
+    # A whole run would take minutes for each contestant, and its steps differ in nothing but their kind.
     joint_steps = round(bench.steps * bench.agg_time)
     for kind, joint in (("plain guidance", 0), (f"DCI shared, agg_time {bench.agg_time:g}", joint_steps)):
         for name in ways:
@@ -235,13 +239,13 @@ def training_rows(bench: Bench) -> Iterator[Finding]:
         module.posteriors = kept if cache else None
         module.text = fixed_text if cache else plain_text
         if not light:
-            unet.float()
+            unet.float()            # `lighten` casts down only, so an earlier contestant's format would stay
         module.lighten(mixed if light else None, checkpointing)
 
     for size in bench.images:
         batch = plan(size).batch(0)
 
-        def step(batch=batch) -> None:
+        def step(batch=batch) -> None:          # bound here: it runs when the loop has gone on
             optimizer.zero_grad()
             with torch.autocast(bench.device.type, mixed or torch.bfloat16, enabled=mixed is not None):
                 loss = module.training_step(batch, 0)
@@ -278,10 +282,12 @@ def _finetune(bench: Bench, mixed: torch.dtype | None) -> tuple[ConceptFinetune,
 def _their_step(bench: Bench, batch: object, mixed: torch.dtype | None) -> Callable[[], None]:
     """A step in the manner of diffusers' examples: encode, noise, predict, differentiate K/V, AdamW."""
     unet, vae = bench.theirs
-    trained = [value for name, value in unet.named_parameters() if ".attn2.to_k" in name or ".attn2.to_v" in name]
-    for value in trained:
-        value.data = value.data.float()
-        value.requires_grad_(True)
+    trained = []
+    for name, value in unet.named_parameters():
+        if ".attn2.to_k" in name or ".attn2.to_v" in name:
+            value.data = value.data.float()         # AdamW's small steps would be lost in half precision
+            value.requires_grad_(True)
+            trained.append(value)
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     images = batch.images.to(bench.device).permute(0, 3, 1, 2).contiguous()
     encode_text = bench.model.cond_stage_model
@@ -294,7 +300,8 @@ def _their_step(bench: Bench, batch: object, mixed: torch.dtype | None) -> Calla
                 text = encode_text(batch.captions)
             noise = torch.randn_like(z)
             t = torch.randint(0, bench.model.num_timesteps, (len(z),), device=z.device)
-            loss = (unet(bench.model.q_sample(z, t, noise), t, text).sample.float() - noise).square().mean()
+            predicted = unet(bench.model.q_sample(z, t, noise), t, text).sample
+            loss = (predicted.float() - noise).square().mean()
         loss.backward()
         optimizer.step()
 
@@ -323,11 +330,13 @@ def startup_rows(bench: Bench) -> Iterator[Finding]:
     """Import, and loading a checkpoint in either format in a process of its own, read to the last byte."""
     with tempfile.TemporaryDirectory() as folder:
         OmegaConf.save(bench.node, f"{folder}/model.yaml")
-        state = {key: value.detach().cpu().float().contiguous() for key, value in bench.model.state_dict().items()
-                 if ".extra." not in key}
+        state = {}
+        for key, value in bench.model.state_dict().items():
+            if ".extra." not in key:            # concept words are no part of a base checkpoint
+                state[key] = value.detach().cpu().float().contiguous()
         files = {".safetensors": save_safetensors(f"{folder}/model.safetensors", state),
                  ".ckpt": write_atomically(f"{folder}/model.ckpt", partial(torch.save, {"state_dict": state}))}
-        del state
+        del state                   # or the loading process may find too little memory
         for kind, path in files.items():
             done = subprocess.run([sys.executable, "-c", START, f"{folder}/model.yaml", str(path)], text=True,
                                   stdout=subprocess.PIPE, check=True)
@@ -343,7 +352,7 @@ def file_rows(bench: Bench) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         module, _ = _finetune(bench, None)
         size = module.concept().save(Path(folder) / "concept.safetensors").stat().st_size
-    bench.model.cond_stage_model.clear_words()
+    bench.model.cond_stage_model.clear_words()          # later rows share the model
     yield replace(Finding("concept file", "ours, fp16", None), memory=size, note="size on disk")
 
 

@@ -33,7 +33,7 @@ def random_state(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def build_random(model_node: DictConfig) -> LatentDiffusion:
     """Builds our model with random weights, frozen."""
-    with torch.device("meta"):
+    with torch.device("meta"):              # without memory or time for values that are replaced at once
         model = instantiate_from_config(model_node)
     load_weights(model, random_state(model), "random weights", assign=True)
     params = model_node.params
@@ -61,10 +61,11 @@ def as_the_release(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
     The release's weights stay in float32 under autocast; here they are in half already, so its casts cost nothing.
     """
-    fused = F.scaled_dot_product_attention
+    fused = F.scaled_dot_product_attention          # our modules look it up on each call, so replacing it is enough
     F.scaled_dot_product_attention = _spelled_out
     try:
-        with torch.autocast(device.type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+        half = None if dtype == torch.float32 else dtype
+        with torch.autocast(device.type, half, enabled=half is not None):
             yield
     finally:
         F.scaled_dot_product_attention = fused
@@ -91,13 +92,17 @@ def _their_unet(ours: nn.Module, params: Mapping[str, Any]) -> nn.Module:
     logging.set_verbosity_error()        # it warns of casts that the comparison asks for
     widths = [params["model_channels"] * mult for mult in params["channel_mult"]]
     heads = [params.get("num_heads") or width // params["num_head_channels"] for width in widths]
-    crossed = [2**level in params["attention_resolutions"] for level in range(len(widths))]
+    down, up = [], []
+    for level in range(len(widths)):
+        # CompVis counts resolutions by how often they are halved, diffusers by the kind of block.
+        kind = "CrossAttn" if 2**level in params["attention_resolutions"] else ""
+        down.append(f"{kind}DownBlock2D")
+        up.append(f"{kind}UpBlock2D")
     network = UNet2DConditionModel(
         in_channels=params["in_channels"], out_channels=params["out_channels"], block_out_channels=widths,
         layers_per_block=params["num_res_blocks"], cross_attention_dim=params["context_dim"],
         attention_head_dim=heads, norm_num_groups=ours.out[0].num_groups,
-        down_block_types=["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in crossed],
-        up_block_types=["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(crossed)])
+        down_block_types=down, up_block_types=up[::-1])
     network.load_state_dict(unet_state(ours.state_dict(), params["num_res_blocks"]))
     return network
 

@@ -53,7 +53,7 @@ class Peak:
 
     def start(self) -> None:
         """Forgets earlier peaks."""
-        gc.collect()
+        gc.collect()                         # or an earlier contestant's garbage counts as this one's
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -84,11 +84,13 @@ def _give_back() -> None:
 def resident(field: str) -> int:
     """Returns bytes of this process's resident memory: VmRSS now, VmHWM at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    line = next(line for line in lines if line.startswith(field))
+    return int(line.split()[1]) * 1024       # the system says kB
 
 
 def interleave(row: str, contestants: Mapping[str, Contestant], repeats: int, device: torch.device) -> list[Finding]:
     """Runs every contestant once to warm up, then all of them in turn, `repeats` times over."""
+    # In turn, so that a machine that slows down or warms up slows all of them alike.
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     memory: dict[str, int | None] = {}
     for lap in range(repeats + 1):
@@ -99,10 +101,10 @@ def interleave(row: str, contestants: Mapping[str, Contestant], repeats: int, de
             peak.start()
             start = time.perf_counter()
             contestant.run()
-            used = peak.stop()
-            if lap:
+            used = peak.stop()               # within the time: a GPU's work ends only there
+            if lap:                          # the first warms up: caches fill, kernels are chosen
                 seconds[name].append(time.perf_counter() - start)
-                memory[name] = used if used is None else max(used, memory.get(name) or 0)
+                memory[name] = None if used is None else max(used, memory.get(name) or 0)
     return [Finding(row, name, statistics.median(times), memory[name], repeats) for name, times in seconds.items()]
 
 

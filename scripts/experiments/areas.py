@@ -12,13 +12,14 @@ from ldm.evaluation.statistics import DRAWS, Estimate, estimate, interval, resam
 def difference(first: Mapping[object, float], second: Mapping[object, float], draws: int = DRAWS,
                seed: int = 0) -> Estimate:
     """Mean of first - second over the units both have, with the interval of the paired differences."""
-    return estimate({name: first[name] - second[name] for name in first if name in second}, draws, seed)
+    differences = {name: first[name] - second[name] for name in first if name in second}
+    return estimate(differences, draws, seed)
 
 
 def frontier(points: np.ndarray) -> np.ndarray:
     """Points (P, 2) that no other point beats in both coordinates, from left to right."""
     best: list[np.ndarray] = []
-    for point in points[np.lexsort((points[:, 1], points[:, 0]))]:
+    for point in points[np.lexsort((points[:, 1], points[:, 0]))]:      # from left to right, equally far ones upwards
         while best and best[-1][1] <= point[1]:
             best.pop()
         best.append(point)
@@ -32,7 +33,8 @@ def area(points: np.ndarray, corner: np.ndarray) -> float:
     right of the last it falls straight down. Parts below or left of the corner do not count.
     """
     curve = frontier(np.maximum(points, corner)) - corner
-    x, y = np.concatenate([[0.0], curve[:, 0]]), np.concatenate([curve[:1, 1], curve[:, 1]])
+    x = np.concatenate([[0.0], curve[:, 0]])
+    y = np.concatenate([curve[:1, 1], curve[:, 1]])
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
 
 
@@ -54,7 +56,7 @@ class Areas:
 def shares_of_box(curves: np.ndarray) -> np.ndarray:
     """Areas (C,) under curves (C, P, 2), each as a share of the box around all points of all."""
     corner, top = curves.min(axis=(0, 1)), curves.max(axis=(0, 1))
-    scaled = (curves - corner) / np.maximum(top - corner, 1e-12)
+    scaled = (curves - corner) / np.maximum(top - corner, 1e-12)        # points that all agree make a box without sides
     return np.array([area(curve, np.zeros(2)) for curve in scaled])
 
 
@@ -72,21 +74,24 @@ def compare_areas(curves: Mapping[str, np.ndarray], pairs: Sequence[tuple[str, s
             points is higher by chance alone.
     """
     shapes = {values.shape for values in curves.values()}
-    if len(shapes) != 1 or not units or shapes.copy().pop()[2] != len(units):
+    if len(shapes) != 1 or not units or next(iter(shapes))[2] != len(units):
         raise ValueError(f"curves of shapes {sorted(shapes)} cannot be compared")
     stacked = np.stack(list(curves.values()))                                       # (C, P, 2, U)
     means = stacked.mean(axis=3)                                                    # (C, P, 2)
     corner, top = means.min(axis=(0, 1)), means.max(axis=(0, 1))
-    drawn = np.einsum("cpku,du->dcpk", stacked, resamplings(units, draws, seed))
-    values = np.array([shares_of_box(draw) for draw in drawn])                      # (draws, C)
-    exact, names, count = shares_of_box(means), list(curves), len(units)
+    resampled = np.einsum("cpku,du->dcpk", stacked, resamplings(units, draws, seed))
+    values = np.array([shares_of_box(draw) for draw in resampled])                  # (draws, C)
+    exact = dict(zip(curves, shares_of_box(means), strict=True))
+    drawn = dict(zip(curves, values.T, strict=True))
 
-    def about(value: float, drawn: np.ndarray) -> Estimate:
-        return Estimate(float(value), *(interval(drawn) if count > 1 else (None, None)), count)
+    def about(value: float, resampled_values: np.ndarray) -> Estimate:
+        if len(units) == 1:
+            return Estimate(float(value), units=1)
+        return Estimate(float(value), *interval(resampled_values), len(units))
 
-    areas = {name: about(exact[i], values[:, i]) for i, name in enumerate(names)}
+    areas = {name: about(exact[name], drawn[name]) for name in curves}
     differences = {}
-    for pair in pairs:
-        i, j = map(names.index, pair)
-        differences[pair] = about(exact[i] - exact[j], values[:, i] - values[:, j])
-    return Areas(tuple(map(float, corner)), tuple(map(float, top - corner)), areas, differences)
+    for first, second in pairs:
+        # Both curves come from the same resampling, so that what their units share cancels.
+        differences[first, second] = about(exact[first] - exact[second], drawn[first] - drawn[second])
+    return Areas(tuple(corner.tolist()), tuple((top - corner).tolist()), areas, differences)

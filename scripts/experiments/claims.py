@@ -1,8 +1,9 @@
 """The paper's claims as experiments: which points each needs, and what is compared with what."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from experiments.jobs import AUXILIARY, BASE, NOUN, Job, SweepConfig, training_of
 from ldm.util import UserError
@@ -25,6 +26,11 @@ class Line:
     points: tuple[Job, ...]
     marks: tuple[str, ...]
     baseline: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the points in tables."""
+        return [f"{self.label}, {mark}".removesuffix(", ") for mark in self.marks]
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,27 @@ def _chosen(config: SweepConfig, strength: float | None, *settings: str, words: 
     return Job("", config.method, config.step, strength, settings, words)
 
 
+def _raw(config: SweepConfig, baseline: str | None = None) -> Line:
+    """That model drawn as it is."""
+    return _alone("raw model", _chosen(config, None), baseline)
+
+
 def _curve(config: SweepConfig, label: str, method: str, strength: float | None = None, *settings: str,
            baseline: str | None = None) -> Line:
     """A line over fine-tuning steps."""
     points = tuple(Job("", method, step, strength, settings) for step in config.steps)
-    return Line(label, points, tuple(f"{step} steps" for step in config.steps), baseline)
+    marks = tuple(f"{step} steps" for step in config.steps)
+    return Line(label, points, marks, baseline)
+
+
+def _over(config: SweepConfig, label: str, strength: float, key: str, values: Sequence[float]) -> Line:
+    """A line over the values of a sampling setting, compared with the raw model."""
+    points = tuple(_chosen(config, strength, f"{key}={value}") for value in values)
+    return Line(label, points, _numbers(values), "raw model")
+
+
+def _numbers(values: Sequence[float]) -> tuple[str, ...]:
+    return tuple(f"{value:g}" for value in values)
 
 
 def schemes(config: SweepConfig) -> list[str]:
@@ -69,10 +91,14 @@ def schemes(config: SweepConfig) -> list[str]:
 
 def like_with_like(config: SweepConfig, names: Iterable[str]) -> dict[str, str]:
     """Pairs each ICO scheme with the manual template of as many concept words: their number alone moves curves."""
-    methods = {name: training_of(config, name).method for name in names}
-    manual = {len(method.words): name for name, method in methods.items() if not (method.prefix or method.suffix)}
-    return {name: manual[len(method.words)] for name, method in methods.items()
-            if (method.prefix or method.suffix) and len(method.words) in manual}
+    optimized, manual = {}, {}
+    for name in names:
+        method = training_of(config, name).method
+        if method.prefix or method.suffix:
+            optimized[name] = len(method.words)
+        else:
+            manual[len(method.words)] = name
+    return {name: manual[words] for name, words in optimized.items() if words in manual}
 
 
 def tradeoff(config: SweepConfig) -> list[Line]:
@@ -84,9 +110,9 @@ def tradeoff(config: SweepConfig) -> list[Line]:
 def sweep(config: SweepConfig) -> list[Line]:
     """All that is configured: every scheme over its steps, plain and with DCI at each lambda."""
     lines = tradeoff(config) if config.plain else []
-    for name in schemes(config):
-        lines += [_curve(config, f"{name} + DCI, lambda {strength:g}", name, strength,
-                         baseline=name if config.plain else None) for strength in config.strengths]
+    for name, strength in product(schemes(config), config.strengths):
+        baseline = name if config.plain else None
+        lines.append(_curve(config, f"{name} + DCI, lambda {strength:g}", name, strength, baseline=baseline))
     return lines
 
 
@@ -101,7 +127,9 @@ def dci(config: SweepConfig) -> list[Line]:
 def methods(config: SweepConfig) -> list[Line]:
     """The manual template, ICO and ICO with DCI after the same steps, on the same prompts and seeds."""
     template = like_with_like(config, config.methods).get(config.method)
-    lines = [] if template is None else [_alone(template, Job("", template, config.step))]
+    lines = []
+    if template is not None:            # no template may have as many words
+        lines.append(_alone(template, Job("", template, config.step)))
     return [*lines, _alone(config.method, _chosen(config, None), template),
             _alone(f"{config.method} + DCI", _chosen(config, config.strength), config.method)]
 
@@ -109,16 +137,15 @@ def methods(config: SweepConfig) -> list[Line]:
 def lambdas(config: SweepConfig) -> list[Line]:
     """From hardly any injection to too much."""
     points = tuple(_chosen(config, strength) for strength in config.lambdas)
-    return [_alone("raw model", _chosen(config, None)),
-            Line("DCI over lambda", points, tuple(f"{strength:g}" for strength in config.lambdas), "raw model")]
+    return [_raw(config), Line("DCI over lambda", points, _numbers(config.lambdas), "raw model")]
 
 
 def ablations(config: SweepConfig) -> list[Line]:
     """Each part of DCI taken out."""
-    return [_alone("DCI", _chosen(config, config.strength)),
-            _alone("raw model", _chosen(config, None), "DCI"),
-            *(_alone(label, _chosen(config, config.strength, f"dci.ablation={key}"), "DCI")
-              for label, key in ABLATIONS.items())]
+    lines = [_alone("DCI", _chosen(config, config.strength)), _raw(config, "DCI")]
+    for label, key in ABLATIONS.items():
+        lines.append(_alone(label, _chosen(config, config.strength, f"dci.ablation={key}"), "DCI"))
+    return lines
 
 
 def masks(config: SweepConfig) -> list[Line]:
@@ -131,47 +158,50 @@ def auxiliary_nouns(config: SweepConfig) -> list[Line]:
     lines: list[Line] = []
     for name, noun in config.nouns.items():
         settings = () if noun is None else (f"dci.replace_noun={noun}",)
-        lines.append(_alone(name, _chosen(config, config.strength, *settings), lines[0].label if lines else None))
-    return [*lines, _alone("raw model", _chosen(config, None), lines[0].label if lines else None)]
+        lines.append(_alone(name, _chosen(config, config.strength, *settings), _first(lines)))
+    return [*lines, _raw(config, _first(lines))]
+
+
+def _first(lines: Sequence[Line]) -> str | None:
+    """What later lines are compared with; nothing where there is none yet."""
+    return lines[0].label if lines else None
 
 
 def phase(config: SweepConfig) -> list[Line]:
     """The share T_a of the steps that have two branches."""
-    points = tuple(_chosen(config, config.strength, f"dci.agg_time={share}") for share in config.agg_times)
-    return [_alone("raw model", _chosen(config, None)),
-            Line("DCI over T_a", points, tuple(f"{share:g}" for share in config.agg_times), "raw model")]
+    return [_raw(config), _over(config, "DCI over T_a", config.strength, "dci.agg_time", config.agg_times)]
 
 
 def guidance(config: SweepConfig) -> list[Line]:
     """How the branches share guidance and noise."""
-    ways = [(shared, noise) for shared in ("separate", "shared") for noise in ("independent", "common")]
-    labels = [f"{shared} guidance, {noise} noise" for shared, noise in ways]
-    return [_alone(label, _chosen(config, config.strength, f"dci.guidance={shared}", f"dci.noise={noise}"),
-                   labels[0] if label != labels[0] else None)
-            for label, (shared, noise) in zip(labels, ways, strict=True)]
+    lines: list[Line] = []
+    for shared, noise in product(("separate", "shared"), ("independent", "common")):
+        job = _chosen(config, config.strength, f"dci.guidance={shared}", f"dci.noise={noise}")
+        lines.append(_alone(f"{shared} guidance, {noise} noise", job, _first(lines)))
+    return lines
 
 
 def replaced(config: SweepConfig) -> list[Line]:
     """The fine-tuned weights with other words in the concept's place, beside the base model."""
     tuned = "tuned, concept words"
-    base = [Job("", BASE, 0, words=words) for words in (NOUN, AUXILIARY)]
+    base_noun, base_auxiliary = Job("", BASE, 0, words=NOUN), Job("", BASE, 0, words=AUXILIARY)
     return [_alone(tuned, _chosen(config, None)),
             _alone("tuned, class noun", _chosen(config, None, words=NOUN), tuned),
             _alone("tuned, auxiliary noun", _chosen(config, None, words=AUXILIARY), tuned),
-            _alone("base model, class noun", base[0], tuned), _alone("base model, auxiliary noun", base[1], tuned)]
+            _alone("base model, class noun", base_noun, tuned),
+            _alone("base model, auxiliary noun", base_auxiliary, tuned)]
 
 
 def gains(config: SweepConfig) -> list[Line]:
     """DBIM's constant 500, which the release set for SD v1; lambda acts through it, hence a line for each strength."""
-    lines = [_alone("raw model", _chosen(config, None))]
+    lines = [_raw(config)]
     for strength in config.strengths or [config.strength]:
-        points = tuple(_chosen(config, strength, f"dci.mask_sum={gain}") for gain in config.gains)
-        lines.append(Line(f"DCI over mask_sum, lambda {strength:g}", points,
-                          tuple(f"{gain:g}" for gain in config.gains), "raw model"))
+        label = f"DCI over mask_sum, lambda {strength:g}"
+        lines.append(_over(config, label, strength, "dci.mask_sum", config.gains))
     return lines
 
 
-CLAIMS = {claim.name: claim for claim in (
+_ALL = (
     Claim("tradeoff", "Fig. 6, 8", "Is ICO's trade-off curve above the manual templates' with as many concept words?",
           tradeoff),
     Claim("dci", "Fig. 6", "Does DCI beat the raw model of the same concept file at equal U-Net work?", dci),
@@ -187,7 +217,8 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("guidance", "release", "Which is better: guidance of their own or shared, noise independent or common?",
           guidance),
     Claim("replaced", "section 3.3", "Does editability come back when the concept words are replaced?", replaced),
-    Claim("gains", "eq 3, 4", "Do the release's constants suit a model of fewer pixels?", gains))}
+    Claim("gains", "eq 3, 4", "Do the release's constants suit a model of fewer pixels?", gains))
+CLAIMS = {claim.name: claim for claim in _ALL}
 SWEEP = Claim("sweep", "Fig. 6", "How do the configured methods trade fidelity for editability?", sweep)
 
 
@@ -197,8 +228,12 @@ def find_claims(names: list[str]) -> list[Claim]:
     Raises:
         UserError: a name is unknown, or none is given.
     """
-    unknown = [name for name in names if name not in (*CLAIMS, "all")]
-    if unknown or not names:
-        what = f"claim '{unknown[0]}' is unknown" if unknown else "no claim is named"
-        raise UserError(f"{what}; claims: {', '.join(CLAIMS)}, all.")
-    return list(CLAIMS.values()) if "all" in names else [CLAIMS[name] for name in dict.fromkeys(names)]
+    known = ", ".join([*CLAIMS, "all"])
+    if not names:
+        raise UserError(f"no claim is named; claims: {known}.")
+    for name in names:
+        if name not in CLAIMS and name != "all":
+            raise UserError(f"claim '{name}' is unknown; claims: {known}.")
+    if "all" in names:
+        return list(CLAIMS.values())
+    return [CLAIMS[name] for name in dict.fromkeys(names)]

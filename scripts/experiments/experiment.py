@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -35,7 +36,7 @@ from ldm.requests import ImageRequest
 from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError, folder_name
 
-Rows = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 SHEET_ROWS, SHEET_COLUMNS = 12, 9
 REPORT, PLOT, SHEET, MASKS = "report.md", "plot.png", "sheet.png", "masks"
 
@@ -68,13 +69,21 @@ def jobs_of(claim: Claim, sweep: Sweep) -> list[Job]:
     Raises:
         UserError: the sweep's configuration lists none of its points, or asks for no run.
     """
-    needed = dict.fromkeys(point for line in claim.lines(sweep.config) for point in line.points)
+    needed = points_of(claim.lines(sweep.config))
     if not needed:
         raise UserError(f"experiment '{claim.name}' has no points; its list in the sweep's configuration is empty.")
     if sweep.config.runs < 1:
         raise UserError(f"runs is {sweep.config.runs}; give at least 1.")
-    return [replace(point, concept=name, run=run) for point in needed for name in sweep.subjects
-            for run in range(1 if point.method == BASE else sweep.config.runs)]
+    jobs = []
+    for point in needed:
+        runs = 1 if point.method == BASE else sweep.config.runs         # there is one base model
+        jobs += [replace(point, concept=name, run=run) for name, run in product(sweep.subjects, range(runs))]
+    return jobs
+
+
+def points_of(lines: Sequence[Line]) -> list[Job]:
+    """Returns the points of lines, once each: a curve may share some with another."""
+    return list(dict.fromkeys(chain.from_iterable(line.points for line in lines)))
 
 
 def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
@@ -87,7 +96,7 @@ def claim_names(claims: Sequence[Claim], sweep: Sweep) -> None:
     for claim in claims:
         folder = sweep.outdir / claim.name
         if claim.masks:
-            claim_results(folder / MASKS, [mask_file(name) for name in sweep.subjects], known=is_earlier(folder))
+            claim_results(folder / MASKS, list(map(mask_file, sweep.subjects)), known=is_earlier(folder))
         claim_results_folder(folder, REPORT, PLOT, SHEET)
     if len(claims) > 1:
         claim_results(sweep.outdir, [REPORT], known=earlier)
@@ -111,58 +120,66 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         raise UserError("a trade-off needs a metric of prompt agreement (judge or a CLIP) and one of images; give more "
                         "--metrics.")
     lines, jobs = claim.lines(sweep.config), jobs_of(claim, sweep)
-    if axes[0] == "judge_edit" and not any(sweep.scorer.judge.wishes(text) for job in jobs for text in sweep.said(job)):
-        raise UserError(f"'{sweep.scorer.titles[axes[0]]}' can be said of no prompt of this sweep; give other prompts, "
-                        "or other --metrics.")
+    if axes[0] == "judge_edit":
+        _check_wishes(jobs, sweep)
     rows = points(sweep.run(jobs))
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
-    write_rows([row for point in dict.fromkeys(job.point for job in jobs) for row in rows[point]], folder)
+    write_rows(list(chain.from_iterable(map(rows.get, points_of(lines)))), folder)
     titles = sweep.scorer.titles
-    estimates = {_name(line, index): summarize(rows[point], list(titles))
-                 for line in lines for index, point in enumerate(line.points)}
-    drawn = min(len(rows[point]) for line in lines for point in line.points)
-    several, minutes = len(estimates) > 1, sweep.seconds(jobs) / 60
-    text = "\n\n".join(filter(None, [
-        f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
-        "![plot](plot.png)" if several else "", "![images](sheet.png)",
-        table(estimates, titles, "mean [95 % interval]"), meaning(titles),
-        comparison_table(comparisons, titles, axes), area_table(areas), verdict(comparisons, areas, drawn)]))
+    estimates, curves = {}, []
+    for line in lines:
+        curve = []
+        for name, point, mark in zip(line.names, line.points, line.marks, strict=True):
+            estimates[name] = summarize(rows[point], list(titles))
+            curve.append((estimates[name][axes[0]], estimates[name][axes[1]], mark))
+        curves.append(Curve(line.label, curve))
+    drawn = min(map(len, rows.values()))
+    several, minutes = len(estimates) > 1, sweep.store.seconds(jobs) / 60
+    parts = [f"## {claim.name} ({claim.source})", claim.question, _circumstances(sweep, command, minutes),
+             "![plot](plot.png)" if several else "", "![images](sheet.png)",
+             table(estimates, titles, "mean [95 % interval]"), meaning(titles),
+             comparison_table(comparisons, titles, axes), area_table(areas), verdict(comparisons, areas, drawn)]
     if claim.masks:
-        text += "\n\n" + draw_masks(sweep, lines[0].points[0], jobs, folder)
+        parts.append(draw_masks(sweep, lines[0].points[0], jobs, folder))
+    text = "\n\n".join(filter(None, parts))
     write_json(folder / SUMMARY, {
-        "points": as_numbers(estimates), "comparisons": [_as_json(item) for item in comparisons],
+        "points": as_numbers(estimates), "comparisons": list(map(_as_json, comparisons)),
         "areas": _areas_as_json(areas), "minutes": minutes, "measured_by": sweep.scorer.record, "command": command})
     write_text(folder / REPORT, text + "\n")
-    curves = [Curve(line.label, [(*(estimates[_name(line, index)][axis] for axis in axes), mark)
-                                 for index, mark in enumerate(line.marks)]) for line in lines]
     if several:
         tradeoff_plot(curves, titles[axes[0]], titles[axes[1]], plot_title(claim, drawn), folder / PLOT)
     save_png(experiment_sheet(sweep, lines, rows), folder / SHEET)
     return Report(folder, text, comparisons, areas)
 
 
-def _name(line: Line, index: int) -> str:
-    """Names a point in tables."""
-    return f"{line.label}, {line.marks[index]}".removesuffix(", ")
+def _check_wishes(jobs: Sequence[Job], sweep: Sweep) -> None:
+    """Refuses prompts of which the judge knows none, before any work."""
+    for job in jobs:
+        if any(map(sweep.scorer.judge.wishes, job.said(sweep.subjects[job.concept]))):
+            return
+    raise UserError(f"'{sweep.scorer.titles['judge_edit']}' can be said of no prompt of this sweep; give other "
+                    "prompts, or other --metrics.")
 
 
 def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
     """Says in a line what was measured and how long it took."""
-    subjects = list(sweep.subjects.values())
-    prompts = sorted({len(subject.prompts) for subject in subjects})
+    counts = {len(subject.prompts) for subject in sweep.subjects.values()}
+    prompts = " or ".join(map(str, sorted(counts)))
     runs = "" if sweep.config.runs == 1 else f"{sweep.config.runs} fine-tuning runs x "
-    return (f"{len(subjects)} concepts x {runs}{' or '.join(map(str, prompts))} prompts x {sweep.config.seeds} seeds a "
+    ending = f" Command: `{command}`" if command else ""
+    return (f"{len(sweep.subjects)} concepts x {runs}{prompts} prompts x {sweep.config.seeds} seeds a "
             f"point; {minutes:.1f} minutes of one process, with fine-tuning and points that other experiments share."
-            + (f" Command: `{command}`" if command else ""))
+            f"{ending}")
 
 
-def by_unit(rows: Rows, column: str) -> dict[object, float]:
+def by_unit(rows: Records, column: str) -> dict[object, float]:
     """A column's means per prompt of a concept."""
-    return unit_means([row.get(column) for row in rows], [(row["concept"], row["prompt"]) for row in rows])
+    units = [(row["concept"], row["prompt"]) for row in rows]
+    return unit_means([row.get(column) for row in rows], units)
 
 
-def compare(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, str]) -> list[Comparison]:
+def compare(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str, str]) -> list[Comparison]:
     """Compares each point with its counterpart on the baseline's line, the same in order or the only one."""
     known, found = {line.label: line for line in lines}, []
     for line in lines:
@@ -171,32 +188,41 @@ def compare(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, st
         base = known[line.baseline]
         for index, point in enumerate(line.points):
             other = min(index, len(base.points) - 1)
-            pairs = [(by_unit(rows[point], axis), by_unit(rows[base.points[other]], axis)) for axis in axes]
-            per_concept = [_concept_differences(*pair) for pair in pairs]
-            found.append(Comparison(
-                _name(line, index), _name(base, other), difference(*pairs[0]), difference(*pairs[1]),
-                tuple(sum(value > 0 for value in values) for values in per_concept), len(per_concept[0])))
+            first, second = rows[point], rows[base.points[other]]
+            editability, agreeing, concepts = _change(first, second, axes[0])
+            fidelity, resembling, _ = _change(first, second, axes[1])
+            found.append(Comparison(line.names[index], base.names[other], editability, fidelity,
+                                    (agreeing, resembling), concepts))
     return found
 
 
-def _concept_differences(first: Mapping[Any, float], second: Mapping[Any, float]) -> list[float]:
-    """Differences of the concepts' means over prompts."""
-    shared = [unit for unit in first if unit in second]
-    return list(unit_means([first[unit] - second[unit] for unit in shared], [unit[0] for unit in shared]).values())
+def _change(rows: Records, base: Records, column: str) -> tuple[Estimate, int, int]:
+    """Returns a column's paired difference of two points, in how many concepts it is above zero, and of how many."""
+    first, second = by_unit(rows, column), by_unit(base, column)
+    values, concepts = [], []
+    for unit in first:
+        if unit in second:
+            values.append(first[unit] - second[unit])
+            concepts.append(unit[0])
+    per_concept = np.array(list(unit_means(values, concepts).values()))
+    return difference(first, second), int(np.sum(per_concept > 0)), len(per_concept)
 
 
-def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Rows], axes: tuple[str, str]) -> Areas | None:
+def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str, str]) -> Areas | None:
     """Areas under the lines that have as many points as the longest, and of each less its baseline's."""
     longest = max(len(line.points) for line in lines)
     curves = {line.label: line for line in lines if len(line.points) == longest}
     if longest < 2 or len(curves) < 2:
         return None
-    values = {line.label: [[by_unit(rows[point], axis) for axis in axes] for point in line.points]
-              for line in curves.values()}
-    shared = [unit for unit in next(iter(values.values()))[0][0]
-              if all(unit in axis for points_ in values.values() for point in points_ for axis in point)]
-    arrays = {label: np.array([[[axis[unit] for unit in shared] for axis in point] for point in points_])
-              for label, points_ in values.items()}                                 # (points, 2, units) each
+    values = {}
+    for label, line in curves.items():
+        values[label] = [by_unit(rows[point], axis) for point, axis in product(line.points, axes)]
+    everywhere = set.intersection(*map(set, chain.from_iterable(values.values())))
+    shared = [unit for unit in next(iter(values.values()))[0] if unit in everywhere]
+    arrays = {}                                                                     # (points, 2, units) each
+    for label, columns in values.items():
+        numbers = [means[unit] for means, unit in product(columns, shared)]
+        arrays[label] = np.array(numbers).reshape(longest, len(axes), len(shared))
     pairs = [(line.label, line.baseline) for line in curves.values() if line.baseline in curves]
     return compare_areas(arrays, pairs, shared)
 
@@ -207,8 +233,9 @@ def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str
         return ""
     lines = [f"| difference [95 % interval] | {titles[axes[0]]} | rose in | {titles[axes[1]]} | rose in |",
              "|---|---|---|---|---|"]
-    lines += [f"| {item.name} - {item.baseline} | {item.editability} | {item.rose[0]} of {item.concepts} concepts | "
-              f"{item.fidelity} | {item.rose[1]} of {item.concepts} |" for item in comparisons]
+    for item in comparisons:
+        lines.append(f"| {item.name} - {item.baseline} | {item.editability} | {item.rose[0]} of {item.concepts} "
+                     f"concepts | {item.fidelity} | {item.rose[1]} of {item.concepts} |")
     return "\n".join(lines)
 
 
@@ -217,11 +244,16 @@ def overview(reports: Sequence[Report], sweep: Sweep, command: str = "") -> Path
     titles, axes = sweep.scorer.titles, (sweep.scorer.editability, sweep.scorer.fidelity)
     lines = [f"| experiment | difference [95 % interval] | {titles[axes[0]]} | {titles[axes[1]]} |",
              "|---|---|---|---|"]
-    lines += [f"| {report.folder.name} | {item.name} - {item.baseline} | {item.editability} | {item.fidelity} |"
-              for report in reports for item in report.comparisons]
-    parts = [f"# {len(reports)} experiments", f"Command: `{command}`" if command else "", "\n".join(lines),
-             *(re.sub(r"\]\((?=[\w/.]+\))", f"]({report.folder.name}/", report.text) for report in reports)]
-    return write_text(sweep.outdir / REPORT, "\n\n".join(filter(None, parts)) + "\n")
+    texts = []
+    for report in reports:
+        for item in report.comparisons:
+            lines.append(f"| {report.folder.name} | {item.name} - {item.baseline} | {item.editability} | "
+                         f"{item.fidelity} |")
+        # Links of a report start at its own folder, one below this file.
+        texts.append(re.sub(r"\]\((?=[\w/.]+\))", f"]({report.folder.name}/", report.text))
+    told = f"Command: `{command}`" if command else ""
+    parts = filter(None, [f"# {len(reports)} experiments", told, "\n".join(lines), *texts])
+    return write_text(sweep.outdir / REPORT, "\n\n".join(parts) + "\n")
 
 
 def area_table(areas: Areas | None) -> str:
@@ -229,20 +261,26 @@ def area_table(areas: Areas | None) -> str:
     if areas is None:
         return ""
     lines = ["| area under the curve, share of the box around all points | [95 % interval] | excludes zero |",
-             "|---|---|---|", *(f"| {name} | {value} | |" for name, value in areas.areas.items())]
-    lines += [f"| {name} - {base} | {value} | {'' if value.low is None else 'yes' if value.excludes_zero else 'no'} |"
-              for (name, base), value in areas.differences.items()]
+             "|---|---|---|"]
+    for name, value in areas.areas.items():
+        lines.append(f"| {name} | {value} | |")
+    for (name, base), value in areas.differences.items():
+        answer = "yes" if value.excludes_zero else "no"
+        if value.low is None:                           # without an interval there is no answer
+            answer = ""
+        lines.append(f"| {name} - {base} | {value} | {answer} |")
     return "\n".join(lines)
 
 
 def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) -> str:
     """Says how many of the differences are not decided with so many images a point."""
-    found = [estimate for item in comparisons for estimate in (item.editability, item.fidelity)]
-    found += list(areas.differences.values()) if areas else []
-    known = [estimate for estimate in found if estimate.low is not None]
+    found = list(areas.differences.values()) if areas else []
+    for item in comparisons:
+        found += [item.editability, item.fidelity]
+    known = [change for change in found if change.low is not None]
     if found and not known:
         return "Nothing is decided: one prompt of one concept gives no intervals."
-    unclear = sum(not estimate.excludes_zero for estimate in known)
+    unclear = [change.excludes_zero for change in known].count(False)
     if not unclear:
         return ""
     return (f"Not decided with {drawn} images a point: {unclear} of {len(known)} differences, whose intervals "
@@ -256,8 +294,9 @@ def plot_title(claim: Claim, drawn: int) -> str:
 
 def _as_json(item: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
+    numbers = as_numbers({item.name: {"editability": item.editability, "fidelity": item.fidelity}})
     return {"point": item.name, "baseline": item.baseline, "rose": item.rose, "concepts": item.concepts,
-            **as_numbers({"": {"editability": item.editability, "fidelity": item.fidelity}})[""]}
+            **numbers[item.name]}
 
 
 def _areas_as_json(areas: Areas | None) -> dict[str, Any] | None:
@@ -269,17 +308,27 @@ def _areas_as_json(areas: Areas | None) -> dict[str, Any] | None:
             **as_numbers({"areas": areas.areas, "differences": named})}
 
 
-def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Rows]) -> Image.Image:
+def experiment_sheet(sweep: Sweep, lines: Sequence[Line], rows: Mapping[Job, Records]) -> Image.Image:
     """Lays out prompts of all concepts in rows, points in columns, the first seed of each."""
     places = sheet_columns(lines)
-    first = {point: {(row["concept"], row["prompt"]): row for row in reversed(found)} for point, found in rows.items()}
+    first: dict[tuple[Job, str, str], str] = {}
+    for point, found in rows.items():
+        for row in found:
+            first.setdefault((point, row["concept"], row["prompt"]), row["picture"])
     references = {name: open_references(subject.references)[0] for name, subject in sweep.subjects.items()}
     shown = []
     for concept, prompt in sheet_rows(list(sweep.subjects.values())):
-        rows_shown = [first[line.points[index]][concept, prompt] for line, index in places]
-        cells = [open_image(sweep.outdir / row["picture"]) for row in rows_shown]
-        shown.append((f"{prompt.replace('{}', '[' + concept + ']')}", [references[concept], *cells]))
-    return sheet(["reference", *(_name(line, index) for line, index in places)], shown, 128)
+        cells = [references[concept]]
+        for line, index in places:
+            cells.append(open_image(sweep.outdir / first[line.points[index], concept, prompt]))
+        shown.append((_with_name(prompt, concept), cells))
+    titles = [line.names[index] for line, index in places]
+    return sheet(["reference", *titles], shown, 128)
+
+
+def _with_name(prompt: str, concept: str) -> str:
+    """Says a prompt to a reader, who knows the concept by its name."""
+    return prompt.replace("{}", f"[{concept}]")
 
 
 def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
@@ -289,35 +338,48 @@ def sheet_columns(lines: Sequence[Line]) -> Sequence[tuple[Line, int]]:
     """
     for count in range(SHEET_COLUMNS, 0, -1):
         sizes = [min(count, len(line.points)) for line in lines]
-        if sum(sizes) <= SHEET_COLUMNS or count == 1:
+        if sum(sizes) <= SHEET_COLUMNS:
             break
-    places = [(line, int(index)) for line, size in zip(lines, sizes, strict=True)
-              for index in np.linspace(len(line.points) - 1, 0, size).round()[::-1]]
+    places = []
+    for line, size in zip(lines, sizes, strict=True):
+        # From the end, which is the point that one column shows.
+        indices = np.linspace(len(line.points) - 1, 0, size).round().astype(int)
+        places += [(line, index) for index in indices[::-1].tolist()]
     return thin_out(places, SHEET_COLUMNS)
 
 
 def sheet_rows(found: Sequence[Subject]) -> list[tuple[str, str]]:
     """Picks a sheet's concepts and prompts: concepts in turn, and over the sheet prompts from the first to the last."""
-    if sum(len(subject.prompts) for subject in found) <= SHEET_ROWS:
-        return [(subject.name, prompt) for subject in found for prompt in subject.prompts]
-    turns = [(row, found[row % len(found)]) for row in range(SHEET_ROWS)]
-    return [(subject.name, subject.prompts[row * len(subject.prompts) // SHEET_ROWS]) for row, subject in turns]
+    pairs = []
+    for subject in found:
+        pairs += [(subject.name, prompt) for prompt in subject.prompts]
+    if len(pairs) <= SHEET_ROWS:
+        return pairs
+    shown = []
+    for row in range(SHEET_ROWS):
+        subject = found[row % len(found)]
+        shown.append((subject.name, subject.prompts[row * len(subject.prompts) // SHEET_ROWS]))
+    return shown
 
 
 def draw_masks(sweep: Sweep, point: Job, jobs: Sequence[Job], folder: Path) -> str:
     """Draws DBIM's masks for one prompt of each concept; returns a table of their mean and spread per resolution."""
     numbers: dict[tuple[int, int], list[np.ndarray]] = {}
+    images = []
     for index, (name, subject) in enumerate(sweep.subjects.items()):
         job = replace(point, concept=name)
-        generator, settings = sweep.ready(job, jobs), sweep.settings(job)
+        generator, settings = sweep.ready(job, jobs), sweep.store.settings(job)
         prompt = subject.prompts[index * len(subject.prompts) // len(sweep.subjects)]
         request = ImageRequest(prompt, sweep.config.first_seed, point.strength)
         image, record = generator.masks(request, settings)
-        title = f"{prompt.replace('{}', '[' + name + ']')} (seed {request.seed}, lambda {request.strength:g})"
+        title = f"{_with_name(prompt, name)} (seed {request.seed}, lambda {request.strength:g})"
         save_png(mask_panel(image, record, title), folder / MASKS / mask_file(name))
+        images.append(f"![masks of {name}]({MASKS}/{mask_file(name)})")
         for _, masks in record:
             numbers.setdefault(tuple(masks.shape[-2:]), []).append(masks[1].float().mean(dim=(0, 1)).numpy())
     lines = ["| resolution | mean share of the auxiliary branch | spread over pixels |", "|---|---|---|"]
-    lines += [f"| {height} x {width} | {np.mean(maps):.3f} | {np.mean([one.std() for one in maps]):.3f} |"
-              for (height, width), maps in sorted(numbers.items(), reverse=True)]
-    return "\n".join([*lines, "", *(f"![masks of {name}](masks/{folder_name(name)}.png)" for name in sweep.subjects)])
+    for (height, width), maps in sorted(numbers.items(), reverse=True):
+        # Concepts count alike: the spread is of each image's own pixels, not of the difference between images.
+        deviations = [one.std() for one in maps]
+        lines.append(f"| {height} x {width} | {np.mean(maps):.3f} | {np.mean(deviations):.3f} |")
+    return "\n".join([*lines, "", *images])

@@ -16,6 +16,7 @@ from ldm.config_files import merge
 from ldm.customization.tokens import auxiliary_noun, join_pieces, split_at_concept
 from ldm.data.concept_lists import read_concepts
 from ldm.evaluation.image_sets import read_prompts
+from ldm.evaluation.scoring import plain_text
 from ldm.text import literal
 from ldm.util import UserError, shipped
 
@@ -114,17 +115,25 @@ class Job:
         texts = []
         for prompt in subject.prompts:
             pieces = split_at_concept(prompt, "{}")
-            noun = auxiliary_noun(subject.class_noun, pieces, None) if self.words == AUXILIARY else \
-                self.words.replace(NOUN, subject.class_noun)
+            if self.words == AUXILIARY:
+                noun = auxiliary_noun(subject.class_noun, pieces, None)
+            else:
+                noun = self.words.replace(NOUN, subject.class_noun)
             texts.append("".join(join_pieces(pieces, noun)))
         return texts
 
+    def said(self, subject: Subject) -> list[str]:
+        """What each prompt's images should show: its text without concept words, or with what replaces these."""
+        return [plain_text(prompt, subject.class_noun) for prompt in self.prompts(subject)]
+
     def sampling(self, config: SweepConfig) -> Any:
         """Merges the sampling configuration."""
-        ways = [f"dci.use={'false' if self.strength is None else 'true'}", "plain=false"]
-        ways += [] if self.strength is None else [f"dci.agg_lambda=[{self.strength}]"]
+        ways = ["dci.use=false"]
+        if self.strength is not None:
+            ways = ["dci.use=true", f"dci.agg_lambda=[{self.strength}]"]
+        # A job's own overrides come last, and win.
         return merge(SampleConfig, [*config.model_files, *config.sampling_files],
-                     [*config.sampling, *self.settings, *ways, f"n_samples={config.seeds}", "n_iter=1",
+                     [*config.sampling, *self.settings, *ways, "plain=false", f"n_samples={config.seeds}", "n_iter=1",
                       f"seed={config.first_seed}"])
 
 
@@ -146,7 +155,7 @@ def subjects(config: SweepConfig) -> list[Subject]:
     Raises:
         UserError: none is configured, or what a file says is missing.
     """
-    shared = read_prompts(Path(config.prompts)) if config.prompts else None
+    shared = read_prompts(Path(config.prompts)) if config.prompts else None         # else the data set's own
     found = _from_dataset(config, shared) if config.dataset else _from_files(config, shared)
     if not found:
         raise UserError("the sweep has no concepts; list them under concept_files, or give a dataset.")
@@ -173,7 +182,7 @@ def _from_dataset(config: SweepConfig, prompts: tuple[str, ...] | None) -> list[
     for name in config.dataset_concepts or concepts:
         concept = concepts[name]
         entry = {"name": name, "images": concept.images, "class_noun": concept.class_noun}
-        if exists(concept.regularization):
+        if exists(concept.regularization):              # without, images of the class are made or fetched
             entry["regularization"] = concept.regularization
         found.append(Subject(name, concept.class_noun, thin_out(prompts or concept.prompts, config.max_prompts),
                              _references(config, name, Path(concept.images)), entry=tuple(entry.items())))

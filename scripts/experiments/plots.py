@@ -14,7 +14,8 @@ from ldm.files import write_atomically
 from ldm.util import UserError
 
 SMALLEST, LARGEST = 4, 8                                                        # markers, in points
-MARK_PLACES = [(x, y) for far in (5, 15, 25) for x, y in ((5, far), (5, -far), (-5, far), (-5, -far))]
+MARK_PLACES = [(5, 5), (5, -5), (-5, 5), (-5, -5), (5, 15), (5, -15), (-5, 15), (-5, -15),
+               (5, 25), (5, -25), (-5, 25), (-5, -25)]                          # in points; of equal ones the first
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,16 @@ class Curve:
 
     label: str
     points: Sequence[tuple[Estimate, Estimate, str]]
+
+    @property
+    def means(self) -> np.ndarray:
+        """Where the points are, (P, 2)."""
+        return np.array([(editability.mean, fidelity.mean) for editability, fidelity, _ in self.points])
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the points are."""
+        return tuple(mark for *_, mark in self.points)
 
 
 def check_plots() -> None:
@@ -53,23 +64,27 @@ def tradeoff_figure(curves: Sequence[Curve], editability: str, fidelity: str, ti
     """
     figure = _figure(7.2, 5.4)
     axes = figure.add_subplot()
-    spoken, several = marked(curves), [curve for curve in curves if len(curve.points) > 1]
+    spoken = marked(curves)
     marks = []
     for number, curve in enumerate(curves):
-        x, y = [point[0].mean for point in curve.points], [point[1].mean for point in curve.points]
         color, shape = f"C{number % 10}", "os^Dv<>pP*"[number % 10]
-        sizes = np.linspace(LARGEST, SMALLEST, len(x))[::-1]
-        for i, (across, up, mark) in enumerate(curve.points):
-            axes.errorbar(x[i], y[i], xerr=_arms(across), yerr=_arms(up), color=color, alpha=0.2, linewidth=1)
-            axes.plot(x[i], y[i], color=color, marker=shape, markersize=sizes[i])
-            marks.append((mark if curve in spoken else "", (x[i], y[i]), color))
-        axes.plot(x, y, color=color, linewidth=1.4)
+        sizes = np.linspace(LARGEST, SMALLEST, len(curve.points))[::-1]         # a lone point is large
+        for (across, up, mark), size in zip(curve.points, sizes, strict=True):
+            spot = (across.mean, up.mean)
+            axes.errorbar(*spot, xerr=_arms(across), yerr=_arms(up), color=color, alpha=0.2, linewidth=1)
+            axes.plot(*spot, color=color, marker=shape, markersize=size)
+            marks.append((mark if curve in spoken else "", spot, color))
+        axes.plot(*curve.means.T, color=color, linewidth=1.4)
+        # Points differ in size, so the legend's marker is of a line without any.
         axes.plot([], [], color=color, label=fill(curve.label, 80), marker=shape, markersize=6, linewidth=1.4)
     axes.set(xlabel=f"editability: {editability}", ylabel=f"fidelity: {fidelity}")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
-    ends = [several[0].points[end][2] for end in (0, -1)] if len(several) > len(spoken) else []
-    _add_legend(figure, f"markers grow along a curve, from {' to '.join(ends)}" if ends else None)
+    several = [curve.marks for curve in curves if len(curve.points) > 1]
+    order = None
+    if len(several) > len(spoken):          # only then do all of them say the same
+        order = f"markers grow along a curve, from {several[0][0]} to {several[0][-1]}"
+    _add_legend(figure, order)
     _write_marks(axes, marks)
     return figure
 
@@ -87,8 +102,11 @@ def _add_legend(figure, title: str | None) -> None:
 def _write_marks(axes, marks: Sequence[tuple[str, tuple[float, float], str]]) -> None:
     """Writes marks (text, point, color) beside their points, where they cover the fewest others and other points."""
     from matplotlib.transforms import Bbox
-    reach, written = LARGEST * axes.figure.dpi / 72, []                         # px: a marker, and as much around it
-    points = [Bbox([spot - reach, spot + reach]) for spot in axes.transData.transform([spot for _, spot, _ in marks])]
+    reach = LARGEST * axes.figure.dpi / 72                                      # px: a marker, and as much around it
+    points, written = [], []
+    for _, spot, _ in marks:
+        place = axes.transData.transform(spot)
+        points.append(Bbox([place - reach, place + reach]))
     for index, (mark, spot, color) in enumerate(marks):
         if not mark:
             continue
@@ -107,12 +125,13 @@ def _put(text, place: tuple[int, int]):
 def marked(curves: Sequence[Curve]) -> Sequence[Curve]:
     """Picks the curves whose marks are written: where all of several points say the same, the longest of them."""
     several = [curve for curve in curves if len(curve.points) > 1]
-    if len({tuple(mark for *_, mark in curve.points) for curve in several}) != 1:
+    if len({curve.marks for curve in several}) != 1:
         return curves
-    corners = np.array([[[across.mean, up.mean] for across, up, _ in curve.points] for curve in several])
+    corners = np.stack([curve.means for curve in several])
     extent = np.ptp(corners, axis=(0, 1))                                       # (2): so that both axes count alike
     ways = np.diff(corners, axis=1) / np.where(extent > 0, extent, 1)           # (curves, points - 1, 2)
-    return [several[int(np.linalg.norm(ways, axis=2).sum(axis=1).argmax())]]
+    longest = np.linalg.norm(ways, axis=2).sum(axis=1).argmax()
+    return [several[int(longest)]]
 
 
 def _arms(value: Estimate) -> list[list[float]] | None:

@@ -11,9 +11,9 @@ from itertools import islice
 from typing import IO, Any
 
 CHUNK = 1 << 16
-LARGEST = 12_000_000      # bytes of one entry: its image as text is four thirds of a JPEG file
-MOST_MARKS = 500          # signs of structure in one entry, which take time, memory and, nested, Python's stack
-MESSAGE = 10_000          # bytes that are read of what is no list
+LARGEST_ENTRY = 12_000_000    # bytes of one entry: its image as text is four thirds of a JPEG file
+MOST_MARKS = 500               # signs of structure in one entry, which take time, memory and, nested, Python's stack
+MESSAGE = 10_000            # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
 _MARKS = re.compile(rb'["{}\[\],]')
 _QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)     # up to the quote that ends a text
@@ -59,7 +59,8 @@ class Answer:
     def __init__(self, file: IO[bytes], most: int):
         self._file, self.found = file, []
         for place in islice(_places(file), most):        # what follows them costs no time
-            if text := self._text(place):                # else the list is empty
+            text = self._text(place)
+            if text:                                     # else the list is empty
                 self.found.append(_found(_entry(text), place))
 
     def image(self, found: Found) -> bytes | None:
@@ -88,8 +89,10 @@ class Answer:
 
 def printable(value: Any, most: int) -> str:
     """Returns a text's first characters on one line, what cannot be shown or written as spaces; no other kind's."""
-    text = value[:most] if isinstance(value, str) else ""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    if not isinstance(value, str):
+        return ""
+    shown = [char if char.isprintable() else " " for char in value[:most]]
+    return " ".join("".join(shown).split())
 
 
 def _entry(text: bytes) -> dict[str, Any]:
@@ -99,13 +102,15 @@ def _entry(text: bytes) -> dict[str, Any]:
     return entry
 
 
-def _found(entry: dict[str, Any], place: tuple[int, int]) -> Found:
+def _found(entry: dict[str, Any], place: tuple[int, int] | None) -> Found:
     """Takes from an entry what is of use."""
     url, image = entry.get("url"), entry.get("image")
-    url = url if isinstance(url, str) and url == printable(url, URL) else ""
+    if not isinstance(url, str) or url != printable(url, URL):
+        url = ""                             # shortened or cleaned it would be another address
     identity = url or f"id {printable(str(entry.get('id')), IDENTITY)}"
-    return Found(identity, url, printable(entry.get("caption"), CAPTION),
-                 place if isinstance(image, str) and image else None)
+    if not isinstance(image, str) or not image:
+        place = None
+    return Found(identity, url, printable(entry.get("caption"), CAPTION), place)
 
 
 def _places(file: IO[bytes]) -> Iterator[tuple[int, int]]:
@@ -123,6 +128,7 @@ def _places(file: IO[bytes]) -> Iterator[tuple[int, int]]:
 
 def _small(content: bytes) -> str:
     """Returns a small text that is not nested deeply."""
+    # Counted before it is parsed: what is nested deeply would exhaust the parser's stack.
     if len(content) > MESSAGE or content.count(b"[") + content.count(b"{") > MOST_MARKS:
         raise ValueError("it is larger than a message")
     return content.decode("utf-8")
@@ -145,7 +151,7 @@ class _Scanner:
                     yield self._start, end
                 self._start, self._marks = end + 1, 0
         self._passed += len(chunk)
-        if self._passed - self._start > LARGEST:
+        if self._passed - self._start > LARGEST_ENTRY:
             raise ValueError("an entry is too large")
 
     def finish(self) -> None:

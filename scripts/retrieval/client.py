@@ -23,7 +23,7 @@ from retrieval.download import AGENT, Deadline, guarded_pool, why_failed
 
 MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
-LARGEST = 1_000_000_000     # bytes of one answer, which waits on the disk: some thousand images
+LARGEST_ANSWER = 1_000_000_000    # bytes of one answer, which waits on the disk: some thousand images
 IN_MEMORY = 16_000_000      # bytes of an answer that need no disk
 CONNECT = 10.0              # seconds
 NAMES = 100_000             # bytes of a list of indices
@@ -104,7 +104,8 @@ def ask_server(query: Query, count: int) -> Answer:
     url = query.url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url '{query.url}' is no http or https address; {ALTERNATIVES}.")
-    url = url if url.count("/") > 2 else f"{url}/knn-service"
+    if url.count("/") == 2:                  # no path beside http://
+        url += "/knn-service"
     with Deadline(query.timeout) as deadline:
         failure = None
         try:
@@ -149,7 +150,7 @@ class _Server:
                     "aesthetic_weight": 0.1}
         file = tempfile.SpooledTemporaryFile(IN_MEMORY)
         try:
-            self._fetch("POST", self.url, LARGEST, file, json.dumps(question).encode())
+            self._fetch("POST", self.url, LARGEST_ANSWER, file, json.dumps(question).encode())
         except BaseException:
             file.close()
             raise
@@ -163,7 +164,7 @@ class _Server:
         if wanted is not None and wanted not in names:
             has = printable(", ".join(names[:10]), 300)
             raise UserError(f"the server '{self.url}' has no index '{wanted}'; it has {has}.")
-        return wanted if wanted is not None else names[0]
+        return names[0] if wanted is None else wanted
 
     def _indices(self) -> list[Any]:
         """Returns what the server lists as its indices; nothing where it lists none."""
@@ -179,8 +180,10 @@ class _Server:
 
     def _fetch(self, method: str, url: str, most: int, file: IO[bytes], body: bytes | None = None) -> int:
         """Writes an answer of `most` bytes at most to a file, as it is sent, and returns its status."""
-        headers = {"User-Agent": AGENT, "Accept-Encoding": "identity", "Connection": "close",
-                   **({"Content-Type": "application/json"} if body else {})}
+        # Not inflated: a small answer could unfold to more than the disk holds.
+        headers = {"User-Agent": AGENT, "Accept-Encoding": "identity", "Connection": "close"}
+        if body:
+            headers["Content-Type"] = "application/json"
         response = self._pool.request(method, url, body=body, headers=headers, redirect=False, preload_content=False,
                                       decode_content=False)
         try:

@@ -42,8 +42,10 @@ class Clip:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Returns unit vectors (N, D) float32."""
-        parts = [self._unit(self.model.encode_text(self.tokenize(list(texts[start:start + BATCH])).to(self.device)))
-                 for start in range(0, len(texts), BATCH)]
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            tokens = self.tokenize(list(texts[start:start + BATCH])).to(self.device)
+            parts.append(self._unit(self.model.encode_text(tokens)))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -67,15 +69,17 @@ def quiet() -> Iterator[None]:
 
 
 def register_architecture(path: Path) -> str:
-    """Teaches open_clip the architecture a JSON file describes, and returns its name: the file's.
+    """Tells open_clip of the architecture a JSON file describes, and returns its name: the file's.
 
     Raises:
         UserError: the file is missing, describes none, or one with parts that lie on a hub.
     """
     import open_clip
     content = load_json(path, "CLIP architecture")
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in
-                                                ("vision_cfg", "text_cfg")) or "embed_dim" not in content:
+    described = isinstance(content, dict) and "embed_dim" in content
+    for part in ("vision_cfg", "text_cfg"):
+        described = described and isinstance(content.get(part), dict)
+    if not described:
         raise UserError(f"'{path}' is no open_clip model configuration (embed_dim, vision_cfg, text_cfg).")
     _refuse_hub(path.stem, content)
     if path.suffix != ".json":          # open_clip would pass it over
@@ -87,11 +91,16 @@ def register_architecture(path: Path) -> str:
 def _refuse_hub(name: str, content: dict[str, Any]) -> None:
     """Refuses an architecture of which open_clip would fetch a part, tokenizer or weights from a hub."""
     parts = {**content["vision_cfg"], **content["text_cfg"]}
-    asked = [key for key, value in parts.items() if value and (key.startswith("hf_") or key.endswith("_pretrained"))]
-    if ":" in str(parts.get("timm_model_name", "")):
+    asked = []
+    for key, value in parts.items():
+        if value and (key.startswith("hf_") or key.endswith("_pretrained")):
+            asked.append(key)
+    if ":" in str(parts.get("timm_model_name", "")):        # as in hf-hub:NAME
         asked.append("timm_model_name")
-    if asked or "siglip" in name.lower():
-        raise UserError(f"CLIP architecture '{name}' takes {asked[0] if asked else 'its tokenizer'} from a hub, and "
+    if "siglip" in name.lower():                            # open_clip goes by the name there
+        asked.append("its tokenizer")
+    if asked:
+        raise UserError(f"CLIP architecture '{name}' takes {asked[0]} from a hub, and "
                         "nothing is fetched from there; use one of open_clip's own text encoders.")
 
 

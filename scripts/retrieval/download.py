@@ -31,11 +31,12 @@ def is_public(address: str) -> bool:
     """Says whether an IP address belongs to the public internet, seen through the ways IPv6 wraps an IPv4 one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
-        wrapped = ip.ipv4_mapped or ip.sixtofour or last
+        wrapped = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)       # its last 32 bits
         if wrapped is not None:
             return is_public(str(wrapped))
-        if ip.teredo is not None:
+        if ip.teredo is not None:       # a tunnel to a private machine, or to any other
             return False
     return ip.is_global and not ip.is_multicast
 
@@ -62,7 +63,7 @@ class Deadline:
     def hold(self, sock: socket.socket) -> None:
         """Takes a connection's socket at once, in a copy that stays when encryption takes the first one over."""
         self._held.append(sock.dup())
-        if self.expired:
+        if self.expired:                # while the connection was made, when there was no socket to end
             self._expire()
 
     def cancel(self) -> None:
@@ -179,6 +180,7 @@ class Downloader:
         try:
             if response.status != 200:
                 raise Refused(f"answered {response.status}")
+            # A server may announce less than it sends, or nothing, so what arrives is counted too.
             announced = response.headers.get("Content-Length", "")
             if announced.isdecimal() and int(announced) > self.max_bytes:
                 raise Refused(f"is larger than {self.max_bytes:,} bytes")
@@ -194,7 +196,9 @@ class Downloader:
 
 def why_failed(error: BaseException) -> str:
     """Says in a few words why a request failed, without the object addresses that urllib3's messages hold."""
-    reason = error.reason if isinstance(error, MaxRetryError) and error.reason is not None else error
+    reason = error
+    if isinstance(error, MaxRetryError) and error.reason is not None:
+        reason = error.reason                # what the last try failed for
     for kind, words in ((exceptions.LocationValueError, "it leads to an address that is not http or https"),
                         (exceptions.SSLError, "its certificate or encryption is not accepted"),
                         (exceptions.NewConnectionError, "no connection"),

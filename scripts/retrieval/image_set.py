@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,8 +104,7 @@ class Retrieval:
                 if not self._more_candidates(accepted):
                     break
                 continue
-            self._ask_again([number for number in round_ if not self.candidates[number].url
-                             and number not in self.store.reasons and not self.store.has(number)])
+            self._ask_again(round_)
             self.store.fetch([(number, self.candidates[number].url) for number in round_])
             for number in round_:                          # in order, whatever came first, so that a rerun agrees
                 if number not in self.store.reasons and self._is_new(number, accepted, shown):
@@ -114,7 +113,8 @@ class Retrieval:
             self._write(accepted)
         refused = tally(self.store.reasons.values())
         if not accepted:
-            why = "; ".join(f"{count} {reason}" for reason, count in list(refused.items())[:3]) or "it named none"
+            commonest = [f"{count} {reason}" for reason, count in refused.items()][:3]
+            why = "; ".join(commonest) or "it named none"
             raise UserError(f"the server's {len(self.candidates)} images for '{self.query.sought}' cannot be used "
                             f"({why}); try another --text, --threshold or server.")
         return Retrieved(self.folder, len(accepted), refused)
@@ -133,21 +133,31 @@ class Retrieval:
         """Takes up what an earlier run in the same folder left."""
         state = self._read_state()
         if state is not None:
-            if state.sought != self._key():
-                changed = ", ".join(f"{key} was {state.sought.get(key)!r}, is {value!r}"
-                                    for key, value in self._key().items() if state.sought.get(key) != value)
-                raise UserError(f"'{self.folder}' was retrieved with other settings ({changed}); choose another --out, "
-                                "or delete it.")
+            self._refuse_other(state.sought)
             self.candidates, self.asked = state.candidates, state.asked
             if not state.journaled:
                 self.store.adopt([number for number in range(len(self.candidates)) if number not in state.reasons])
                 self._write_state()
-            self.store.reasons = {number: reason for number, reason in state.reasons.items()
-                                  if number not in self.store.kept} | self.store.reasons
-        for number in [number for number in self.store.kept if number >= len(self.candidates)]:
-            self.store.remove(number)                      # of an answer that was not noted any more
-        self.store.reasons = {number: reason for number, reason in self.store.reasons.items()
-                              if number < len(self.candidates)}
+            noted = {number: reason for number, reason in state.reasons.items() if number not in self.store.kept}
+            self.store.reasons = noted | self.store.reasons                # the journal is the newer of the two
+        # What lies beyond the candidates is of an answer that was not noted any more.
+        for number in list(self.store.kept):
+            if number >= len(self.candidates):
+                self.store.remove(number)
+        for number in list(self.store.reasons):
+            if number >= len(self.candidates):
+                del self.store.reasons[number]
+
+    def _refuse_other(self, sought: Mapping[str, Any]) -> None:
+        """Refuses what other settings found: a set must be all of one kind."""
+        if sought == self._key():
+            return
+        changed = []
+        for key, value in self._key().items():
+            if sought.get(key) != value:
+                changed.append(f"{key} was {sought.get(key)!r}, is {value!r}")
+        raise UserError(f"'{self.folder}' was retrieved with other settings ({', '.join(changed)}); choose another "
+                        "--out, or delete it.")
 
     def _read_state(self) -> State | None:
         """Reads what was noted; what is damaged is set aside, and what the lists tell of it is taken from them."""
@@ -169,12 +179,18 @@ class Retrieval:
             columns = [read_lines(self.folder / name, "list") for name in (IMAGES, CAPTIONS, URLS)]
         except UserError:
             return []
-        listed = {int(Path(name).stem): Candidate(url or f"listed {name}", url, caption)
-                  for name, caption, url in zip(*columns, strict=False) if Path(name).stem.isdecimal()}
-        count = max((number for number in listed if number in self.store.kept), default=-1) + 1
-        self.store.reasons = {number: "is not known any more" for number in range(count) if number not in listed} \
-            | self.store.reasons
-        return [listed.get(number, Candidate(f"lost {number}", "", "")) for number in range(count)]
+        listed = {}
+        for name, caption, url in zip(*columns, strict=False):      # as far as all three go: one may be cut short
+            stem = Path(name).stem
+            if stem.isdecimal():
+                listed[int(stem)] = Candidate(url or f"listed {name}", url, caption)
+        candidates, unknown = [], {}
+        for number in range(max(self.store.kept & set(listed), default=-1) + 1):
+            candidates.append(listed.get(number, Candidate(f"lost {number}", "", "")))
+            if number not in listed:
+                unknown[number] = "is not known any more"
+        self.store.reasons = unknown | self.store.reasons
+        return candidates
 
     def _key(self) -> dict[str, Any]:
         """What decides which images are found; the server's address may change between two starts of it."""
@@ -187,7 +203,8 @@ class Retrieval:
         ask = min(MOST_ASKED, max(round(self.query.num * self.query.oversample), 2 * self.asked))
         if ask <= self.asked:
             return False
-        known, start = {candidate.identity for candidate in self.candidates}, len(self.candidates)
+        known = {candidate.identity for candidate in self.candidates}
+        start = len(self.candidates)
         with ask_server(self.query, ask) as answer:
             named = len(answer.found)
             for found in answer.found:
@@ -208,8 +225,12 @@ class Retrieval:
         write_text(self.folder / STATE, state.model_dump_json())
 
     def _ask_again(self, numbers: Sequence[int]) -> None:
-        """Asks once more for images that only the server has, and that were lost here."""
-        lost = {self.candidates[number].identity: number for number in numbers}
+        """Asks once more for those images that only the server has, and that were lost here."""
+        lost = {}
+        for number in numbers:
+            candidate = self.candidates[number]
+            if not candidate.url and number not in self.store.reasons and not self.store.has(number):
+                lost[candidate.identity] = number
         if not lost:
             return
         try:
@@ -229,16 +250,19 @@ class Retrieval:
         try:
             self.store.keep(number, content)
         except Unusable as problem:
-            if not found.url:
-                self.store.reasons[number] = str(problem) if os.path.lexists(self.store.path(number)) \
-                    else "came without a readable image"
+            if found.url:
+                return                                     # it is fetched from there instead
+            self.store.reasons[number] = "came without a readable image"
+            if os.path.lexists(self.store.path(number)):   # another file has its name
+                self.store.reasons[number] = str(problem)
 
     def _drop_unlike(self, numbers: Sequence[int]) -> None:
         """Leaves out candidates whose captions are not about the class, where a text encoder is at hand."""
         if self.query.clip is None or not numbers:
             return
         target = self.query.text or class_caption(self.query.class_noun)
-        cosines = text_similarities(self.query.clip, target, [self.candidates[number].caption for number in numbers])
+        captions = [self.candidates[number].caption for number in numbers]
+        cosines = text_similarities(self.query.clip, target, captions)
         for number, cosine in zip(numbers, cosines, strict=True):
             if cosine < self.query.threshold:
                 self.store.remove(number)
@@ -247,18 +271,22 @@ class Retrieval:
     def _is_new(self, number: int, accepted: Sequence[int], shown: list[np.ndarray]) -> bool:
         """Says whether a fetched image shows something else than those accepted so far."""
         own = small_version(decode(self.store.path(number)).image)
-        distances = np.abs(np.stack(shown) - own).mean(axis=(1, 2, 3)) if shown else np.array([np.inf])
-        if distances.min() < NEAR:
-            self.store.remove(number, f"shows the same as {self.store.path(accepted[int(distances.argmin())]).name}")
-            return False
+        if shown:
+            distances = np.abs(np.stack(shown) - own).mean(axis=(1, 2, 3))
+            nearest = self.store.path(accepted[int(distances.argmin())])
+            if distances.min() < NEAR:
+                self.store.remove(number, f"shows the same as {nearest.name}")
+                return False
         shown.append(own)
         return True
 
     def _write(self, accepted: Sequence[int]) -> None:
         """Writes the set's lists."""
-        rows = [(f"{self.store.folder.name}/{self.store.path(number).name}",
-                 self.candidates[number].caption or class_caption(self.query.class_noun), self.candidates[number].url)
-                for number in accepted]
+        rows = []
+        for number in accepted:
+            candidate = self.candidates[number]
+            caption = candidate.caption or class_caption(self.query.class_noun)
+            rows.append((f"{self.store.folder.name}/{self.store.path(number).name}", caption, candidate.url))
         if rows:
             write_lists(self.folder, rows)
 
@@ -296,7 +324,8 @@ def refuse_foreign(folder: Path, class_noun: str) -> None:
         if is_retrieved(folder):
             return
         there = [folder / name for name in (IMAGES, CAPTIONS, URLS) if os.path.lexists(folder / name)]
-        there += [path for path in images.iterdir() if not path.name.startswith(".")] if images.exists() else []
+        if images.exists():
+            there += [path for path in images.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise UserError(f"'{images}' cannot be used as a folder ({error.strerror}); choose another --out.") from error
     if there:
@@ -311,5 +340,8 @@ def small_version(image: Image.Image) -> np.ndarray:
 
 def tally(reasons: Iterable[str]) -> dict[str, int]:
     """Counts reasons of one kind, the commonest first; details in brackets and names of files make no other kind."""
-    kinds = (re.sub(r"\S+\.jpg$", "another image", re.sub(r" \([^()]*\)$", "", reason)) for reason in reasons)
-    return dict(Counter(kinds).most_common())
+    kinds = Counter()
+    for reason in reasons:
+        kind = re.sub(r" \([^()]*\)$", "", reason)
+        kinds[re.sub(r"\S+\.jpg$", "another image", kind)] += 1
+    return dict(kinds.most_common())

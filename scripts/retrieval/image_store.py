@@ -16,12 +16,12 @@ from ldm.files import NameTaken, append_durably, set_aside
 from ldm.util import UserError
 from retrieval.download import Downloader, Refused
 
-LARGEST = 1024        # shorter side in px of what is kept: twice what SD v1 sees
+LARGEST_SIDE = 1024        # shorter side in px of what is kept: twice what SD v1 sees
 KEPT, REMOVING, GONE = "kept", "removing", "gone"       # in the journal, where else a reason stands
 TAKEN = "would take the name of a file that is not of this set"
 
 
-def shrunk(image: Image.Image, largest: int = LARGEST) -> Image.Image:
+def shrunk(image: Image.Image, largest: int = LARGEST_SIDE) -> Image.Image:
     """Returns an image whose shorter side is at most `largest` px."""
     if min(image.size) <= largest:
         return image
@@ -63,12 +63,15 @@ class ImageStore:
             if not text.endswith("\n"):                    # the last line was cut short
                 self._append("\n")
             half_done = {}
-            for number, tab, record in (line.partition("\t") for line in text.split("\n")):
-                if tab and number.isdecimal():
-                    half_done.pop(int(number), None)
-                    if record.startswith(f"{REMOVING}\t"):
-                        half_done[int(number)] = record.partition("\t")[2]
-                    self._follow(int(number), record)
+            for line in text.split("\n"):
+                digits, tab, record = line.partition("\t")
+                if not tab or not digits.isdecimal():
+                    continue
+                number = int(digits)
+                half_done.pop(number, None)                # a later line says how the removal ended
+                if record.startswith(f"{REMOVING}\t"):
+                    half_done[number] = record.partition("\t")[2]
+                self._follow(number, record)
             for number, reason in half_done.items():
                 self.remove(number, reason)
 
@@ -132,21 +135,13 @@ class ImageStore:
             image = shrunk(decode(source).image)
         if os.path.lexists(self.path(number)):
             raise Unusable(TAKEN)
-        self._note([number], KEPT)
+        self._note([number], KEPT)                         # before the file: one without a note would be a stranger's
         try:
             save_jpeg(image, self.path(number), new=True)
         except NameTaken as error:
             self._note([number], GONE)
             raise Unusable(TAKEN) from error
         self._sound.add(number)
-
-    def refuse(self, number: int, reason: str) -> None:
-        """Notes at once, for this run and the next, why there is no image of a number.
-
-        Raises:
-            UserError: the disk refuses.
-        """
-        self._note([number], " ".join(reason.split()))
 
     def remove(self, number: int, reason: str = GONE) -> None:
         """Removes an image of its own, and notes why there will be none; without a reason there may be one again.
@@ -170,8 +165,10 @@ class ImageStore:
         Raises:
             UserError: the disk refuses.
         """
-        unknown = [(number, url) for number, url in dict(addresses).items()
-                   if number not in self.reasons and not self.has(number)]
+        unknown = []
+        for number, url in dict(addresses).items():
+            if number not in self.reasons and not self.has(number):
+                unknown.append((number, url))
         if not unknown:
             return
         pool = ThreadPoolExecutor(self.workers)
@@ -179,11 +176,11 @@ class ImageStore:
             for done, _ in enumerate(pool.map(lambda pair: self._fetch_one(*pair), unknown), 1):
                 if done % 50 == 0 or done == len(unknown):
                     self.say(f"fetched {done} of {len(unknown)}")
-        finally:
+        finally:                                           # what is not begun would go on after an interrupt
             pool.shutdown(cancel_futures=True)
 
     def _fetch_one(self, number: int, url: str) -> None:
         try:
             self.keep(number, self.downloader.fetch(url))
         except (Refused, Unusable) as problem:
-            self.refuse(number, str(problem))
+            self._note([number], " ".join(str(problem).split()))          # a journal's record is one line

@@ -57,8 +57,9 @@ def build_index(source: str | Path, folder: Path, clip: str, downloader: Downloa
         _begin(folder)
         rows, skipped = _collect(source, folder / IMAGES, downloader, say)
         if not rows:
-            raise UserError(f"'{source}' gives no usable image ({'; '.join(skipped[:3]) or 'it is empty'}); name a "
-                            "folder of images or a list of web addresses.")
+            why = "; ".join(skipped[:3]) or "it is empty"
+            raise UserError(f"'{source}' gives no usable image ({why}); name a folder of images or a list of web "
+                            "addresses.")
         say(f"embedding {len(rows)} images with {clip.partition('/')[0]}")
         _write_metadata(folder, rows)
         _write_faiss(folder, _embed(loaded, [folder / IMAGES / name for name in rows]))
@@ -92,17 +93,18 @@ def _collect(source: str | Path, images: Path, downloader: Downloader | None,
              say: Callable[[str], None]) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Copies every usable image; returns {file name: (caption, url)} and what was left out, in words."""
     store = ImageStore(images, images.with_name(".fetched.log"), downloader or Downloader(), say=say)
-    addresses = _addresses(Path(source))
+    addresses, rows = _addresses(Path(source)), {}
     if addresses:
         store.fetch([(number, url) for number, (url, _) in enumerate(addresses)])
-        rows = {store.path(number).name: (caption, url) for number, (url, caption) in enumerate(addresses)
-                if number not in store.reasons}
+        for number, (url, caption) in enumerate(addresses):
+            if number not in store.reasons:
+                rows[store.path(number).name] = (caption, url)
         return rows, [f"'{addresses[number][0]}' {reason}" for number, reason in store.reasons.items()]
     found = captioned(Path(source))
-    rows, skipped = {}, [str(item) for item in found.skipped]
+    skipped = list(map(str, found.skipped))
     for number, (path, caption) in enumerate(zip(found.paths, found.captions, strict=True)):
         try:
-            if not store.has(number):
+            if not store.has(number):            # an earlier run may have copied it
                 store.keep(number, path)
         except Unusable as problem:
             skipped.append(f"'{path.name}' {problem}")
@@ -123,17 +125,19 @@ def _addresses(source: Path) -> list[tuple[str, str]]:
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> torch.Tensor:
     """Returns the unit vectors (N, D) float32 of images."""
-    return torch.cat([clip.images([decode(path).image for path in paths[start:start + BATCH]])
-                      for start in range(0, len(paths), BATCH)])
+    parts = []
+    for start in range(0, len(paths), BATCH):           # opened a batch at a time: all of them may not fit into memory
+        parts.append(clip.images([decode(path).image for path in paths[start:start + BATCH]]))
+    return torch.cat(parts)
 
 
 def _write_metadata(folder: Path, rows: Mapping[str, tuple[str, str]]) -> None:
     """Writes metadata/: image_path (below the index's folder), caption and url of every vector, in their order."""
     pyarrow = library("pyarrow")
     parquet = library("pyarrow.parquet")
-    table = pyarrow.table({"image_path": [f"{IMAGES}/{name}" for name in rows],
-                           "caption": [caption for caption, _ in rows.values()],
-                           "url": [url for _, url in rows.values()]})
+    captions, urls = map(list, zip(*rows.values(), strict=True))
+    paths = [f"{IMAGES}/{name}" for name in rows]
+    table = pyarrow.table({"image_path": paths, "caption": captions, "url": urls})
     write_atomically(folder / "metadata" / "metadata_0.parquet", lambda part: parquet.write_table(table, part))
 
 

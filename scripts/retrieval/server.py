@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ KNN, INDICES = "/knn-service", "/indices-list"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MOST_BYTES = 16_000_000      # of a request: a large photo as text
 SECONDS = 10.0               # in which a request must have arrived, and in which a part of the answer must be taken
-MOST_ASKED = 10_000          # images in one answer
+MOST_ANSWERED = 10_000       # images in one answer
 MOST_TEXT = 10_000           # characters of a question
 ANEW = "build the index again with scripts/retrieve.py index"
 _FLAT = struct.Struct("<4siqqq?iQ")      # how faiss begins an exact index: kind, width, vectors, -, -, -, -, numbers
@@ -50,7 +51,7 @@ class _Question(Record):
     text: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     image: bytes | None = None
     embedding_input: list[Annotated[float, Field(gt=-1e30, lt=1e30)]] | None = None
-    num_images: Annotated[int, Field(ge=1, le=MOST_ASKED)] = 100
+    num_images: Annotated[int, Field(ge=1, le=MOST_ANSWERED)] = 100
     deduplicate: bool | None = None
     modality: Literal["image"] = "image"
     indice_name: Line | None = None
@@ -97,7 +98,9 @@ class Index:
         path, caption, url = self.rows[number]
         entry = {"id": number, "similarity": similarity, "caption": caption, "url": url}
         image = self._image(path)
-        return entry | {"image": base64.b64encode(image).decode()} if image else entry
+        if image:
+            entry["image"] = base64.b64encode(image).decode()
+        return entry
 
     def _vector(self, question: _Question) -> np.ndarray:
         """Returns what to look for, (1, D) float32."""
@@ -147,7 +150,7 @@ def _read_rows(path: Path) -> list[tuple[str, str, str]]:
         raise
     except Exception as error:      # pyarrow raises many kinds for a bad file
         raise UserError(f"'{path}' is damaged ({first_line(error)}); {ANEW}.") from error
-    if not all(isinstance(value, str) for row in rows for value in row):
+    if not all(isinstance(value, str) for value in chain.from_iterable(rows)):
         raise UserError(f"'{path}' is damaged: an image's path, caption or url is no text; {ANEW}.")
     return rows
 
@@ -158,7 +161,9 @@ def _read_vectors(path: Path) -> Any:
     size = existing_file(path, "index").stat().st_size
     with path.open("rb") as file:
         start = file.read(_FLAT.size)
-    kind, width, count, *_, numbers = _FLAT.unpack(start) if len(start) == _FLAT.size else (b"", 0, 0, 0)
+    if len(start) < _FLAT.size:
+        start = bytes(_FLAT.size)               # of no kind, which is refused next
+    kind, width, count, *_, numbers = _FLAT.unpack(start)
     if kind != b"IxFI" or width < 1 or count < 1 or numbers != width * count or size != _FLAT.size + 4 * numbers:
         raise UserError(f"'{path}' is damaged or of another kind; {ANEW}.")
     try:
@@ -277,9 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check(self, service: str) -> None:
         """Refuses a request for something else, or of a caller that is not on this machine."""
+        hosts = self.server.hosts
+        # A browser says whose page it asks for; a foreign name that leads here stands in Host.
         origin = self.headers.get("Origin")
-        if self.headers.get("Host", "").lower() not in self.server.hosts or \
-                (origin is not None and origin.lower() not in [f"http://{host}" for host in self.server.hosts]):
+        foreign = origin is not None and origin.lower() not in [f"http://{host}" for host in hosts]
+        if foreign or self.headers.get("Host", "").lower() not in hosts:
             raise _Refused(403, "only programs on this machine are answered")
         if self.path.partition("?")[0] != service:
             raise _Refused(404, f"there are GET {INDICES} and POST {KNN} alone")

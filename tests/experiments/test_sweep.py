@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Call, SmallWorld, contents
-from experiments import experiment, plots
-from experiments import sweep as sweep_module
+from experiments import experiment, plots, training
 from experiments.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
 from experiments.experiment import (
     Comparison,
@@ -23,8 +22,11 @@ from experiments.experiment import (
     sheet_rows,
 )
 from experiments.jobs import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, subjects, training_of
+from experiments.pace import Pace, sampling_rows, shares
 from experiments.plots import Curve, marked, tradeoff_figure
-from experiments.sweep import Pace, Stored, Sweep, points
+from experiments.store import Stored
+from experiments.sweep import Sweep, points, share_out
+from experiments.training import steps_of
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -80,8 +82,8 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(config: Swe
                 raise KeyboardInterrupt
             yield sample
 
-    fine_tune = sweep_module.fine_tune
-    monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: taught.append(given[1]) or fine_tune(*given))
+    fine_tune = training.fine_tune
+    monkeypatch.setattr(training, "fine_tune", lambda *given: taught.append(given[1]) or fine_tune(*given))
     monkeypatch.setattr(Generator, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         Sweep(config, tmp_path / "cut", SCORER).run(JOBS)
@@ -109,7 +111,7 @@ def test_what_is_damaged_is_set_aside_and_made_again(config: SweepConfig, tmp_pa
     sweep = Sweep(config, out, SCORER)
     sweep.run(JOBS)
     drawn = contents(out / "pictures")
-    point, image = sweep.path(JOBS[0]), sweep.image(JOBS[1], 0, 0)
+    point, image = sweep.store.path(JOBS[0]), sweep.store.image(JOBS[1], 0, 0)
     (run,) = (out / "runs").glob("*/2*")
     point.write_text(point.read_text()[:40])
     image.write_bytes(image.read_bytes()[:20])
@@ -141,7 +143,7 @@ def test_results_follow_what_lists_name(small_world: SmallWorld, config: SweepCo
     def key() -> str:
         OmegaConf.save(concept, tmp_path / "listed.yaml")
         changed = OmegaConf.merge(config, {"concept_files": [str(tmp_path / "listed.yaml")]})
-        return Sweep(changed, tmp_path / "out", SCORER).training_key(JOBS[0])
+        return Sweep(changed, tmp_path / "out", SCORER).store.training_key(JOBS[0])
 
     keys = [key(), key()]
     assert keys[0] == keys[1]
@@ -169,27 +171,27 @@ def test_processes_share_the_work(small_world: SmallWorld, tmp_path: Path, call_
     config, metrics = merge(SweepConfig, [file]), (["small_clip"], {})
     jobs = [Job(name, "ICO", step) for name in ("thing", "other") for step in (1, 2)]
     sweep = Sweep(config, tmp_path / "out", load_scorer(*metrics))
-    sweep_module.share_out(sweep, metrics, jobs, workers=2)
+    share_out(sweep, metrics, jobs, workers=2)
     monkeypatch.setattr(Sweep, "draw", None)                               # all that is left is reading
     rows = Sweep(config, tmp_path / "out", load_scorer(*metrics)).run(jobs)
     assert [len(rows[job]) for job in jobs] == [2] * 4
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 2
     with pytest.raises(UserError, match="metric 'smell' is unknown"):
-        sweep_module.share_out(sweep, (["smell"], {}), jobs, workers=2)
+        share_out(sweep, (["smell"], {}), jobs, workers=2)
     assert "--workers is 0" in call_script("tradeoff", "-b", file, "--workers", "0").error
 
 
 def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    resumed, fine_tune = [], sweep_module.fine_tune
-    monkeypatch.setattr(sweep_module, "fine_tune", lambda *given: resumed.append(given[1]) or fine_tune(*given))
+    resumed, fine_tune = [], training.fine_tune
+    monkeypatch.setattr(training, "fine_tune", lambda *given: resumed.append(given[1]) or fine_tune(*given))
     sweep = Sweep(config, tmp_path / "out", SCORER)
-    short = sweep.concept_file(Job("thing", "ICO", 1), [Job("thing", "ICO", 1)])
-    long = sweep.concept_file(Job("thing", "ICO", 3), [Job("thing", "ICO", 3)])
+    short = sweep.runs.concept_file(Job("thing", "ICO", 1), [Job("thing", "ICO", 1)])
+    long = sweep.runs.concept_file(Job("thing", "ICO", 3), [Job("thing", "ICO", 3)])
     assert (short.name, long.name) == ("step-000001.safetensors", "step-000003.safetensors")
     assert resumed == [None, short.parent.parent] and long.parent == short.parent
     # Step 2 was passed without being kept (both runs saved every 1 and 3 steps): only a new run reaches it.
-    assert sweep.concept_file(Job("thing", "ICO", 2), [Job("thing", "ICO", 2)]).is_file()
+    assert sweep.runs.concept_file(Job("thing", "ICO", 2), [Job("thing", "ICO", 2)]).is_file()
     assert resumed[2] is None
 
 
@@ -205,7 +207,7 @@ def test_runs_differ_by_their_seed_and_are_pooled(config: SweepConfig, tmp_path:
     assert subject.training(twice, "ICO", run=1).trainer.seed == seed + 1
     other = Sweep(merge(SweepConfig, [tmp_path / "sweep.yaml"], [f"training=[trainer.seed={seed + 1}]"]),
                   tmp_path / "out", SCORER)
-    assert other.path(Job("thing", "ICO", 1)) == sweep.path(jobs[3]) != sweep.path(jobs[2])
+    assert other.store.path(Job("thing", "ICO", 1)) == sweep.store.path(jobs[3]) != sweep.store.path(jobs[2])
     report = run_claim(CLAIMS["tradeoff"], sweep)
     assert "2 fine-tuning runs x 2 prompts" in report.text
     rows = [json.loads(line) for line in (report.folder / "rows.jsonl").read_text().splitlines()]
@@ -220,14 +222,15 @@ def test_runs_differ_by_their_seed_and_are_pooled(config: SweepConfig, tmp_path:
 
 def test_images_are_named_by_what_decides_them(config: SweepConfig, tmp_path: Path) -> None:
     sweep = Sweep(config, tmp_path, SCORER)
-    keys = [sweep.key(job) for job in (JOBS[0], JOBS[1], JOBS[2], Job("thing", "manual", 1),
+    keys = [sweep.store.key(job) for job in (JOBS[0], JOBS[1], JOBS[2], Job("thing", "manual", 1),
                                        Job("thing", "ICO", 1, 1.0, ("dci.agg_time=1.0",)),
                                        Job("thing", "ICO", 1, words=NOUN), Job("thing", BASE, 0, words=NOUN))]
     assert len(set(keys)) == 7
-    assert sweep.key(Job("thing", "ICO", 1, 1.0, ("dci.agg_time=0.5",))) == keys[1]      # what it is anyway
+    assert sweep.store.key(Job("thing", "ICO", 1, 1.0, ("dci.agg_time=0.5",))) == keys[1]      # what it is anyway
     faster = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=2,batch_size=2]'])
     slower = merge(SweepConfig, [tmp_path / "sweep.yaml"], ['sampling=[steps=3,batch_size=1]'])
-    assert Sweep(faster, tmp_path, SCORER).key(JOBS[0]) == keys[0] != Sweep(slower, tmp_path, SCORER).key(JOBS[0])
+    assert Sweep(faster, tmp_path, SCORER).store.key(JOBS[0]) == keys[0]
+    assert Sweep(slower, tmp_path, SCORER).store.key(JOBS[0]) != keys[0]
 
 
 def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Path) -> None:
@@ -241,7 +244,7 @@ def test_what_lies_in_the_folders_decides_too(config: SweepConfig, tmp_path: Pat
 
     def names() -> tuple[str, str]:
         sweep = Sweep(merged, tmp_path / "out", SCORER)
-        return sweep.training_key(JOBS[0]), sweep.path(JOBS[0]).name
+        return sweep.store.training_key(JOBS[0]), sweep.store.path(JOBS[0]).name
 
     first = names()
     assert names() == first
@@ -277,8 +280,8 @@ def test_fidelity_is_measured_on_the_photos_that_teach(config: SweepConfig, tmp_
 def test_images_of_another_noun_are_compared_with_its_own_text(config: SweepConfig, tmp_path: Path) -> None:
     sweep, jobs = Sweep(config, tmp_path, SCORER), [Job("thing", "ICO", 1, words=words) for words in (NOUN, AUXILIARY)]
     subject = sweep.subjects["thing"]
-    assert sweep.said(JOBS[0]) == sweep.said(jobs[0]) == ["a cat in the snow", "a cat on the beach"]
-    assert sweep.said(jobs[1]) == jobs[1].prompts(subject) == ["a dog in the snow", "a dog on the beach"]
+    assert JOBS[0].said(subject) == jobs[0].said(subject) == ["a cat in the snow", "a cat on the beach"]
+    assert jobs[1].said(subject) == jobs[1].prompts(subject) == ["a dog in the snow", "a dog on the beach"]
 
 
 @pytest.mark.parametrize(("prompt", "settings", "message"), [
@@ -297,13 +300,13 @@ def test_prompts_that_cannot_be_drawn_are_refused_first(config: SweepConfig, tmp
 
 def test_work_counts_unet_rows(config: SweepConfig, tmp_path: Path) -> None:
     sweep = Sweep(config, tmp_path, SCORER)                    # 2 prompts, 1 seed, 2 steps, half of them joint
-    assert [sweep.work(job) for job in JOBS] == [2 * 2 * 2, 2 * 2 * (2 + 0.5 * 2), 2 * 2 * 2]
+    assert [sampling_rows(sweep.store, job) for job in JOBS] == [2 * 2 * 2, 2 * 2 * (2 + 0.5 * 2), 2 * 2 * 2]
     shared = Job("thing", "ICO", 1, 1.0, ("dci.guidance=shared",))
     matched = Job("thing", "ICO", 1, 1.0, ("dci.match_cost=true",))
-    assert (sweep.work(shared), sweep.work(matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
+    assert (sampling_rows(sweep.store, shared), sampling_rows(sweep.store, matched)) == (2 * 2 * 2.5, 2 * 2 * 2)
     # Two steps of an image and a class image come on top, three times the work of drawing.
-    assert sweep.shares(JOBS) == {JOBS[0]: (3 * 2 * 1 * 2, 8), JOBS[1]: (0, 12), JOBS[2]: (0, 8)}
-    assert sweep.steps(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
+    assert shares(sweep.runs, JOBS) == {JOBS[0]: (3 * 2 * 1 * 2, 8), JOBS[1]: (0, 12), JOBS[2]: (0, 8)}
+    assert steps_of(JOBS[0], [*JOBS, Job("other", "ICO", 9)]) == [1, 2]
 
 
 def test_what_is_left_is_told_when_it_is_measured() -> None:
@@ -372,7 +375,7 @@ def test_a_sweep_takes_a_checkpoint_by_its_flag(small_world: SmallWorld, tmp_pat
     monkeypatch.setattr(Sweep, "run", run)
     call_script("tradeoff", "-b", file, "--ckpt", small_world.checkpoint, "--outdir", tmp_path / "out")
     ((sweep, job),) = asked
-    assert sweep.settings(job).base.ckpt == str(small_world.checkpoint)
+    assert sweep.store.settings(job).base.ckpt == str(small_world.checkpoint)
     assert sweep.subjects["thing"].training(sweep.config, "ICO").base.ckpt == str(small_world.checkpoint)
 
 
@@ -486,7 +489,7 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
         for prompt in range(len(self.subjects[job.concept].prompts)):
             shade = hash((job.method, job.step, job.strength, job.settings)) % 200
             image = Image.new("RGB", (8, 8), (200 - prompt, shade, 30))
-            path = self.image(job, prompt, 0)
+            path = self.store.image(job, prompt, 0)
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
             found.append(image)
