@@ -16,7 +16,7 @@ from experiments.areas import Areas, compare_areas, difference
 from experiments.claims import Claim, Line
 from experiments.jobs import BASE, Job, Subject, thin_out
 from experiments.plots import Curve, tradeoff_plot
-from experiments.sweep import Sweep, points
+from experiments.sweep import Sweep, rows_by_point
 from ldm.data.images import open_image
 from ldm.evaluation.evaluate import open_references
 from ldm.evaluation.report import (
@@ -122,7 +122,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     lines, jobs = claim.lines(sweep.config), jobs_of(claim, sweep)
     if axes[0] == "judge_edit":
         _check_wishes(jobs, sweep)
-    rows = points(sweep.run(jobs))
+    rows = rows_by_point(sweep.run(jobs))
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
     write_rows(list(chain.from_iterable(map(rows.get, points_of(lines)))), folder)

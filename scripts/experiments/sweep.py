@@ -237,7 +237,7 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
     return sorted(dict.fromkeys(jobs), key=lambda job: (*job.run_key, job.step))
 
 
-def points(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
+def rows_by_point(rows: dict[Job, list[dict[str, Any]]]) -> dict[Job, list[dict[str, Any]]]:
     """Joins the rows of each point's concepts and runs."""
     joined: dict[Job, list[dict[str, Any]]] = {}
     for job, found in rows.items():

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 CHUNK = 1 << 16
 LARGEST_ENTRY = 12_000_000    # bytes of one entry: its image as text is four thirds of a JPEG file
-MOST_MARKS = 500               # signs of structure in one entry, which take time, memory and, nested, Python's stack
-MESSAGE = 10_000            # bytes that are read of what is no list
+MOST_MARKS = 500              # signs of structure in one entry, which take time, memory and, nested, Python's stack
+MESSAGE = 10_000              # bytes that are read of what is no list
 CAPTION, URL, IDENTITY = 1000, 2000, 100                  # characters that are kept of each
 _MARKS = re.compile(rb'["{}\[\],]')
 _QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)     # up to the quote that ends a text

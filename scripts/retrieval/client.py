@@ -23,7 +23,7 @@ from retrieval.download import AGENT, Deadline, guarded_pool, why_failed
 
 MISSING = "this Python has no package clip-retrieval"
 SETUP = "`python scripts/retrieve.py setup` makes an environment that has it"
-LARGEST_ANSWER = 1_000_000_000    # bytes of one answer, which waits on the disk: some thousand images
+LARGEST_ANSWER = 1_000_000_000  # bytes of one answer, which waits on the disk: some thousand images
 IN_MEMORY = 16_000_000      # bytes of an answer that need no disk
 CONNECT = 10.0              # seconds
 NAMES = 100_000             # bytes of a list of indices

@@ -25,7 +25,7 @@ from experiments.jobs import AUXILIARY, BASE, NOUN, Job, Subject, SweepConfig, s
 from experiments.pace import Pace, sampling_rows, shares
 from experiments.plots import Curve, marked, tradeoff_figure
 from experiments.store import Stored
-from experiments.sweep import Sweep, points, share_out
+from experiments.sweep import Sweep, rows_by_point, share_out
 from experiments.training import steps_of
 from omegaconf import OmegaConf
 from PIL import Image
@@ -583,7 +583,7 @@ def test_a_plots_legend_stays_inside_and_its_marks_lie_apart() -> None:
 
 def test_points_join_concepts() -> None:
     jobs = [Job("a", "ICO", 1), Job("b", "ICO", 1), Job("a", "ICO", 2)]
-    assert points({job: [{"n": index}] for index, job in enumerate(jobs)}) == {
+    assert rows_by_point({job: [{"n": index}] for index, job in enumerate(jobs)}) == {
         Job("", "ICO", 1): [{"n": 0}, {"n": 1}], Job("", "ICO", 2): [{"n": 2}]}
 
 
