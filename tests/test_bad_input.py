@@ -13,8 +13,8 @@ from conftest import Call, SmallWorld, contents
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import ldm.checkpoint
 import ldm.sampling
+import ldm.saving
 from ldm.training.run import Run, fine_tune
 
 
@@ -269,7 +269,7 @@ def test_disk_full_while_training(call_script: Call, small_run: Run, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(small_run.folder, folder)
     before = contents(folder)
-    for owner, name in ((ldm.checkpoint, "save_file"), (pl.Trainer, "save_checkpoint")):
+    for owner, name in ((ldm.saving, "save_file"), (pl.Trainer, "save_checkpoint")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full_disk)
             outcome = call_script("train", "--resume", folder, "method.steps=3")

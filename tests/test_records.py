@@ -24,7 +24,7 @@ from ldm.records import (
 from ldm.util import UserError
 
 OWN_JSON = {"scripts/retrieval/answer.py",    # entries of a stream of unknown length, halves of letters and all
-            "ldm/checkpoint.py",              # the header it has just written
+            "ldm/saving.py",                  # the header it has just written
             "scripts/benchmarks/cases.py"}         # what its own child printed
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 
-from ldm import checkpoint
+from ldm import saving
 from ldm.base import base_identity
 from ldm.checkpoint import load_state, read_metadata
 from ldm.customization.delta import AppliedConcept, Concept, load_concept
@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_earlier_file(model, tmp_path, monkeypatch):
         Path(part).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fill)
+    monkeypatch.setattr(saving, "save_file", fill)
     with pytest.raises(UserError, match="could not be written.*No space left.*earlier files are intact"):
         make_concept(model, seed=2).save(path)
     assert path.read_bytes() == earlier and list(tmp_path.iterdir()) == [path]
