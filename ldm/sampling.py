@@ -145,8 +145,8 @@ def first_free_number(outdir: Path) -> int:
     return max(taken) + 1
 
 
-def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
-             concept_path: Path | None = None, grid: bool = True, masks: bool = False) -> Written:
+def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
+               concept_path: Path | None = None, grid: bool = True, masks: bool = False) -> Written:
     """Draws all prompts into `outdir`/samples and lays them out as sheets.
 
     Every image is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
@@ -174,7 +174,7 @@ def draw_run(generator: Generator, config: SampleConfig | DictConfig, prompts: S
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
             drawn[sample.request] = sample.image     # for the sheet
             if sample.request in watched:
-                panels.append(draw_masks(generator, sample, outdir / "masks" / f"{prompt_number:03d}.png"))
+                panels.append(save_masks(generator, sample, outdir / "masks" / f"{prompt_number:03d}.png"))
     sheets = []
     if grid:
         dual = any(request.strength is not None for request in requests)
@@ -239,7 +239,7 @@ def reference_images(concept_path: Path | None) -> list[Image.Image]:
     return found
 
 
-def draw_masks(generator: Generator, sample: Sample, path: Path) -> Path:
+def save_masks(generator: Generator, sample: Sample, path: Path) -> Path:
     """Draws DBIM's masks of an image that was watched."""
     request = sample.request
     title = f"{generator.prompts.texts([request.prompt])[0]} (seed {request.seed}, lambda {request.strength:g})"

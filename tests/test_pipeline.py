@@ -28,7 +28,7 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.pipeline import Generator
 from ldm.requests import ImageRequest as Request
 from ldm.requests import cost_matched_steps
-from ldm.sampling import draw_run
+from ldm.sampling import sample_run
 from ldm.sheets import FONT, cell_side, font, mask_panel, read_settings, readable, save_png, sheet, wrap
 from ldm.training.run import Run
 from ldm.util import UserError
@@ -355,10 +355,10 @@ def test_watched_images_are_drawn_once_and_unchanged(small_world: SmallWorld, sm
     handle = small_generator.model.model.diffusion_model.register_forward_hook(
         lambda module, args, eps: calls.append(len(eps)))
     prompts = [PROMPT, "{} on the beach"]
-    draw_run(small_generator, config, prompts, tmp_path / "plain", grid=False)
+    sample_run(small_generator, config, prompts, tmp_path / "plain", grid=False)
     alone = calls.copy()
     calls.clear()
-    watched = draw_run(small_generator, config, prompts, tmp_path / "watched", grid=False, masks=True)
+    watched = sample_run(small_generator, config, prompts, tmp_path / "watched", grid=False, masks=True)
     handle.remove()
     assert calls == alone and [path.name for path in watched.sheets] == ["000.png", "001.png"]
     before, after = contents(tmp_path / "plain"), contents(tmp_path / "watched")
@@ -383,15 +383,15 @@ def test_the_auxiliary_noun_is_on_screen_and_sheet(small_world: SmallWorld, smal
 
     monkeypatch.setattr("ldm.comparison.sheet", sheet_of)
     prompts = [PROMPT, "a {} beside a dog", "{} on the beach"]
-    draw_run(small_generator, small_world.sample_config("steps=2"), prompts, tmp_path)
+    sample_run(small_generator, small_world.sample_config("steps=2"), prompts, tmp_path)
     assert "auxiliary noun: dog (2 of 3 prompts), man (1 of 3 prompts)" in capsys.readouterr().out
     assert captions == [f"{text}   (seed 5, auxiliary noun: {noun})" for text, noun in (
         ("a <new1> <new2> cat in the snow", "dog"), ("a <new1> <new2> cat beside a dog", "man"),
         ("<new1> <new2> cat on the beach", "dog"))]
-    draw_run(small_generator, small_world.sample_config("steps=2", "dci.replace_noun=car"), prompts, tmp_path)
+    sample_run(small_generator, small_world.sample_config("steps=2", "dci.replace_noun=car"), prompts, tmp_path)
     assert "auxiliary noun: car\n" in capsys.readouterr().out
     for override in ("dci.use=false", "dci.ablation=no_full_prompt"):
-        draw_run(small_generator, small_world.sample_config("steps=2", override), [PROMPT], tmp_path)
+        sample_run(small_generator, small_world.sample_config("steps=2", override), [PROMPT], tmp_path)
         assert captions[0].endswith("(seed 5)") and "auxiliary noun:" not in capsys.readouterr().out
 
 
@@ -567,7 +567,7 @@ def test_lines_fit_whatever_the_words() -> None:
 def test_draw_run_writes_every_image_and_a_sheet(small_world: SmallWorld, small_run: Run,
                                                    small_generator: Generator, tmp_path: Path) -> None:
     config = small_world.sample_config("n_samples=2", "dci.agg_lambda=[0.0,1.0]")
-    written = draw_run(small_generator, config, [PROMPT, "{}", PROMPT], tmp_path, small_run.concept, masks=True)
+    written = sample_run(small_generator, config, [PROMPT, "{}", PROMPT], tmp_path, small_run.concept, masks=True)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert written.images == len(names) == 2 * 2 * 3 and "000-01-a-in-the-snow-lambda+1.00.png" in names
     assert [path.relative_to(tmp_path).as_posix() for path in written.sheets] == \
@@ -582,17 +582,17 @@ def test_words_the_embedded_model_never_saw_are_named(small_world: SmallWorld, s
                                                       tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     config = small_world.sample_config("dci.use=false", "steps=2")
-    draw_run(small_generator, config, ["a {} on a pizza"], tmp_path, grid=False)
+    sample_run(small_generator, config, ["a {} on a pizza"], tmp_path, grid=False)
     assert "pizza" not in capsys.readouterr().out                     # another model may well know it
     monkeypatch.setitem(small_generator.identity, "name", "embedded")
-    draw_run(small_generator, config, ["a {} on a pizza", "a {} in the snow"], tmp_path, grid=False)
+    sample_run(small_generator, config, ["a {} on a pizza", "a {} in the snow"], tmp_path, grid=False)
     assert "the embedded model never saw the word pizza and" in capsys.readouterr().out
 
 
 def test_near_strengths_have_names_of_their_own(small_world: SmallWorld, small_generator: Generator,
                                                 tmp_path: Path) -> None:
     config = small_world.sample_config("dci.agg_lambda=[1,1.002,0.999,-0.5]", "plain=false", "steps=2")
-    written = draw_run(small_generator, config, ["{}"], tmp_path, grid=False)
+    written = sample_run(small_generator, config, ["{}"], tmp_path, grid=False)
     assert [path.name for path in written.files] == [
         f"000-00--lambda{text}.png" for text in ("+1.00", "+1.002", "+0.999", "-0.50")]
     assert [read_settings(path)["strength"] for path in written.files] == [1.0, 1.002, 0.999, -0.5]
@@ -601,13 +601,13 @@ def test_near_strengths_have_names_of_their_own(small_world: SmallWorld, small_g
 def test_a_second_run_into_a_folder_replaces_nothing(small_world: SmallWorld, small_generator: Generator,
                                                      tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, other = (small_world.sample_config("steps=2", "plain=false", f"scale={scale}") for scale in (3, 2))
-    draw_run(small_generator, config, [PROMPT, "{}"], tmp_path, masks=True)
+    sample_run(small_generator, config, [PROMPT, "{}"], tmp_path, masks=True)
     assert "already" not in capsys.readouterr().out
     before = contents(tmp_path)
     assert before.keys() >= {"grid.png", "config.yaml", "masks/001.png"}
-    draw_run(small_generator, other, [PROMPT], tmp_path, masks=True)
+    sample_run(small_generator, other, [PROMPT], tmp_path, masks=True)
     assert f"'{tmp_path}' holds images already; those of this run are numbered from 002" in capsys.readouterr().out
-    draw_run(small_generator, other, ["{}"], tmp_path, grid=False)
+    sample_run(small_generator, other, ["{}"], tmp_path, grid=False)
     after = contents(tmp_path)
     assert after.items() >= before.items() and after.keys() - before.keys() == {
         "samples/002-00-a-in-the-snow-lambda+1.00.png", "masks/002.png", "grid-0001.png", "config-0001.yaml",

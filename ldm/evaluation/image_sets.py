@@ -58,13 +58,13 @@ def read_images(folder: Path, prompts: Path | None = None) -> list[Found]:
         if prompts is None and beside.is_file():
             source = beside                         # the inner one, where there are two
     if source is None:
-        return _by_folder(inner) or drawn_images(_usable(inner))
+        return _by_folder(inner) or sampled_images(_usable(inner))
     paths = _usable(inner, source)
     texts = _prompts_by_name(source, paths) if source.suffix == ".json" else _prompts_in_order(source, paths)
     return [Found(path, text, read_settings(path)) for path, text in zip(paths, texts, strict=True)]
 
 
-def drawn_images(paths: Sequence[Path]) -> list[Found]:
+def sampled_images(paths: Sequence[Path]) -> list[Found]:
     """Reads the prompts of images that were drawn here from the images themselves."""
     found = []
     for path in paths:

@@ -79,10 +79,6 @@ class AutoencoderKL(pl.LightningModule):
         z = posterior.sample() if sample_posterior else posterior.mode()               # (B, embed_dim, h, w)
         return self.decode(z), posterior
 
-    def get_last_layer(self) -> Tensor:
-        """Returns the weight of the decoder's last convolution."""
-        return self.decoder.conv_out.weight
-
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Returns the batch's images as (B, 3, H, W) float32."""
         return batch[k].permute(0, 3, 1, 2).contiguous().float()

@@ -139,7 +139,7 @@ def generate_class_images(generator: Generator, class_noun: str, settings: Regul
         good = _drawn(images, settings.num)     # an earlier run's, which may have been stopped
         missing = [number for number in range(settings.num) if number not in good]
         if missing:
-            _draw_missing(generator, class_prompt(settings, class_noun), settings, side, images, missing)
+            _sample_missing(generator, class_prompt(settings, class_noun), settings, side, images, missing)
         _list_drawn(folder, images.name, sorted({*good, *missing}), generator, class_prompt(settings, class_noun),
                     settings, side)
     return folder
@@ -159,8 +159,8 @@ def _drawn(images: Path, wanted: int) -> list[int]:
     return good
 
 
-def _draw_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, images: Path,
-          numbers: Sequence[int]) -> None:
+def _sample_missing(generator: Generator, prompt: str, settings: RegularizationConfig, side: int, images: Path,
+                    numbers: Sequence[int]) -> None:
     """Draws the images of some numbers, in ascending order, a run of consecutive ones at a time."""
     with progress(total=settings.num, initial=settings.num - len(numbers), desc=f"drawing '{prompt}'",
                   unit="image") as bar:

@@ -1,8 +1,6 @@
 """The diagonal Gaussian an autoencoder's encoder describes: sample, mode, divergence."""
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -41,9 +39,3 @@ class DiagonalGaussianDistribution:
             return 0.5 * (self.mean**2 + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
         shift = (self.mean - other.mean) ** 2 / other.var
         return 0.5 * (shift + self.var / other.var - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
-
-    def nll(self, sample: Tensor, dims: tuple[int, ...] = (1, 2, 3)) -> Tensor:
-        """Returns the negative log-likelihood of `sample` in nats, summed over `dims`."""
-        if self.deterministic:
-            return self.mean.new_zeros(self.mean.shape[0])
-        return 0.5 * (math.log(2.0 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(dim=dims)
