@@ -24,6 +24,7 @@ from ldm.files import write_atomically
 from ldm.pipeline import Generator, Masks
 from ldm.requests import ImageRequest
 from ldm.sampling import load_generator, reference_images
+from ldm.util import UserError
 
 matplotlib.use("Agg")
 CONFIG = "configs/sample-tiny.yaml"
@@ -101,13 +102,15 @@ def early_mask(masks: Masks) -> tuple[np.ndarray, str]:
     return torch.stack(maps).mean(dim=0).numpy(), f"joint step {step + 1} of {steps}"
 
 
-def draw_images(figure: plt.Figure, generator: Generator, request: ImageRequest, reference: Image.Image) -> None:
-    """Draws the reference, the image without DCI and with it, and a mask, two by two."""
+def draw_images(figure: plt.Figure, generator: Generator, request: ImageRequest,
+                references: Sequence[Image.Image]) -> None:
+    """Draws a reference, the image without DCI and with it, and a mask, two by two."""
     with_dci, masks = generator.masks(request, merge(SampleConfig, [CONFIG]))
     plain = merge(SampleConfig, [CONFIG], ["dci.use=false", f"seed={request.seed}"])
     (without,) = generator.generate([request.prompt], plain)
     mask, step = early_mask(masks)
-    panels = ((reference, "reference, one of five"), (without.image, "fine-tuned, without DCI"),
+    panels = ((references[REFERENCE % len(references)], f"reference, one of {len(references)}"),
+              (without.image, "fine-tuned, without DCI"),
               (mask, f"DBIM's mask $M^c$, {SIDE} x {SIDE},\n{step}"),
               (with_dci, f"same noise, with DCI,\nλ = {request.strength:g}"))
     for place, (image, title) in enumerate(panels):
@@ -122,6 +125,9 @@ def draw_images(figure: plt.Figure, generator: Generator, request: ImageRequest,
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
+    references = reference_images(options.delta_ckpt)
+    if not references:
+        raise UserError(f"there are no reference images beside '{options.delta_ckpt}'; give one in its run's folder.")
     settings = merge(SampleConfig, [CONFIG])
     generator = load_generator(settings, options.delta_ckpt, prompts=[options.prompt])
     request = ImageRequest(options.prompt, options.seed, options.strength)
@@ -130,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     concept = options.prompt.replace("{}", f"V {class_noun}")
     figure = plt.figure(figsize=(12.6, 4.6), dpi=100)
     draw_branches(figure.add_axes((0.005, 0.0, 0.65, 1.0)), concept, auxiliary.prompts[0], class_noun)
-    draw_images(figure, generator, request, reference_images(options.delta_ckpt)[REFERENCE])
+    draw_images(figure, generator, request, references)
     write_atomically(options.out, lambda part: figure.savefig(part, format="png", pil_kwargs={"optimize": True}))
     print(f"figure: {options.out}")
 
