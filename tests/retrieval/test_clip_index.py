@@ -12,7 +12,7 @@ from web import Web
 
 pytest.importorskip("clip_retrieval")
 
-from colour_clip import COLOURS, NAME, colored, write_clip
+from color_clip import COLORS, NAME, colored, write_clip
 from retrieval import clip as clip_model
 from retrieval import index as clip_index
 from retrieval.client import Query, ask_server
@@ -37,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 30 captioned images in three colors, of several kinds, and junk."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(30):
-        color = list(COLOURS)[number % 3]
+        color = list(COLORS)[number % 3]
         kind = ("jpg", "png", "webp")[number % 4 % 3]
         colored(color, number).save(folder / f"{number}.{kind}")
         (folder / f"{number}.txt").write_text(f"a {color} thing, number {number}")

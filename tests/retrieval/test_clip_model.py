@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from colour_clip import ARCHITECTURE, NAME, write_clip
+from color_clip import ARCHITECTURE, NAME, write_clip
 from conftest import Call
 from retrieval import clip as clip_model
 from retrieval.clip import check_clip, load_clip, register_architecture, text_similarities

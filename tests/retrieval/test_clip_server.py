@@ -20,7 +20,7 @@ pytest.importorskip("clip_retrieval")
 
 import pyarrow
 import pyarrow.parquet
-from colour_clip import colored, write_clip
+from color_clip import NAME, colored, write_clip
 from PIL import Image
 from retrieval import clip as clip_model
 from retrieval import server as clip_server
@@ -39,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos").mkdir()
     for number in range(6):
         colored(("red", "green", "blue")[number % 3], number).save(folder / "photos" / f"{number}.png")
-    build_index(folder / "photos", folder / "index", f"open_clip:colors/{weights}", say=lambda line: None)
+    build_index(folder / "photos", folder / "index", f"open_clip:{NAME}/{weights}", say=lambda line: None)
     return folder / "index"
 
 

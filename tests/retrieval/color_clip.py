@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-NAME, WIDTH, SIDE = "colours", 16, 32
-COLOURS = {"red": (2, -1, -1), "green": (-1, 2, -1), "blue": (-1, -1, 2)}
+NAME, WIDTH, SIDE = "colors", 16, 32
+COLORS = {"red": (2, -1, -1), "green": (-1, 2, -1), "blue": (-1, -1, 2)}
 ARCHITECTURE = {"embed_dim": WIDTH, "quick_gelu": False,
                 "vision_cfg": {"image_size": SIDE, "layers": 1, "width": WIDTH, "head_width": WIDTH,
                                "patch_size": SIDE // 2, "pool_type": "avg"},
@@ -37,7 +37,7 @@ def write_clip(folder: Path) -> tuple[Path, Path]:
     attention.in_proj_weight[2 * WIDTH:] = torch.eye(WIDTH)        # the mean of all words, without queries and keys
     attention.out_proj.weight.copy_(torch.eye(WIDTH))
     tokenizer = open_clip.get_tokenizer(NAME)
-    for word, color in COLOURS.items():
+    for word, color in COLORS.items():
         token = int(tokenizer([word])[0, 1])
         model.token_embedding.weight[token, :6] = torch.tensor([*color, *(-value for value in color)]).float()
     model.token_embedding.weight[int(tokenizer([""])[0, 1]), 6:8] = torch.tensor([0.3, -0.3])    # the end's own mark
@@ -47,6 +47,6 @@ def write_clip(folder: Path) -> tuple[Path, Path]:
 
 def colored(name: str, seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     """Draws an image of patches that are on average of a color; no two are alike."""
-    base = np.where(np.array(COLOURS[name]) > 0, 190, 60)
+    base = np.where(np.array(COLORS[name]) > 0, 190, 60)
     patches = base + np.random.default_rng(seed).integers(-55, 56, (4, 4, 3))
     return Image.fromarray(patches.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
