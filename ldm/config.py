@@ -65,8 +65,9 @@ class MethodConfig:
     steps: int = MISSING
     batch_size: int = MISSING             # reference images per device and step; as many regularization images
     accumulate: int = 1                   # micro-steps per optimizer step
-    learning_rate: float = MISSING        # of K/V and concept words
-    context_lr_factor: float = MISSING    # image-specific contexts learn this much faster
+    learning_rate: float = MISSING        # of concept words
+    kv_lr_factor: float = 1.0             # K/V, or whatever is trained of the network, learns this much faster
+    context_lr_factor: float = MISSING    # image-specific contexts likewise
     scale_lr: bool = False                # multiply by devices x nodes x 2 batch_size x accumulate, as the release does
     weight_decay: float = MISSING         # of K/V; words have none
     prior_weight: float = MISSING         # weight of regularization images in the loss
@@ -76,8 +77,9 @@ class MethodConfig:
         if self.name == MISSING:
             return                        # the schema itself, of which OmegaConf makes an object
         check_ranges("method", self,
-                     least={"steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "context_lr_factor": 0,
-                            "weight_decay": 0, "prior_weight": 0, "prefix_length": 0, "suffix_length": 0},
+                     least={"steps": 1, "batch_size": 1, "accumulate": 1, "learning_rate": 0, "kv_lr_factor": 0,
+                            "context_lr_factor": 0, "weight_decay": 0, "prior_weight": 0, "prefix_length": 0,
+                            "suffix_length": 0},
                      # Beyond these even the plan of a step is too large.
                      most={"batch_size": 4096, "accumulate": 65536, "prefix_length": MAX_TOKENS,
                            "suffix_length": MAX_TOKENS})

@@ -1,9 +1,11 @@
 """ConceptFinetune: the one training step of every method, its optimizer groups, what a checkpoint holds."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -43,7 +45,7 @@ class ConceptFinetune(pl.LightningModule):
         method: learning rates and all other choices.
         schemes: one per concept; `image_counts` says how many reference images each has.
         base: name and hash of the base, for concept files.
-        learning_rate: the effective rate of K/V and concept words.
+        learning_rate: the effective rate of concept words.
         seed: of random initial vectors.
         info: configuration and versions, for concept files.
         templates: in place of the method's template, one per reference image, concept after concept; None keeps it.
@@ -67,6 +69,9 @@ class ConceptFinetune(pl.LightningModule):
         self.posteriors: Posteriors | None = None       # of all images, where they are kept
         self.text: Callable[[Sequence[str]], Tensor] = model.cond_stage_model.encode     # (B, T, D) of captions
         self._add_words(image_counts, templates, torch.Generator().manual_seed(seed))
+        self._start: dict[str, list[Tensor]] = {}       # where each kind begins; a resumed run's state is loaded later
+        for kind, parameters in self.kinds().items():
+            self._start[kind] = [parameter.detach().cpu().clone() for parameter in parameters]
 
     def _add_words(self, image_counts: Sequence[int], templates: Sequence[str | None],
                    generator: torch.Generator) -> None:
@@ -160,15 +165,31 @@ class ConceptFinetune(pl.LightningModule):
                 block.grad = None
         self._seen = frozenset()
 
+    def kinds(self) -> dict[str, list[nn.Parameter]]:
+        """Returns all that is trained, by kind: weights of the network, words, contexts."""
+        return {"weights": list(self.trained.values()), "words": self.word_blocks, "contexts": self.context_blocks}
+
     def trained_tensors(self) -> list[nn.Parameter]:
-        """Returns all that is trained: weights, words, contexts."""
-        return [*self.trained.values(), *self.word_blocks, *self.context_blocks]
+        """Returns all that is trained, in one list."""
+        return list(chain.from_iterable(self.kinds().values()))
+
+    def moved(self) -> dict[str, float]:
+        """Returns ||now - start|| / ||start|| of each kind that is trained, over all its values together."""
+        shares = {}
+        for kind, parameters in self.kinds().items():
+            change = size = 0.0
+            for start, now in zip(self._start[kind], parameters, strict=True):
+                change += float((now.detach().cpu() - start).double().square().sum())
+                size += float(start.double().square().sum())
+            if size:
+                shares[kind] = math.sqrt(change / size)
+        return shares
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns what is trained, with learning rate and weight decay: weights, words, contexts."""
         return ico.learning_rate_groups(list(self.trained.values()), self.word_blocks, self.context_blocks,
-                                        self.effective_learning_rate, self.method.context_lr_factor,
-                                        self.method.weight_decay)
+                                        self.effective_learning_rate, self.method.kv_lr_factor,
+                                        self.method.context_lr_factor, self.method.weight_decay)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Builds AdamW over ICO's groups."""
@@ -223,4 +244,5 @@ class ConceptFinetune(pl.LightningModule):
             else:
                 contexts[name] = vector
         weights = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
-        return Concept(words, contexts, weights, self.schemes, self.base, self.global_step, self.info)
+        info = {**self.info, "moved": self.moved()}
+        return Concept(words, contexts, weights, self.schemes, self.base, self.global_step, info)

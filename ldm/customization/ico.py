@@ -103,14 +103,15 @@ def make_scheme(embedder: TextEncoder, method: MethodConfig, class_noun: str, wo
 
 
 def learning_rate_groups(weights: Sequence[nn.Parameter], words: Sequence[nn.Parameter],
-                         contexts: Sequence[nn.Parameter], rate: float, context_factor: float,
-                         weight_decay: float) -> list[dict[str, Any]]:
+                         contexts: Sequence[nn.Parameter], rate: float, weight_factor: float,
+                         context_factor: float, weight_decay: float) -> list[dict[str, Any]]:
     """Returns the optimizer's groups, the empty ones left out.
 
-    K/V weights and the words "V" learn at `rate`; the contexts `context_factor` times as fast, 10 in the paper, so
-    that they take up what is particular to an image before the words do. Weights alone decay, as in the release.
+    The words "V" learn at `rate`; K/V weights `weight_factor` times as fast, 1 in the release; the contexts
+    `context_factor` times, 10 in the paper, so that they take up what is particular to an image before the words do.
+    Weights alone decay, as in the release.
     """
-    groups = [{"params": list(weights), "lr": rate, "weight_decay": weight_decay},
+    groups = [{"params": list(weights), "lr": rate * weight_factor, "weight_decay": weight_decay},
               {"params": list(words), "lr": rate, "weight_decay": 0.0},
               {"params": list(contexts), "lr": rate * context_factor, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

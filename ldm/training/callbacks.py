@@ -60,6 +60,7 @@ class SaveConcept(Callback):
         self.step = trainer.global_step
         if self.step % self.every == 0 or self.step == trainer.max_steps:
             self.write(trainer, module)
+            module.log_dict({f"moved_{kind}": share for kind, share in module.moved().items()})
         if trainer.strategy.reduce_boolean_decision(self.signals.number is not None, all=False):
             raise Interrupt(self.signals.number or signal.SIGTERM)
         self.signals.held = trainer.world_size > 1

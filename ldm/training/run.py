@@ -153,6 +153,8 @@ def fit(setup: Setup, signals: Signals) -> Run:
     finally:
         if first and not setup.resumed:
             remove_if_empty(folder)
+    if first:
+        print(f"moved, as shares of their norm: {_shares(setup)}")
     return Run(folder, save.path(config.method.steps), next(reversed(preview.drawn.values()), None))
 
 
@@ -188,9 +190,24 @@ def report(setup: Setup, regularization: CaptionedImages | None, folder: Path) -
     for concept, further in zip(config.concepts[1:], module.schemes[1:], strict=True):
         print(f"{concept.name}: write {further.concept} in prompts")
     print(f"trained values: {_counts(setup)}")
-    print(f"effective learning rate: {module.effective_learning_rate:g} for K/V and words, "
-          f"{module.effective_learning_rate * method.context_lr_factor:g} for contexts; {method.steps} steps")
+    rate = module.effective_learning_rate
+    print(f"effective learning rate: {rate * method.kv_lr_factor:g} for {_name_of_weights(setup)}, {rate:g} for words, "
+          f"{rate * method.context_lr_factor:g} for contexts; {method.steps} steps")
     print(f"run folder: {folder}", flush=True)
+
+
+def _shares(setup: Setup) -> str:
+    """Says how far each kind of what was trained has moved."""
+    names = {"weights": _name_of_weights(setup)}
+    parts = []
+    for kind, share in setup.module.moved().items():
+        parts.append(f"{names.get(kind, kind)} {100 * share:.3g} %")
+    return ", ".join(parts)
+
+
+def _name_of_weights(setup: Setup) -> str:
+    """Returns how the trained weights of the network are called."""
+    return "K/V" if setup.config.method.train == "crossattn-kv" else "network"
 
 
 def _counts(setup: Setup) -> str:

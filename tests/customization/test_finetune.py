@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.checkpoint import read_metadata
 from ldm.config import TrainConfig
 from ldm.config_files import merge
+from ldm.customization.delta import load_concept
 from ldm.customization.finetune import ConceptFinetune
 from ldm.customization.ico import make_scheme
 from ldm.data.batches import CaptionedImages, TrainingBatch, TrainingPlan
@@ -359,12 +360,36 @@ def test_learning_rate_scaling_is_opt_in_and_printed(small_world: SmallWorld, tm
     config = small_world.train_config(tmp_path, *settings, "method.scale_lr=true")     # x 1 device x (2 + 2) rows
     assert effective_learning_rate(config) == pytest.approx(4e-3)
     run = fine_tune(config)
-    assert "effective learning rate: 0.004 for K/V and words, 0.04 for contexts" in capsys.readouterr().out
+    assert "effective learning rate: 0.004 for K/V, 0.004 for words, 0.04 for contexts" in capsys.readouterr().out
     state = torch.load(run.folder / "checkpoints" / "last.ckpt", weights_only=True)
     groups = state["optimizer_states"][0]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([4e-3, 4e-3, 4e-2])
     assert set(state["state_dict"]) == {*(f"contexts.{i}" for i in range(2)), "words.0",
                                         *(f"trained.{name}" for name in make_module(small_world).trained)}
+
+
+def test_how_far_each_kind_has_moved_is_told_from_its_values(small_world: SmallWorld, small_run: Run,
+                                                             tmp_path: Path) -> None:
+    """||now - start|| / ||start||, worked out from the base and a concept file of full precision; a resumed run too."""
+    fine_tune(small_world.train_config(tmp_path, "trainer.save_dtype=fp32"))
+    path = next(tmp_path.rglob("step-000002.safetensors"))
+    concept = load_concept(path)
+    module = make_module(small_world)
+    pairs = {"weights": [(parameter, concept.weights[name]) for name, parameter in module.trained.items()],
+             "words": [(module.word_blocks[0], torch.stack(list(concept.words.values())))]}
+    for kind, values in pairs.items():
+        start = torch.cat([value.detach().flatten() for value, _ in values])
+        now = torch.cat([value.flatten() for _, value in values])
+        assert concept.info["moved"][kind] == pytest.approx(float((now - start).norm() / start.norm()), rel=1e-4)
+    resumed = fine_tune(small_world.train_config(tmp_path, "method.steps=3"), resume=path.parents[1])
+    apart = fine_tune(small_world.train_config(tmp_path / "apart", "method.steps=3"))
+    assert load_concept(resumed.concept).info["moved"] == load_concept(apart.concept).info["moved"]
+
+
+def test_a_rate_of_zero_leaves_the_weights_where_they_are(small_world: SmallWorld, tmp_path: Path) -> None:
+    run = fine_tune(small_world.train_config(tmp_path, "method.kv_lr_factor=0"))
+    moved = load_concept(run.concept).info["moved"]
+    assert moved["weights"] == 0 and moved["words"] > 0.001
 
 
 def test_resuming_with_other_images_is_refused(small_world: SmallWorld, small_run: Run, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def test_the_manual_baseline_is_a_template() -> None:
     assert PromptScheme(("<new1>",), "cat", template="photo of a {}").caption(0) == "photo of a <new1> cat"
 
 
-def test_contexts_learn_faster_and_weights_alone_decay() -> None:
+def test_every_kind_has_its_rate_and_weights_alone_decay() -> None:
     weight, word, context = (nn.Parameter() for _ in range(3))
-    groups = learning_rate_groups([weight], [word], [context], 6e-5, 10.0, 0.01)
+    groups = learning_rate_groups([weight], [word], [context], 6e-5, 0.5, 10.0, 0.01)
     assert [(group["params"], group["lr"], group["weight_decay"]) for group in groups] == [
-        ([weight], 6e-5, 0.01), ([word], 6e-5, 0.0), ([context], pytest.approx(6e-4), 0.0)]
-    assert [group["params"] for group in learning_rate_groups([], [word], [], 6e-5, 10.0, 0.01)] == [[word]]
+        ([weight], 3e-5, 0.01), ([word], 6e-5, 0.0), ([context], pytest.approx(6e-4), 0.0)]
+    assert [group["params"] for group in learning_rate_groups([], [word], [], 6e-5, 1.0, 10.0, 0.01)] == [[word]]

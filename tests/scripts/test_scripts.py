@@ -18,6 +18,7 @@ from PIL import Image
 
 from ldm.config import SampleConfig, TrainConfig
 from ldm.config_files import merge
+from ldm.customization.delta import load_concept
 from ldm.sheets import read_settings
 from ldm.training.run import Run
 
@@ -56,6 +57,7 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
     values = dict(zip(header.split(","), row.split(","), strict=True))
     assert values["step"] == "1" and 0.1 < float(values["loss"]) < 100
     assert float(values["learning_rate"]) == pytest.approx(1e-3) and float(values["seconds_per_step"]) > 0
+    moved = {kind: float(values[f"moved_{kind}"]) for kind in ("weights", "words", "contexts")}
     lines = outcome.out.splitlines()
     assert f"concept file: {folder / 'checkpoints' / 'step-000002.safetensors'}" in lines
     assert f"images:     {folder / 'images' / 'preview-000002.png'}" in lines
@@ -63,7 +65,10 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
                          f"CONCEPT='{folder / 'checkpoints' / 'step-000002.safetensors'}' bash inference.sh")
     assert any(line.startswith("thing: regularization: 3 image(s)") for line in lines)
     assert "method: ico; each step: 1 reference and as many regularization images of weight 1" in lines
-    assert "effective learning rate: 0.001 for K/V and words, 0.01 for contexts; 2 steps" in lines
+    assert "effective learning rate: 0.001 for K/V, 0.001 for words, 0.01 for contexts; 2 steps" in lines
+    assert (f"moved, as shares of their norm: K/V {100 * moved['weights']:.3g} %, words {100 * moved['words']:.3g} %, "
+            f"contexts {100 * moved['contexts']:.3g} %") in lines
+    assert load_concept(folder / "checkpoints" / "step-000002.safetensors").info["moved"] == pytest.approx(moved)
     assert "fine-tuning: 100%" in outcome.err and "loss=" in outcome.err and "warning" not in outcome.err.lower()
     with Image.open(folder / "images" / "preview-000002.png") as page:     # fine-tuned, and DCI at two strengths
         assert page.width == 3 * (160 + 8) + 8
