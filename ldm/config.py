@@ -220,6 +220,26 @@ class TrainConfig:
     name: str | None = None               # of the run; null is the first concept's
 
 
+CHOICE_METRICS = ("small_clip", "clip_b32", "clip_l14")
+CHOICE_STRENGTHS = (-1.0, 0.0, 1.0, 2.0)     # what `--agg_lambda auto` chooses among, where no strengths follow it
+
+
+@dataclass
+class ChoiceConfig:
+    """Lambda chosen by the program, for each prompt and seed: `--agg_lambda auto`."""
+
+    use: bool = False                     # keep one of dci.agg_lambda, the one that follows the prompt best
+    margin: float = 0.1                   # how much less like the references than the plain image it may be (cosine)
+    metric: str = "small_clip"            # which CLIP judges: small_clip (embedded model) | clip_b32 | clip_l14
+    weights: str | None = None            # that CLIP's file; the small one ships
+    references: str | None = None         # folder of photos of the concept; null: those beside the concept file
+
+    def __post_init__(self) -> None:
+        check_choice("dci.choice.metric", self.metric, CHOICE_METRICS)
+        if not 0.0 <= self.margin <= 2.0:
+            raise UserError(f"dci.choice.margin is {self.margin}; give a difference of cosines, from 0 to 2.")
+
+
 @dataclass
 class DCIConfig:
     """Dual-branch sampling (paper section 3.3)."""
@@ -235,6 +255,7 @@ class DCIConfig:
     token_gain: float = TOKEN_GAIN
     spatial_gain: float = SPATIAL_GAIN
     mask_sum: float = MASK_SUM
+    choice: ChoiceConfig = field(default_factory=ChoiceConfig)
 
     def __post_init__(self) -> None:
         check_choice("dci.guidance", self.guidance, ("separate", "shared"))
@@ -246,6 +267,9 @@ class DCIConfig:
                                 f"{MAX_STRENGTH:g} (useful: -2 to 2).")
         if not 0.0 <= self.agg_time <= 1.0:
             raise UserError(f"agg_time {self.agg_time} is out of range; give a share of the steps between 0 and 1.")
+        if self.choice.use and len(set(self.agg_lambda)) < max(2, len(self.agg_lambda)):
+            raise UserError(f"dci.agg_lambda {self.agg_lambda} leaves nothing to choose; name several strengths, all "
+                            "different, as in --agg_lambda auto -1 0 1.")
 
 
 @dataclass

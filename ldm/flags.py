@@ -10,10 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm.config import TrainConfig
+from ldm.config import CHOICE_STRENGTHS, TrainConfig
 from ldm.config_files import merge
 from ldm.text import literal
 from ldm.util import UserError, allow_targets
+
+AUTO = "auto"     # in place of strengths: the program chooses
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def yes_or_no(text: str) -> bool:
     return words[text.lower()]
 
 
+def strength(text: str) -> float | str:
+    """Reads a strength, or AUTO."""
+    return AUTO if text == AUTO else float(text)
+
+
 def guidance_named(text: str) -> str:
     """Reads the release's --share_guidance as a value of dci.guidance."""
     return "shared" if yes_or_no(text) else "separate"
@@ -77,7 +84,8 @@ SAMPLING_FLAGS = (
     Flag("compile", "compile", None),
     Flag("use_dci", "dci.use", yes_or_no, "sample with DCI too, true or false"),
     Flag("replace_noun", "dci.replace_noun", help="auxiliary noun, or auto: by the context"),
-    Flag("agg_lambda", "dci.agg_lambda", float, "strengths of the injection", many=True),
+    Flag("agg_lambda", "dci.agg_lambda", strength, "strengths of the injection; auto [STRENGTH ...] keeps one for each "
+         "prompt and seed", many=True),
     Flag("agg_time", "dci.agg_time", float, "share of steps with two branches"),
     Flag("share_guidance", "dci.guidance", guidance_named,
              "one unconditional prediction for both branches, true or false"),
@@ -132,6 +140,11 @@ def sampling_settings(options: Namespace) -> DictConfig:
     if options.plms or options.dpm_solver:
         values["sampler"] = "plms" if options.plms else "dpm_solver"
         values.setdefault("eta", 0.0)                # neither adds noise
+    strengths = values.get("dci.agg_lambda", [])
+    if AUTO in strengths:
+        named = [value for value in strengths if value != AUTO]
+        values["dci.agg_lambda"] = named or list(CHOICE_STRENGTHS)
+        values["dci.choice.use"] = True
     return set_keys(values)
 
 

@@ -75,7 +75,7 @@ def record_of(request: ImageRequest, told: dict[str, str], settings: SampleConfi
         scheme = named_scheme(request.prompt, concept.schemes)
         record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
         record["dci"] = asdict(settings.dci)
-        for given_per_image in ("use", "agg_lambda"):     # the request has them
+        for given_per_image in ("use", "agg_lambda", "choice"):     # the request has them; a choice adds its scores
             del record["dci"][given_per_image]
     return {**record, **asdict(request), **told}
 

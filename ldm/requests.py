@@ -25,7 +25,8 @@ def list_requests(prompts: Sequence[str], settings: SampleConfig, has_concept: b
         UserError: they are too many.
     """
     strengths: list[float | None] = []
-    if not has_concept or settings.plain or not settings.dci.use:
+    compared = settings.plain or settings.dci.choice.use     # with what DCI makes
+    if not has_concept or compared or not settings.dci.use:
         strengths.append(None)     # a base without a concept has nothing to inject around
     if has_concept and settings.dci.use:
         strengths += settings.dci.agg_lambda

@@ -21,6 +21,8 @@ from ldm.customization.tokens import AUTO
 from ldm.data.images import Unusable, decode
 from ldm.device import FORMATS, choose_device, supported_precision
 from ldm.embedded import warn_of_words
+from ldm.evaluation.choice import Chooser, load_chooser
+from ldm.evaluation.evaluate import open_references
 from ldm.files import NameTaken
 from ldm.pipeline import Generator, Sample
 from ldm.progress import progress
@@ -79,6 +81,26 @@ def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None,
     generator = Generator(model, identity, device, precision, config.compile, config.base.any_base)
     generator.load(concept)
     return generator
+
+
+def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) -> Chooser | None:
+    """Returns what chooses lambda, where the configuration asks for that.
+
+    Raises:
+        UserError: there are no references to stay like, or no CLIP for this base.
+    """
+    config = typed(config)
+    choice = config.dci.choice
+    if not (choice.use and config.dci.use and concept_path):
+        return None
+    if choice.metric == "small_clip" and config.base.ckpt:
+        raise UserError("lambda is chosen by a CLIP, and the one that ships knows the embedded model's world only; "
+                        "give another with dci.choice.metric=clip_b32 dci.choice.weights=FILE.")
+    references = open_references(Path(choice.references)) if choice.references else reference_images(concept_path)
+    if not references:
+        raise UserError(f"lambda is chosen by likeness to the concept's photos, and there are none beside "
+                        f"'{concept_path}'; name their folder with dci.choice.references=FOLDER.")
+    return load_chooser(choice, references, choose_device(config.device))
 
 
 def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...],
@@ -146,8 +168,9 @@ def first_free_number(outdir: Path) -> int:
 
 
 def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
-               concept_path: Path | None = None, grid: bool = True, masks: bool = False) -> Written:
-    """Draws all prompts into `outdir`/samples and lays them out as sheets.
+               concept_path: Path | None = None, grid: bool = True, masks: bool = False,
+               chooser: Chooser | None = None) -> Written:
+    """Draws all prompts into `outdir`/samples and lays them out as sheets; `chooser` keeps one strength of each.
 
     Every image is on disk before the next batch starts. Prompts may repeat; a repeated one is drawn once. Nothing in
     the folder is replaced, whoever else draws into it: prompts are numbered on, and grid-0001.png and config-0001.yaml
@@ -158,7 +181,7 @@ def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts:
     warn_of_words(generator.identity, generator.prompts.texts(prompts))     # the embedded model knows few
     watched: list[ImageRequest] = []
     if masks:
-        watched = watched_requests(requests)
+        watched = watched_requests(requests, chooser is not None)
     references = reference_images(concept_path) if grid else []     # only shown, never measured
     first, tail = claim_names(outdir, config, len(prompts))     # from here on the folder has a place for this run
     if first:
@@ -168,7 +191,10 @@ def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts:
     drawn: dict[ImageRequest, Image.Image] = {}
     files, panels = [], []
     with progress(total=len(requests), desc="sampling", unit="image") as bar:
-        for sample in generator.generate(prompts, config, bar.update, watched):
+        samples = generator.generate(prompts, config, bar.update, watched)
+        if chooser:
+            samples = chooser.keep(samples, len(config.dci.agg_lambda), config.plain)
+        for sample in samples:
             prompt_number = number[sample.request.prompt]
             name = file_name(prompt_number, sample, config.seed)
             files.append(save_png(sample.image, outdir / "samples" / name, sample.settings))
@@ -180,24 +206,28 @@ def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts:
         dual = any(request.strength is not None for request in requests)
         captions = generator.prompts.captions(prompts, config.dci if dual else None)
         plain = "fine-tuned" if generator.concept else "base model"
-        page = comparison_sheet(captions, plain, drawn, references)
+        page = comparison_sheet(captions, plain, drawn, references, chosen=chooser is not None)
         sheets.append(save_png(page, outdir / f"grid{tail}.png"))
     return Written(outdir, len(drawn), sheets + panels, files)
 
 
-def watched_requests(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-    """Returns the first DCI image of each prompt, whose masks are drawn.
+def watched_requests(requests: Sequence[ImageRequest], all_strengths: bool = False) -> list[ImageRequest]:
+    """Returns the first DCI image of each prompt, whose masks are drawn; or all strengths of its seed.
 
     Raises:
         UserError: no image uses DCI.
     """
     first: dict[str, ImageRequest] = {}
+    watched = []
     for request in requests:
-        if request.strength is not None:
-            first.setdefault(request.prompt, request)
-    if not first:
+        if request.strength is None:
+            continue
+        shown = first.setdefault(request.prompt, request)
+        if request == shown or (all_strengths and request.seed == shown.seed):
+            watched.append(request)
+    if not watched:
         raise UserError("there are no masks to draw: no image uses DCI; set dci.use to true.")
-    return list(first.values())
+    return watched
 
 
 def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, requests: Sequence[ImageRequest]) -> None:

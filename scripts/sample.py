@@ -57,14 +57,20 @@ def main(arguments: Sequence[str]) -> None:
         print(OmegaConf.to_yaml(config, resolve=True), end="")
         return
     prompts = read_prompts(options)
-    from ldm.sampling import load_generator, sample_run, token_table  # torch loads only when there is work for it
+    from ldm.sampling import (  # torch loads only when there is work for it
+        chooser_for,
+        load_generator,
+        sample_run,
+        token_table,
+    )
     words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
     run = config, options.delta_ckpt, words, options.class_noun, prompts
     if options.show_tokens:
         return print(token_table(*run))
+    chooser = chooser_for(config, options.delta_ckpt)       # before the base, which may take a minute to read
     generator = load_generator(*run, masks=options.save_masks)
     written = sample_run(generator, config, prompts, options.outdir, options.delta_ckpt,
-                         grid=not options.skip_grid, masks=options.save_masks)
+                         grid=not options.skip_grid, masks=options.save_masks, chooser=chooser)
     print(f"images: {written.images} in {written.folder / 'samples'}")
     for path in written.sheets:
         print(f"sheet:    {path}")

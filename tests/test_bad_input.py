@@ -111,7 +111,7 @@ def test_bad_input_in_training(call_script: Call, small_world: SmallWorld, bad: 
     (["--prompt", "a {} and a <new9>"], "unknown word <new9>; known new words: <new1>, <new2>"),
     (["--prompt", "{}", "--replace_noun", "Cat"], "auxiliary noun 'Cat' is the class noun itself"),
     (["--prompt", "{}", "--replace_noun", " "], "the auxiliary noun is empty"),
-    (["--prompt", "{}", "--agg_lambda", "strong"], "--agg_lambda: invalid float value: 'strong'"),
+    (["--prompt", "{}", "--agg_lambda", "strong"], "--agg_lambda: invalid strength value: 'strong'"),
     (["--prompt", "{}", "--agg_lambda", "nan"], "agg_lambda nan is out of range"),
     (["--prompt", "{}", "--agg_lambda", "99"], "agg_lambda 99.0 is out of range"),
     (["--prompt", "{}", "--agg_time", "early"], "--agg_time: invalid float value"),

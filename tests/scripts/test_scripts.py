@@ -275,6 +275,14 @@ def test_captions_in_custom_diffusions_form(call_script: Call, small_world: Smal
     assert config.method.words == words and config.method.template == template
 
 
+@pytest.mark.parametrize(("flags", "strengths", "chosen"), [
+    (["auto"], [-1.0, 0.0, 1.0, 2.0], True), (["auto", -2, 0.5], [-2.0, 0.5], True), ([1], [1.0], False)])
+def test_strengths_are_named_or_left_to_the_program(call_script: Call, flags: list, strengths: list[float],
+                                                    chosen: bool) -> None:
+    config = sample_settings(call_script, "--agg_lambda", *flags)
+    assert (list(config.dci.agg_lambda), config.dci.choice.use) == (strengths, chosen)
+
+
 def test_familiar_sampling_flags(call_script: Call) -> None:
     config = sample_settings(
         call_script, "--ckpt", "sd.ckpt", "--ddim_steps", 9, "--ddim_eta", 0.5, "--scale", 2, "--n_samples", 5,

@@ -1,0 +1,103 @@
+"""Lambda chosen by the program: of an image's strengths, the one that follows the prompt and keeps the concept."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ldm.config import ChoiceConfig
+from ldm.evaluation.features import LOADERS, Extractor
+from ldm.evaluation.metrics import image_alignment, text_alignment
+from ldm.evaluation.scoring import plain_text
+from ldm.pipeline import Sample
+
+PLAIN = "plain"     # the image without DCI, among the scores of an image
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a CLIP says of an image: its cosine to the prompt, and its mean cosine to the references."""
+
+    agreement: float
+    likeness: float
+
+
+def choose(plain: Score, candidates: Mapping[float, Score], margin: float) -> float:
+    """Returns the strength of the best agreement among those that stay like the references.
+
+    Those are the ones whose likeness is at most `margin` below the plain image's; where none is, the most alike wins.
+    Of equals the first is taken.
+    """
+    close = [strength for strength, score in candidates.items() if score.likeness >= plain.likeness - margin]
+    if not close:
+        return max(candidates, key=lambda strength: candidates[strength].likeness)
+    return max(close, key=lambda strength: candidates[strength].agreement)
+
+
+class Chooser:
+    """Keeps one DCI image for each prompt and seed.
+
+    Args:
+        extractor: a CLIP.
+        references: images of the concept.
+        margin: of likeness, as `choose` takes it.
+    """
+
+    def __init__(self, extractor: Extractor, references: Sequence[Image.Image], margin: float):
+        self.extractor, self.margin = extractor, margin
+        self._references = extractor.images(references)                                # (M, D)
+
+    def score(self, samples: Sequence[Sample]) -> list[Score]:
+        """Measures images; the words V mean nothing to a CLIP, so that prompts go without them."""
+        images = self.extractor.images([sample.image for sample in samples])           # (N, D)
+        nouns = [sample.settings["concept"]["class_noun"] for sample in samples]
+        texts = [plain_text(sample.settings["text"], noun) for sample, noun in zip(samples, nouns, strict=True)]
+        agreement = text_alignment(images, self.extractor.texts(texts))                # (N,)
+        likeness = image_alignment(images, self._references)                           # (N,)
+        pairs = torch.stack([agreement, likeness], dim=1).tolist()
+        return [Score(*pair) for pair in pairs]
+
+    def best(self, plain: Sample, candidates: Sequence[Sample]) -> Sample:
+        """Returns one of an image's strengths; its settings say what all of them scored."""
+        first, *scores = self.score([plain, *candidates])
+        by_strength = {sample.request.strength: score for sample, score in zip(candidates, scores, strict=True)}
+        chosen = choose(first, by_strength, self.margin)
+        told = {PLAIN: asdict(first)}
+        for strength, score in by_strength.items():
+            told[f"{strength:g}"] = asdict(score)
+        record = {"metric": self.extractor.name, "margin": self.margin, "scores": told}
+        winner = next(sample for sample in candidates if sample.request.strength == chosen)
+        return replace(winner, settings={**winner.settings, "choice": record})
+
+    def keep(self, samples: Iterable[Sample], strengths: int, plain: bool) -> Iterator[Sample]:
+        """Passes on the chosen images, and the plain ones where `plain`.
+
+        Args:
+            samples: the plain image of a prompt and seed before its DCI images, as a generator yields them.
+            strengths: how many of the latter there are.
+        """
+        plains: dict[tuple[str, int], Sample] = {}
+        found: dict[tuple[str, int], list[Sample]] = {}
+        for sample in samples:
+            key = sample.request.prompt, sample.request.seed
+            if sample.request.strength is None:
+                plains[key] = sample
+                if plain:
+                    yield sample
+                continue
+            found.setdefault(key, []).append(sample)
+            if len(found[key]) == strengths:
+                yield self.best(plains.pop(key), found.pop(key))
+
+
+def load_chooser(settings: ChoiceConfig, references: Sequence[Image.Image], device: torch.device) -> Chooser:
+    """Loads the CLIP that chooses.
+
+    Raises:
+        UserError: its weights are missing or bad.
+    """
+    weights = Path(settings.weights) if settings.weights else None
+    return Chooser(LOADERS[settings.metric](weights, device), references, settings.margin)
