@@ -255,6 +255,7 @@ class DCIConfig:
     token_gain: float = TOKEN_GAIN
     spatial_gain: float = SPATIAL_GAIN
     mask_sum: float = MASK_SUM
+    preview: bool = False                 # stop where the joint phase ends, and show what is predicted there
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
 
     def __post_init__(self) -> None:

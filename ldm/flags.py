@@ -137,6 +137,11 @@ def sampling_settings(options: Namespace) -> DictConfig:
     if options.plms and options.dpm_solver:
         raise UserError("--plms and --dpm_solver exclude each other; give one.")
     values = read_flags(options, SAMPLING_FLAGS)
+    if options.preview_lambda:
+        if options.agg_lambda:
+            raise UserError("--agg_lambda and --preview_lambda exclude each other; give one.")
+        values["dci.agg_lambda"] = options.preview_lambda
+        values["dci.preview"] = True
     if options.plms or options.dpm_solver:
         values["sampler"] = "plms" if options.plms else "dpm_solver"
         values.setdefault("eta", 0.0)                # neither adds noise

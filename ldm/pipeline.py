@@ -39,7 +39,14 @@ from ldm.models.diffusion.dual_branch import DualBranch
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.attention import record_masks
 from ldm.modules.dbim import BranchLayout, DBIMControl
-from ldm.requests import ImageRequest, check_joint_phase, check_steps, dci_steps, list_requests
+from ldm.requests import (
+    ImageRequest,
+    check_joint_phase,
+    check_steps,
+    count_joint_steps,
+    dci_steps,
+    list_requests,
+)
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 MAX_TEXTS = 512      # encoded prompts that are kept, 0.24 MB each with SD v1
@@ -228,10 +235,15 @@ class Generator:
                 conditioning = self._encode(concept_sets.prompts)                              # (B, T, D)
                 dual = self._dual_branch(batch, settings, concept_sets, auxiliary_sets)
                 steps = dci_steps(settings)
-            samples, _ = SAMPLERS[settings.sampler](self.model).sample(
+            sampler, stop_after = SAMPLERS[settings.sampler](self.model), None
+            if settings.dci.preview:
+                total = self.model.num_timesteps
+                stop_after = count_joint_steps(settings, sampler.times(steps, total), total)
+            samples, _ = sampler.sample(
                 steps, len(batch), self._shape(settings), conditioning, eta=settings.eta, verbose=False,
                 unconditional_guidance_scale=settings.scale, unconditional_conditioning=unconditional,
-                generators=[torch.Generator().manual_seed(request.seed) for request in batch], dual=dual)
+                generators=[torch.Generator().manual_seed(request.seed) for request in batch], dual=dual,
+                stop_after=stop_after)
         return samples
 
     def _dual_branch(self, batch: Sequence[ImageRequest], settings: SampleConfig, concept: TokenSets,

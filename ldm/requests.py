@@ -73,6 +73,12 @@ def check_steps(settings: SampleConfig, num_timesteps: int) -> None:
         raise UserError(f"steps is {settings.steps}; {settings.sampler} takes at most {most} with this model.")
 
 
+def count_joint_steps(settings: SampleConfig, times: Sequence[float], num_timesteps: int) -> int:
+    """Counts the steps with two branches among those that start from time steps `times`."""
+    joint = [t for t in times if in_joint_phase(t, num_timesteps, settings.dci.agg_time)]
+    return len(joint)
+
+
 def check_joint_phase(settings: SampleConfig, times: Sequence[float], num_timesteps: int) -> None:
     """Refuses DCI without any joint step: it would draw plain images under another name.
 
@@ -83,6 +89,6 @@ def check_joint_phase(settings: SampleConfig, times: Sequence[float], num_timest
         UserError: there is none.
     """
     steps, share = dci_steps(settings), settings.dci.agg_time
-    if not any(in_joint_phase(t, num_timesteps, share) for t in times):
+    if not count_joint_steps(settings, times, num_timesteps):
         raise UserError(f"with steps={steps} and agg_time={share:g} no step has two branches, so DCI would change "
                         "nothing; take more steps, a larger dci.agg_time, or dci.use=false.")

@@ -13,16 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ldm.base import build_model, empty_model
+from ldm.choice import Chooser, load_chooser
 from ldm.comparison import comparison_sheet
 from ldm.config import SampleConfig, typed
 from ldm.config_files import save_config
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.tokens import AUTO
-from ldm.data.images import Unusable, decode
+from ldm.data.captions import captioned
+from ldm.data.images import Unusable, decode, open_image
 from ldm.device import FORMATS, choose_device, supported_precision
 from ldm.embedded import warn_of_words
-from ldm.evaluation.choice import Chooser, load_chooser
-from ldm.evaluation.evaluate import open_references
 from ldm.files import NameTaken
 from ldm.pipeline import Generator, Sample
 from ldm.progress import progress
@@ -96,7 +96,9 @@ def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) ->
     if choice.metric == "small_clip" and config.base.ckpt:
         raise UserError("lambda is chosen by a CLIP, and the one that ships knows the embedded model's world only; "
                         "give another with dci.choice.metric=clip_b32 dci.choice.weights=FILE.")
-    references = open_references(Path(choice.references)) if choice.references else reference_images(concept_path)
+    references = reference_images(concept_path)
+    if choice.references:
+        references = [open_image(path) for path in captioned(Path(choice.references), captions=False).paths]
     if not references:
         raise UserError(f"lambda is chosen by likeness to the concept's photos, and there are none beside "
                         f"'{concept_path}'; name their folder with dci.choice.references=FOLDER.")
@@ -119,6 +121,8 @@ def file_name(number: int, sample: Sample, first_seed: int) -> str:
     strength, way = sample.request.strength, "plain"
     if strength is not None:
         way = f"lambda{strength:+.2f}" if round(strength, 2) == strength else f"lambda{strength:+}"
+    if sample.settings.get("dci", {}).get("preview"):
+        way += "-preview"
     return f"{number:03d}-{sample.request.seed - first_seed:02d}-{words}-{way}.png"
 
 
@@ -206,7 +210,8 @@ def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts:
         dual = any(request.strength is not None for request in requests)
         captions = generator.prompts.captions(prompts, config.dci if dual else None)
         plain = "fine-tuned" if generator.concept else "base model"
-        page = comparison_sheet(captions, plain, drawn, references, chosen=chooser is not None)
+        title = "What is predicted where the joint phase ends" if config.dci.preview else ""
+        page = comparison_sheet(captions, plain, drawn, references, title, chosen=chooser is not None)
         sheets.append(save_png(page, outdir / f"grid{tail}.png"))
     return Written(outdir, len(drawn), sheets + panels, files)
 

@@ -32,6 +32,8 @@ def parser() -> cli.Parser:
     parser.add_flags(SAMPLING_FLAGS)
     parser.add_argument("--plms", action="store_true", help="sample with PLMS")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with DPM-Solver++(2M)")
+    parser.add_argument("--preview_lambda", type=float, nargs="+", help="show early what these strengths will make: "
+                        "what is predicted where the joint phase ends (dci.agg_lambda, dci.preview)")
     parser.add_argument("--skip_grid", action="store_true", help="write no sheet")
     parser.add_argument("--save_masks", action="store_true", help="draw DBIM's masks of each prompt's first image")
     parser.add_argument("--show_tokens", action="store_true", help="print tokens, ids and roles, and stop")

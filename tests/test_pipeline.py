@@ -578,6 +578,20 @@ def test_draw_run_writes_every_image_and_a_sheet(small_world: SmallWorld, small_
     assert again == config
 
 
+def test_a_preview_ends_with_the_joint_phase(small_world: SmallWorld, small_generator: Generator,
+                                             tmp_path: Path) -> None:
+    """T_a = 0.5 of 4 steps: two joint ones of 4 rows an image; the plain image takes as many, of 2 rows."""
+    config = small_world.sample_config("dci.agg_lambda=[0.0,1.0]", "dci.preview=true", "steps=4", "sampler=ddim")
+    rows: list[int] = []
+    handle = small_generator.model.model.diffusion_model.register_forward_hook(
+        lambda module, args, eps: rows.append(len(eps)))
+    written = sample_run(small_generator, config, ["{}"], tmp_path)
+    handle.remove()
+    assert rows == [2, 2, 8, 8]
+    assert [path.name for path in written.files] == [
+        "000-00--plain-preview.png", "000-00--lambda+0.00-preview.png", "000-00--lambda+1.00-preview.png"]
+
+
 def test_words_the_embedded_model_never_saw_are_named(small_world: SmallWorld, small_generator: Generator,
                                                       tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:

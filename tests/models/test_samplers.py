@@ -269,6 +269,16 @@ def test_intermediates_are_recorded(model: GaussianModel, sampler: type[Sampler]
     assert torch.equal(few["x_inter"][0], x) and torch.equal(few["x_inter"][-1], found)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_stopped_early_a_run_returns_what_its_last_step_predicts(model: GaussianModel, sampler: type[Sampler]) -> None:
+    x = noise(2)
+    _, every = sampler(model).sample(10, 2, SHAPE, x_T=x, log_every_t=1, verbose=False)
+    model.calls.clear()
+    found, _ = sampler(model).sample(10, 2, SHAPE, x_T=x, stop_after=4, verbose=False)
+    assert torch.equal(found, every["pred_x0"][4])
+    assert len(model.calls) == 4 + (sampler is PLMSSampler)      # whose first step takes two
+
+
 # ---- noise ----
 
 def test_variance_of_eta_one_is_the_posterior_variance_of_ddpm() -> None:

@@ -283,6 +283,13 @@ def test_strengths_are_named_or_left_to_the_program(call_script: Call, flags: li
     assert (list(config.dci.agg_lambda), config.dci.choice.use) == (strengths, chosen)
 
 
+def test_strengths_to_preview(call_script: Call) -> None:
+    config = sample_settings(call_script, "--preview_lambda", -2, 0.5)
+    assert (list(config.dci.agg_lambda), config.dci.preview) == ([-2.0, 0.5], True)
+    outcome = call_script("sample", "--preview_lambda", 1, "--agg_lambda", 1, "--print_config")
+    assert outcome.status == 1 and "--agg_lambda and --preview_lambda exclude each other" in outcome.err
+
+
 def test_familiar_sampling_flags(call_script: Call) -> None:
     config = sample_settings(
         call_script, "--ckpt", "sd.ckpt", "--ddim_steps", 9, "--ddim_eta", 0.5, "--scale", 2, "--n_samples", 5,

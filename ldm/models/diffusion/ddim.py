@@ -58,7 +58,8 @@ class DDIMSampler(Sampler):
 
     def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         """Goes from step `steps` - 1 down to 0."""
-        for index in progress(range(steps - 1, -1, -1), desc="DDIM", unit="step", quiet=not options.verbose):
+        indices = range(steps - 1, -1, -1)[: options.stop_after]
+        for index in progress(indices, desc="DDIM", unit="step", quiet=not options.verbose):
             t = int(self.ddim_timesteps[index])
             (x,) = guidance.end_joint_phase(t, x)     # DCI: the auxiliary branch leaves at t/T <= 1 - T_a
             x = self._keep(x, t, guidance, options)

@@ -40,7 +40,8 @@ class PLMSSampler(DDIMSampler):
 
     def _loop(self, x: Tensor, guidance: Guidance, steps: int, record: SamplingRecord, options: StepOptions) -> Tensor:
         earlier: list[Tensor] = []                                                # newest first, at most 3
-        for index in progress(reversed(range(steps)), desc="PLMS", unit="step", total=steps, quiet=not options.verbose):
+        indices = range(steps - 1, -1, -1)[: options.stop_after]
+        for index in progress(indices, desc="PLMS", unit="step", quiet=not options.verbose):
             t = int(self.ddim_timesteps[index])
             t_next = int(self.ddim_timesteps[index - 1]) if index else 0          # as `ddim_alphas_prev` has it
             alphas = float(self.ddim_alphas[index]), float(self.ddim_alphas_prev[index])

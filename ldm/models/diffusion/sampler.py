@@ -37,6 +37,7 @@ class StepOptions:
     temperature: float = 1.0
     noise_dropout: float = 0.0
     verbose: bool = True
+    stop_after: int | None = None
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.x0 is None:
@@ -51,10 +52,12 @@ class SamplingRecord:
         self.batch, self.steps, self.log_every_t = batch, steps, log_every_t
         self.callback, self.img_callback = callback, img_callback
         self.intermediates = {"x_inter": [start[:batch]], "pred_x0": [start[:batch]]}
+        self.pred_x0 = start[:batch]       # what the last step predicted
 
     def step(self, done: int, x: Tensor, pred_x0: Tensor) -> None:
         """Takes the state after step `done` (from 0); only the concept branch's rows are shown."""
         x, pred_x0 = x[: self.batch], pred_x0[: self.batch]
+        self.pred_x0 = pred_x0
         if self.callback:
             self.callback(done)
         if self.img_callback:
@@ -88,8 +91,9 @@ class Sampler:
                verbose: bool = True, x_T: Tensor | None = None, log_every_t: int = 100,
                unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
                dynamic_threshold: None = None, ucg_schedule: None = None, *, generators: Generators | None = None,
-               dual: SecondBranch | None = None, **ignored: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Samples latents; the arguments and their order are CompVis's but for the last two.
+               dual: SecondBranch | None = None, stop_after: int | None = None,
+               **ignored: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Samples latents; the arguments and their order are CompVis's but for the last three.
 
         Args:
             S: number of steps, exactly.
@@ -105,6 +109,7 @@ class Sampler:
             log_every_t: how many steps lie between recorded intermediates.
             generators: one CPU generator per row, so that row k is the same in any batch.
             dual: DCI's auxiliary branch; None samples one branch.
+            stop_after: takes the first so many of the steps, and returns the x_0 they predict; None takes all.
 
         Returns:
             Latents (B, C, h, w), and `x_inter` and `pred_x0` lists.
@@ -115,7 +120,7 @@ class Sampler:
         refuse_set(normals_sequence=normals_sequence, quantize_x0=quantize_x0, score_corrector=score_corrector,
                    corrector_kwargs=corrector_kwargs, dynamic_threshold=dynamic_threshold, ucg_schedule=ucg_schedule)
         warn_ignored(ignored)
-        options = StepOptions(eta, mask, x0, temperature, noise_dropout, verbose)
+        options = StepOptions(eta, mask, x0, temperature, noise_dropout, verbose, stop_after)
         device = self.model.device
         empty = torch.empty((batch_size, *shape), device=device)     # for its shape, format and device
         x = draw_noise(empty, generators) if x_T is None else x_T.to(device)     # (B, C, h, w)
@@ -124,6 +129,8 @@ class Sampler:
         record = SamplingRecord(x, batch_size, S, log_every_t, callback, img_callback)
         # (rows, C, h, w): of two branches while they last.
         x = self.run(guidance.start(x), guidance, S, record, options)
+        if stop_after is not None:
+            x = record.pred_x0
         return x[:batch_size], record.intermediates     # the concept's rows come first
 
     @staticmethod

@@ -75,7 +75,8 @@ class DPMSolverSampler(Sampler):
         levels = [noise_level(alpha) for alpha in alphas_between(alphas_cumprod, timesteps).tolist()]
         timesteps = timesteps.tolist()
         before: list[Tensor] = []                                        # the data prediction of the step before
-        for i in progress(range(steps), desc="DPM-Solver++", unit="step", quiet=not options.verbose):
+        indices = range(steps)[: options.stop_after]
+        for i in progress(indices, desc="DPM-Solver++", unit="step", quiet=not options.verbose):
             x, *before = guidance.end_joint_phase(timesteps[i], x, *before)
             source, target = levels[i], levels[i + 1]
             pred_x0 = (x - source.sigma * guidance.eps(x, timesteps[i])) / source.alpha     # (rows, C, h, w)

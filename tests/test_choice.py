@@ -9,9 +9,9 @@ import torch
 from conftest import SmallWorld
 from PIL import Image
 
+from ldm.choice import Chooser, Score, choose, load_chooser
 from ldm.config import ChoiceConfig, DCIConfig
 from ldm.customization.delta import load_concept
-from ldm.evaluation.choice import Chooser, Score, choose, load_chooser
 from ldm.evaluation.scoring import load_scorer
 from ldm.pipeline import Generator, Sample
 from ldm.sampling import chooser_for, sample_run
