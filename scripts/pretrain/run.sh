@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack -> quality.
+# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack -> examples -> quality.
 # Training goes on from its last save, 3 to 7 minutes back; drawing and caching, which are written when they are whole,
 # start over. All state lies in pretrain_state/, which git ignores.
 #
@@ -31,5 +31,6 @@ fi
 "$PYTHON" scripts/pretrain/diffusion.py --workers 2 --threads 1 --minutes "${MINUTES_DIFFUSION:-260}"
 "$PYTHON" scripts/pretrain/judge.py "$ASSETS" --pictures "${PICTURES_JUDGE:-40000}" --workers 2 --threads 1 \
     --minutes "${MINUTES_JUDGE:-65}"
-"$PYTHON" scripts/pretrain/pack.py "$ASSETS"
+"$PYTHON" scripts/pretrain/pack.py
+"$PYTHON" scripts/pretrain/examples.py "$ASSETS"
 "$PYTHON" scripts/pretrain/quality.py "$ASSETS" --samples "${SAMPLES:-500}"
