@@ -50,19 +50,19 @@ class Chooser:
         self.extractor, self.margin = extractor, margin
         self._references = extractor.images(references)                                # (M, D)
 
-    def score(self, samples: Sequence[Sample]) -> list[Score]:
-        """Measures images; the words V mean nothing to a CLIP, so that prompts go without them."""
-        images = self.extractor.images([sample.image for sample in samples])           # (N, D)
-        nouns = [sample.settings["concept"]["class_noun"] for sample in samples]
-        texts = [plain_text(sample.settings["text"], noun) for sample, noun in zip(samples, nouns, strict=True)]
-        agreement = text_alignment(images, self.extractor.texts(texts))                # (N,)
-        likeness = image_alignment(images, self._references)                           # (N,)
+    def score(self, images: Sequence[Image.Image], text: str) -> list[Score]:
+        """Measures images of one prompt, whose text is without the words V: they mean nothing to a CLIP."""
+        vectors = self.extractor.images(images)                                        # (N, D)
+        wanted = self.extractor.texts([text]).expand(len(images), -1)                  # (N, D)
+        agreement = text_alignment(vectors, wanted)                                    # (N,)
+        likeness = image_alignment(vectors, self._references)                          # (N,)
         pairs = torch.stack([agreement, likeness], dim=1).tolist()
         return [Score(*pair) for pair in pairs]
 
     def best(self, plain: Sample, candidates: Sequence[Sample]) -> Sample:
         """Returns one of an image's strengths; its settings say what all of them scored."""
-        first, *scores = self.score([plain, *candidates])
+        text = plain_text(plain.settings["text"], plain.settings["concept"]["class_noun"])
+        first, *scores = self.score([sample.image for sample in (plain, *candidates)], text)
         by_strength = {sample.request.strength: score for sample, score in zip(candidates, scores, strict=True)}
         chosen = choose(first, by_strength, self.margin)
         told = {PLAIN: asdict(first)}

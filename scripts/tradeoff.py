@@ -2,7 +2,7 @@
 
 python scripts/tradeoff.py                      all that configs/sweep/tiny.yaml lists
 python scripts/tradeoff.py claim NAME ...       claims of the paper, by name; all is every one:
-  tradeoff dci methods lambda ablations masks nouns phase guidance replaced gains all
+  tradeoff dci methods lambda chosen ablations masks nouns phase guidance replaced gains all
 python scripts/tradeoff.py claim dci --quick    one claim on fewer concepts, prompts and seeds
 An interrupted sweep goes on where it was when the same command is given again.
 """

@@ -12,7 +12,7 @@ from PIL import Image
 from ldm.choice import Chooser, Score, choose, load_chooser
 from ldm.config import ChoiceConfig, DCIConfig
 from ldm.customization.delta import load_concept
-from ldm.evaluation.scoring import load_scorer
+from ldm.evaluation.scoring import load_scorer, plain_text
 from ldm.pipeline import Generator, Sample
 from ldm.sampling import chooser_for, sample_run
 from ldm.sheets import read_settings
@@ -59,7 +59,8 @@ def test_scores_are_those_of_evaluations(chooser: Chooser, samples: Sequence[Sam
     references = [Image.open(path).convert("RGB") for path in sorted(small_world.photos.glob("*.png"))]
     rows = scorer.rows([sample.image for sample in samples], [sample.settings["text"] for sample in samples], "cat",
                        scorer.features(references))
-    for score, row in zip(chooser.score(samples), rows, strict=True):
+    for sample, row in zip(samples, rows, strict=True):
+        (score,) = chooser.score([sample.image], plain_text(sample.settings["text"], "cat"))
         assert score.agreement == pytest.approx(row["small_clip_t"], abs=1e-6)
         assert score.likeness == pytest.approx(row["small_clip_i"], abs=1e-6)
 

@@ -12,6 +12,9 @@ ABLATIONS = {"no masks": "no_mask", "no entire prompt": "no_full_prompt", "no de
              "no shared weights": "base_weights"}
 
 
+CHOSEN = "lambda chosen"     # the label of a line whose images are picked from the others'
+
+
 @dataclass(frozen=True)
 class Line:
     """Points that belong together, in order; one point is a line too.
@@ -42,6 +45,7 @@ class Claim:
         question: what it decides.
         lines: its points, for a sweep's configuration.
         masks: whether DBIM's masks are drawn too.
+        chosen: whether a line is added whose lambda the program chooses among the others' strengths.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Claim:
     question: str
     lines: Callable[[SweepConfig], list[Line]]
     masks: bool = False
+    chosen: bool = False
 
 
 def _alone(label: str, job: Job, baseline: str | None = None) -> Line:
@@ -140,6 +145,14 @@ def lambdas(config: SweepConfig) -> list[Line]:
     return [_raw(config), Line("DCI over lambda", points, _numbers(config.lambdas), "raw model")]
 
 
+def chosen(config: SweepConfig) -> list[Line]:
+    """The strengths that the program chooses among, each on its own, compared with its choice."""
+    lines = [_raw(config)]
+    for strength in config.lambdas:
+        lines.append(_alone(f"lambda {strength:g}", _chosen(config, strength), CHOSEN))
+    return lines
+
+
 def ablations(config: SweepConfig) -> list[Line]:
     """Each part of DCI taken out."""
     lines = [_alone("DCI", _chosen(config, config.strength)), _raw(config, "DCI")]
@@ -208,6 +221,8 @@ _ALL = (
     Claim("methods", "sections 3.2, 3.3", "What does ICO add to a manual template, and DCI to ICO?", methods),
     Claim("lambda", "Fig. 9", "Does more injection buy prompt agreement for little fidelity, until it is too much?",
           lambdas),
+    Claim("chosen", "ours", "Does a lambda that a CLIP chooses for each image do as well as the best fixed one?",
+          chosen, chosen=True),
     Claim("ablations", "Fig. 10", "Does DCI need masks, entire prompts, aggregation in every layer, shared weights?",
           ablations),
     Claim("masks", "Fig. 11", "What do the masks look like at each resolution?", masks, masks=True),

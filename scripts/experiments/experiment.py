@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.areas import Areas, compare_areas, difference
+from experiments.chosen import chosen_line
 from experiments.claims import Claim, Line
 from experiments.jobs import BASE, Job, Subject, thin_out
 from experiments.plots import Curve, tradeoff_plot
@@ -123,6 +124,10 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
     if axes[0] == "judge_edit":
         _check_wishes(jobs, sweep)
     rows = rows_by_point(sweep.run(jobs))
+    if claim.chosen:
+        line, picked = chosen_line(lines, rows, sweep)
+        lines = [*lines, line]
+        rows[line.points[0]] = picked
     comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
     write_rows(list(chain.from_iterable(map(rows.get, points_of(lines)))), folder)

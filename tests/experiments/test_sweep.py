@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Call, SmallWorld, contents
 from experiments import experiment, plots, training
-from experiments.claims import CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
+from experiments.claims import CHOSEN, CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
 from experiments.experiment import (
     Comparison,
     compare,
@@ -460,7 +460,8 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
     for claim in (*CLAIMS.values(), SWEEP):
         lines = claim.lines(config)
         labels = [line.label for line in lines]
-        assert len(set(labels)) == len(labels) and all(line.baseline in (None, *labels) for line in lines), claim.name
+        known = (None, *labels, CHOSEN) if claim.chosen else (None, *labels)
+        assert len(set(labels)) == len(labels) and all(line.baseline in known for line in lines), claim.name
         for point in {point for line in lines for point in line.points}:
             settings = point.sampling(config)
             assert settings.dci.use == (point.strength is not None) and not settings.plain
@@ -507,13 +508,35 @@ def test_all_claims_write_their_reports(config: SweepConfig, tmp_path: Path, mon
         summary = json.loads((report.folder / "summary.json").read_text())
         assert summary["command"] == "the command" and summary["minutes"] >= 0
         assert claim.question in report.text and ("| masks |" in report.text) == claim.masks
-        assert len(report.comparisons) == sum(len(line.points) for line in claim.lines(config) if line.baseline)
+        compared = sum(len(line.points) for line in claim.lines(config) if line.baseline)
+        assert len(report.comparisons) == compared + claim.chosen
     whole = overview(reports, sweep, "the command").read_text()
     assert whole.count("\n| dci | ") == 2 and f"# {len(reports)} experiments" in whole
     for target in re.findall(r"\]\((.*?)\)", whole):             # links still lead to the images
         assert (tmp_path / "out" / target).is_file(), target
     rows = (tmp_path / "out" / "dci" / "rows.jsonl").read_text().splitlines()
     assert len(rows) == 2 * 2 * 2 and {json.loads(row)["seed"] for row in rows} == {1000}
+
+
+def test_the_chosen_point_has_each_image_of_the_strength_that_the_rule_picks(
+        config: SweepConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The redder an image, the closer to a prompt (MEAN): lambda 1's on the first prompt, lambda 0's on the other."""
+    def draw(self: Sweep, job: Job, jobs: object, bar: object = None) -> list[Image.Image]:
+        red = {None: (90, 90), 0.0: (100, 160), 1.0: (120, 150)}[job.strength]
+        found = []
+        for prompt in range(2):
+            path = self.store.image(job, prompt, 0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.append(Image.new("RGB", (8, 8), (red[prompt], 90, 90)))
+            found[-1].save(path)
+        return found
+
+    monkeypatch.setattr(Sweep, "draw", draw)
+    sweep = Sweep(OmegaConf.merge(config, {"sampling": [*config.sampling, "dci.choice.margin=2"]}), tmp_path, SCORER)
+    report = run_claim(CLAIMS["chosen"], sweep)
+    rows = [json.loads(line) for line in (report.folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["strength"] for row in rows if row.get("chosen")] == [1.0, 0.0]
+    assert [item.name for item in report.comparisons] == ["lambda 0", "lambda 1", "lambda chosen"]
 
 
 def test_a_sheet_shows_every_concept_and_like_beside_like(tmp_path: Path) -> None:
