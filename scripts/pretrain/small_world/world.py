@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -357,7 +358,7 @@ class SmallWorld:
             return sprite.premultiplied(main * 0.9 + sprite.rgb * 0.1)
         x, y = sprite.grid()
         if truth.pattern == "striped":
-            mask = stripes(x * np.cos(turn) + y * np.sin(turn), 3.6 * scale, phase)
+            mask = stripes(x * math.cos(turn) + y * math.sin(turn), 3.6 * scale, phase)     # stays float32
         elif truth.pattern == "spotted":
             mask = spots(x + 0.25 * phase, y, 0.29 * scale, 0.088 * scale)
         else:
