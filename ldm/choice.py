@@ -1,4 +1,4 @@
-"""Lambda chosen by the program: of an image's strengths, the one that follows the prompt and keeps the concept."""
+"""Lambda chosen by the program: of an image's strengths, the weakest one that follows the prompt."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,16 +25,18 @@ class Score:
     likeness: float
 
 
-def choose(plain: Score, candidates: Mapping[float, Score], margin: float) -> float:
-    """Returns the strength of the best agreement among those that stay like the references.
+def choose(plain: Score, candidates: Mapping[float, Score], margin: float, tolerance: float) -> float:
+    """Returns the weakest strength that follows the prompt about as well as the best, and stays like the references.
 
-    Those are the ones whose likeness is at most `margin` below the plain image's; where none is, the most alike wins.
-    Of equals the first is taken.
+    Those stay whose likeness is at most `margin` below the plain image's; where none does, the most alike wins. Of
+    them the weakest is taken whose agreement is at most `tolerance` below the best one's: what more injection adds is
+    little prompt for much concept.
     """
-    close = [strength for strength, score in candidates.items() if score.likeness >= plain.likeness - margin]
+    close = {strength: score for strength, score in candidates.items() if score.likeness >= plain.likeness - margin}
     if not close:
         return max(candidates, key=lambda strength: candidates[strength].likeness)
-    return max(close, key=lambda strength: candidates[strength].agreement)
+    best = max(score.agreement for score in close.values())
+    return min(strength for strength, score in close.items() if score.agreement >= best - tolerance)
 
 
 class Chooser:
@@ -43,11 +45,11 @@ class Chooser:
     Args:
         extractor: a CLIP.
         references: images of the concept.
-        margin: of likeness, as `choose` takes it.
+        margin, tolerance: of likeness and of agreement, as `choose` takes them.
     """
 
-    def __init__(self, extractor: Extractor, references: Sequence[Image.Image], margin: float):
-        self.extractor, self.margin = extractor, margin
+    def __init__(self, extractor: Extractor, references: Sequence[Image.Image], margin: float, tolerance: float):
+        self.extractor, self.margin, self.tolerance = extractor, margin, tolerance
         self._references = extractor.images(references)                                # (M, D)
 
     def score(self, images: Sequence[Image.Image], text: str) -> list[Score]:
@@ -64,11 +66,11 @@ class Chooser:
         text = plain_text(plain.settings["text"], plain.settings["concept"]["class_noun"])
         first, *scores = self.score([sample.image for sample in (plain, *candidates)], text)
         by_strength = {sample.request.strength: score for sample, score in zip(candidates, scores, strict=True)}
-        chosen = choose(first, by_strength, self.margin)
+        chosen = choose(first, by_strength, self.margin, self.tolerance)
         told = {PLAIN: asdict(first)}
         for strength, score in by_strength.items():
             told[f"{strength:g}"] = asdict(score)
-        record = {"metric": self.extractor.name, "margin": self.margin, "scores": told}
+        record = {"metric": self.extractor.name, "margin": self.margin, "tolerance": self.tolerance, "scores": told}
         winner = next(sample for sample in candidates if sample.request.strength == chosen)
         return replace(winner, settings={**winner.settings, "choice": record})
 
@@ -100,4 +102,4 @@ def load_chooser(settings: ChoiceConfig, references: Sequence[Image.Image], devi
         UserError: its weights are missing or bad.
     """
     weights = Path(settings.weights) if settings.weights else None
-    return Chooser(LOADERS[settings.metric](weights, device), references, settings.margin)
+    return Chooser(LOADERS[settings.metric](weights, device), references, settings.margin, settings.tolerance)

@@ -228,16 +228,17 @@ CHOICE_STRENGTHS = (-1.0, 0.0, 1.0, 2.0)     # what `--agg_lambda auto` chooses 
 class ChoiceConfig:
     """Lambda chosen by the program, for each prompt and seed: `--agg_lambda auto`."""
 
-    use: bool = False                     # keep one of dci.agg_lambda, the one that follows the prompt best
-    margin: float = 0.1                   # how much less like the references than the plain image it may be (cosine)
+    use: bool = False                     # keep one of dci.agg_lambda, the weakest one that follows the prompt
+    # Differences of cosines; those of larger CLIPs are smaller, and want smaller values.
+    margin: float = 0.5                   # how much less like the references than the plain image it may be
+    tolerance: float = 0.03               # how much less like the prompt than the best one it may be
     metric: str = "small_clip"            # which CLIP judges: small_clip (embedded model) | clip_b32 | clip_l14
     weights: str | None = None            # that CLIP's file; the small one ships
     references: str | None = None         # folder of photos of the concept; null: those beside the concept file
 
     def __post_init__(self) -> None:
         check_choice("dci.choice.metric", self.metric, CHOICE_METRICS)
-        if not 0.0 <= self.margin <= 2.0:
-            raise UserError(f"dci.choice.margin is {self.margin}; give a difference of cosines, from 0 to 2.")
+        check_ranges("dci.choice", self, least={"margin": 0, "tolerance": 0}, most={"margin": 2, "tolerance": 2})
 
 
 @dataclass

@@ -26,10 +26,12 @@ PLAIN = Score(0.3, 0.6)
     ({-1.0: (0.4, 0.58), 0.0: (0.5, 0.51), 1.0: (0.6, 0.49)}, 0.0),      # 1.0 is 0.11 less like the references
     ({-1.0: (0.4, 0.58), 0.0: (0.2, 0.60), 1.0: (0.3, 0.70)}, -1.0),     # more alike is no reason
     ({-1.0: (0.4, 0.40), 0.0: (0.5, 0.45), 1.0: (0.9, 0.10)}, 0.0),      # none is close: the most alike
-    ({-1.0: (0.4, 0.60), 0.0: (0.4, 0.60)}, -1.0)])                      # of equals the first
-def test_the_best_agreement_among_those_that_stay_like_the_references(scores: dict, chosen: float) -> None:
+    ({1.0: (0.50, 0.6), -1.0: (0.46, 0.6), 0.0: (0.48, 0.6)}, 0.0),      # 0.02 less is little, 0.04 is not
+    ({0.0: (0.4, 0.60), -1.0: (0.4, 0.60)}, -1.0)])                      # of equals the weakest
+def test_the_weakest_strength_that_follows_the_prompt_and_stays_like_the_references(scores: dict,
+                                                                                   chosen: float) -> None:
     candidates = {strength: Score(*pair) for strength, pair in scores.items()}
-    assert choose(PLAIN, candidates, margin=0.1) == chosen
+    assert choose(PLAIN, candidates, margin=0.1, tolerance=0.03) == chosen
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_one_strength_is_kept_for_each_prompt_and_seed(chooser: Chooser, samples
         said = sample.settings["choice"]["scores"]
         assert list(said) == ["plain", "0", "1", "2"]
         rule = {strength: Score(**said[f"{strength:g}"]) for strength in (0.0, 1.0, 2.0)}
-        assert sample.request.strength == choose(Score(**said["plain"]), rule, chooser.margin)
+        assert sample.request.strength == choose(Score(**said["plain"]), rule, chooser.margin, chooser.tolerance)
     with_plain = list(chooser.keep(samples, 3, plain=True))
     assert with_plain[:4] == samples[:4] and len(with_plain) == 8
 
@@ -102,6 +104,8 @@ def test_what_lambda_cannot_be_chosen_by_is_refused(small_world: SmallWorld, sma
         DCIConfig(agg_lambda=[1.0, 1.0], choice=ChoiceConfig(use=True))
     with pytest.raises(UserError, match="margin is -1"):
         ChoiceConfig(margin=-1)
+    with pytest.raises(UserError, match="tolerance is 2.1"):
+        ChoiceConfig(tolerance=2.1)
     wanted = small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]")
     with pytest.raises(UserError, match="knows the embedded model's world only; give another"):
         chooser_for(wanted, small_run.concept)

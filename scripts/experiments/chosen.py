@@ -35,7 +35,7 @@ def chosen_line(lines: Sequence[Line], rows: Rows, sweep: Sweep) -> tuple[Line, 
         chooser = choosers[raw["concept"]]
         images = [open_image(sweep.outdir / row["picture"]) for row in (raw, *candidates.values())]
         first, *scores = chooser.score(images, plain_text(raw["prompt"], raw["class_noun"]))
-        strength = choose(first, dict(zip(candidates, scores, strict=True)), chooser.margin)
+        strength = choose(first, dict(zip(candidates, scores, strict=True)), chooser.margin, chooser.tolerance)
         found.append({**candidates[strength], "chosen": True})
     point = Job("", fixed[0].method, fixed[0].step, words=CHOSEN)
     return Line(CHOSEN, (point,), ("",), lines[0].label), found
@@ -54,5 +54,5 @@ def chooser_of(sweep: Sweep, subject: Subject) -> Chooser:
         raise UserError(f"lambda is chosen by a CLIP; name one with --metrics: {', '.join(CHOICE_METRICS)}.")
     references = subject.training(config, config.method).concepts[0].images
     # The last CLIP is the largest.
-    margin = Job("", config.method, config.step, strength=0.0).sampling(config).dci.choice.margin
-    return Chooser(clips[-1], open_references(references), margin)
+    choice = Job("", config.method, config.step, strength=0.0).sampling(config).dci.choice
+    return Chooser(clips[-1], open_references(references), choice.margin, choice.tolerance)
