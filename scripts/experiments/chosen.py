@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.claims import CHOSEN, Line
+from experiments.comparisons import image_of
 from experiments.jobs import Job, Subject, SweepConfig
 from experiments.sweep import Sweep
 from ldm.choice import Chooser, choose
@@ -39,11 +40,6 @@ def chosen_line(lines: Sequence[Line], rows: Rows, sweep: Sweep) -> tuple[Line, 
         found.append({**candidates[strength], "chosen": True})
     point = Job("", fixed[0].method, fixed[0].step, words=CHOSEN)
     return Line(CHOSEN, (point,), ("",), lines[0].label), found
-
-
-def image_of(row: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns what an image is of, whatever its strength."""
-    return row["concept"], row["run"], row["prompt"], row["seed"]
 
 
 def chooser_of(sweep: Sweep, subject: Subject) -> Chooser:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.areas import Areas, compare_areas, difference
+from experiments.areas import Areas, compare_areas
 from experiments.chosen import chosen_line
 from experiments.claims import Claim, Line
+from experiments.comparisons import Comparison, Records, by_unit, compare, comparison_as_json, comparison_table
 from experiments.jobs import BASE, Job, Subject, thin_out
 from experiments.plots import Curve, tradeoff_plot
 from experiments.sweep import Sweep, rows_by_point
@@ -31,27 +32,13 @@ from ldm.evaluation.report import (
     write_json,
     write_rows,
 )
-from ldm.evaluation.statistics import Estimate, unit_means
 from ldm.files import claim_results, write_text
 from ldm.requests import ImageRequest
 from ldm.sheets import mask_panel, save_png, sheet
 from ldm.util import UserError, folder_name
 
-Records = Sequence[Mapping[str, Any]]
 SHEET_ROWS, SHEET_COLUMNS = 12, 9
 REPORT, PLOT, SHEET, MASKS = "report.md", "plot.png", "sheet.png", "masks"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Paired differences of one point from another: editability and fidelity, and in how many concepts each rose."""
-
-    name: str
-    baseline: str
-    editability: Estimate
-    fidelity: Estimate
-    rose: tuple[int, int]
-    concepts: int
 
 
 @dataclass(frozen=True)
@@ -128,10 +115,10 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         line, picked = chosen_line(lines, rows, sweep)
         lines = [*lines, line]
         rows[line.points[0]] = picked
-    comparisons, areas = compare(lines, rows, axes), compare_curves(lines, rows, axes)
+    titles = sweep.scorer.titles
+    comparisons, areas = compare(lines, rows, axes, titles), compare_curves(lines, rows, axes)
     folder = sweep.outdir / claim.name
     write_rows(list(chain.from_iterable(map(rows.get, points_of(lines)))), folder)
-    titles = sweep.scorer.titles
     estimates, curves = {}, []
     for line in lines:
         curve = []
@@ -149,7 +136,7 @@ def run_claim(claim: Claim, sweep: Sweep, command: str = "") -> Report:
         parts.append(draw_masks(sweep, lines[0].points[0], jobs, folder))
     text = "\n\n".join(filter(None, parts))
     write_json(folder / SUMMARY, {
-        "points": as_numbers(estimates), "comparisons": list(map(_as_json, comparisons)),
+        "points": as_numbers(estimates), "comparisons": list(map(comparison_as_json, comparisons)),
         "areas": _areas_as_json(areas), "minutes": minutes, "measured_by": sweep.scorer.record, "command": command})
     write_text(folder / REPORT, text + "\n")
     if several:
@@ -178,41 +165,6 @@ def _circumstances(sweep: Sweep, command: str, minutes: float) -> str:
             f"{ending}")
 
 
-def by_unit(rows: Records, column: str) -> dict[object, float]:
-    """A column's means per prompt of a concept."""
-    units = [(row["concept"], row["prompt"]) for row in rows]
-    return unit_means([row.get(column) for row in rows], units)
-
-
-def compare(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str, str]) -> list[Comparison]:
-    """Compares each point with its counterpart on the baseline's line, the same in order or the only one."""
-    known, found = {line.label: line for line in lines}, []
-    for line in lines:
-        if line.baseline is None:
-            continue
-        base = known[line.baseline]
-        for index, point in enumerate(line.points):
-            other = min(index, len(base.points) - 1)
-            first, second = rows[point], rows[base.points[other]]
-            editability, agreeing, concepts = _change(first, second, axes[0])
-            fidelity, resembling, _ = _change(first, second, axes[1])
-            found.append(Comparison(line.names[index], base.names[other], editability, fidelity,
-                                    (agreeing, resembling), concepts))
-    return found
-
-
-def _change(rows: Records, base: Records, column: str) -> tuple[Estimate, int, int]:
-    """Returns a column's paired difference of two points, in how many concepts it is above zero, and of how many."""
-    first, second = by_unit(rows, column), by_unit(base, column)
-    values, concepts = [], []
-    for unit in first:
-        if unit in second:
-            values.append(first[unit] - second[unit])
-            concepts.append(unit[0])
-    per_concept = np.array(list(unit_means(values, concepts).values()))
-    return difference(first, second), int(np.sum(per_concept > 0)), len(per_concept)
-
-
 def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tuple[str, str]) -> Areas | None:
     """Areas under the lines that have as many points as the longest, and of each less its baseline's."""
     longest = max(len(line.points) for line in lines)
@@ -230,18 +182,6 @@ def compare_curves(lines: Sequence[Line], rows: Mapping[Job, Records], axes: tup
         arrays[label] = np.array(numbers).reshape(longest, len(axes), len(shared))
     pairs = [(line.label, line.baseline) for line in curves.values() if line.baseline in curves]
     return compare_areas(arrays, pairs, shared)
-
-
-def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str], axes: tuple[str, str]) -> str:
-    """A markdown table of paired differences."""
-    if not comparisons:
-        return ""
-    lines = [f"| difference [95 % interval] | {titles[axes[0]]} | rose in | {titles[axes[1]]} | rose in |",
-             "|---|---|---|---|---|"]
-    for item in comparisons:
-        lines.append(f"| {item.name} - {item.baseline} | {item.editability} | {item.rose[0]} of {item.concepts} "
-                     f"concepts | {item.fidelity} | {item.rose[1]} of {item.concepts} |")
-    return "\n".join(lines)
 
 
 def overview(reports: Sequence[Report], sweep: Sweep, command: str = "") -> Path:
@@ -295,13 +235,6 @@ def verdict(comparisons: Sequence[Comparison], areas: Areas | None, drawn: int) 
 def plot_title(claim: Claim, drawn: int) -> str:
     """Says what a claim's plot shows."""
     return f"{fill(claim.question, 80)}\n{claim.name} ({claim.source}), {drawn} images a point, 95 % intervals"
-
-
-def _as_json(item: Comparison) -> dict[str, Any]:
-    """A comparison for JSON."""
-    numbers = as_numbers({item.name: {"editability": item.editability, "fidelity": item.fidelity}})
-    return {"point": item.name, "baseline": item.baseline, "rose": item.rose, "concepts": item.concepts,
-            **numbers[item.name]}
 
 
 def _areas_as_json(areas: Areas | None) -> dict[str, Any] | None:

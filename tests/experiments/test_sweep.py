@@ -11,9 +11,8 @@ import torch
 from conftest import ROOT, Call, SmallWorld, contents
 from experiments import experiment, plots, training
 from experiments.claims import CHOSEN, CLAIMS, SWEEP, Line, find_claims, like_with_like, schemes
+from experiments.comparisons import BOTH_RIGHT, Comparison, compare, comparison_table
 from experiments.experiment import (
-    Comparison,
-    compare,
     compare_curves,
     jobs_of,
     overview,
@@ -437,6 +436,31 @@ def test_comparisons_by_hand() -> None:
     assert found.fidelity.excludes_zero and (found.fidelity.low, found.fidelity.high) == pytest.approx((-0.1, -0.1))
     assert (found.rose, found.concepts) == ((1, 0), 2)                     # concept b did not rise
     assert compare_curves(lines, rows, AXES) is None                       # points are no curves
+
+
+def test_what_stands_beside_a_comparison_by_hand() -> None:
+    """Class noun and CLIP-I of all images; fidelity of those that are right in both points alone."""
+    raw, joint = Job("", "ICO", 1), Job("", "ICO", 1, 1.0)
+
+    def rows_of(values: list[tuple[float, float, float, float]]) -> list[dict]:
+        return [{"concept": "a", "run": 0, "prompt": prompt, "seed": seed, "judge_edit": right, "judge_noun": noun,
+                 "small_clip_t": 0.0, "small_clip_i": alike, "efficientnet_i": fidelity}
+                for (prompt, seed), (right, noun, alike, fidelity)
+                in zip([("snow", 1), ("snow", 2), ("beach", 1)], values, strict=True)]
+
+    rows = {raw: rows_of([(1, 1, 0.5, 0.6), (0.5, 1, 0.5, 0.9), (1, 0, 0.5, 0.5)]),
+            joint: rows_of([(1, 1, 0.4, 0.5), (1, 0, 0.4, 0.1), (1, 1, 0.2, 0.6)])}
+    lines = [Line("raw", (raw,), ("",)), Line("DCI", (joint,), ("",), "raw")]
+    columns = ["judge_edit", "judge_noun", "small_clip_t", "small_clip_i", "efficientnet_i"]
+    (found,) = compare(lines, rows, ("judge_edit", "efficientnet_i"), columns)
+    assert list(found.beside) == ["judge_noun", "small_clip_i", BOTH_RIGHT]
+    means = [found.beside[name].mean for name in found.beside]
+    # Prompts count alike: of noun (-1/2, 1), of CLIP-I (-0.1, -0.3); seed 2 of the snow was not right without DCI.
+    assert means == pytest.approx([0.25, -0.2, 0.0])
+    table = comparison_table([found], {"judge_edit": "right", "judge_noun": "noun", "small_clip_i": "CLIP-I",
+                                       "efficientnet_i": "likeness"}, ("judge_edit", "efficientnet_i"))
+    assert table.splitlines()[0] == ("| difference [95 % interval] | right | rose in | likeness | rose in | noun | "
+                                     "CLIP-I | likeness, images right in both |")
 
 
 def test_areas_of_lines() -> None:
