@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SCRIPTS, Call, load_script
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "real_reg" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "real_reg" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OUR_FILES = r"(?<![\w./-])(?:configs|docs|ldm|real_reg|scripts|tests)/[\w./-]*\w"
 THEIRS = r"real_reg/(?:my_|samples_|generated)"      # folders that users make
 QUICK = {"train": ["method.steps=2", "preview.prompts=[]", "trainer.save_every=1"], "sample": ["steps=2"],
