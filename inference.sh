@@ -49,7 +49,7 @@ if [[ -z "$PROMPT" ]]; then
     echo "next:     PROMPT=\"a {} in the forest\" $again"
     example=striped_cat
     [[ "$CONCEPT" == *"$example"* ]] && example=checkered_car
-    [[ -n "$CKPT" ]] || echo "or:       $train -b configs/tiny.yaml configs/concept/$example.yaml"
+    [[ -n "$CKPT" ]] || echo "or:       $train -b configs/tiny.yaml configs/concept/brick_wall/$example.yaml"
 elif [[ -z "$LAMBDAS" ]]; then
     echo "next:     $same LAMBDAS=\"-1 0 1 2\" $again"
 elif [[ " $* " != *" --save"[-_]"masks "* ]]; then

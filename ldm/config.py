@@ -151,6 +151,7 @@ class PreviewConfig:
     scale: float = 6.0
     agg_lambda: list[float] = field(default_factory=lambda: [0.0, 1.0])   # DCI's strengths beside the plain image
     agg_time: float = 0.3
+    mask_sum: float = MASK_SUM
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -180,7 +180,8 @@ class Preview(Callback):
         chosen = self.settings
         return SampleConfig(model=None, steps=chosen.steps, scale=chosen.scale, eta=0.0, n_samples=1, seed=chosen.seed,
                             precision=self.precision,
-                            dci=DCIConfig(agg_lambda=list(chosen.agg_lambda), agg_time=chosen.agg_time))
+                            dci=DCIConfig(agg_lambda=list(chosen.agg_lambda), agg_time=chosen.agg_time,
+                                          mask_sum=chosen.mask_sum))
 
     def generator(self, module: Any) -> Generator:
         """Returns a door to the model as far as it has learned."""

@@ -118,7 +118,7 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
 @pytest.mark.parametrize(("script", "entry"), [
     ("sample", "--ddim_steps DDIM_STEPS sampling steps; more take longer (steps; default: 50; SD v1: 200)"),
     ("sample", "--H H of images in px; null is the model's own (height) --W"),
-    ("sample", "(dci.agg_lambda; default: [-1.0, 0.0, 1.5]; SD v1: [0.0])"),
+    ("sample", "(dci.agg_lambda; default: [-2.0, 0.0, 2.0]; SD v1: [0.0])"),
     ("sample", "left out: configs/sample-tiny.yaml; SD v1: configs/sample-sd-v1.yaml"),
     ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
@@ -188,7 +188,7 @@ def test_what_the_commands_print_can_be_run(commands: Path) -> None:
         lines, _ = shell(commands, f"CONCEPT={concept} bash inference.sh")
         arguments = shell(commands, lines[-1].removeprefix("or:"))[1]
         assert arguments[:3] == ["scripts/train.py", "-b", "configs/tiny.yaml"]
-        assert arguments[-1] == f"configs/concept/{other}.yaml"
+        assert arguments[-1] == f"configs/concept/brick_wall/{other}.yaml"
     lines, arguments = shell(commands, "bash train.sh")
     assert lines == ["+ python scripts/train.py"] and arguments == ["scripts/train.py"]
     lines, arguments = shell(commands, "CLASS_NOUN='plush toy' bash train.sh --caption 'a <new1> plush toy'")
