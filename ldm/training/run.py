@@ -201,7 +201,7 @@ def _shares(setup: Setup) -> str:
     names = {"weights": _name_of_weights(setup)}
     parts = []
     for kind, share in setup.module.moved().items():
-        parts.append(f"{names.get(kind, kind)} {100 * share:.3g} %")
+        parts.append(f"{names.get(kind, kind)} {100 * share:.1f} %")
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -38,8 +39,8 @@ def parser() -> cli.Parser:
     """Makes the parser."""
     parser = cli.Parser(__doc__, configured=False)
     parser.add_argument("--delta_ckpt", type=Path, required=True, help="concept file of the embedded model")
-    parser.add_argument("--prompt", default="a {} in the desert", help="what to draw")
-    parser.add_argument("--strength", type=float, default=1.5, help="lambda")
+    parser.add_argument("--prompt", default="a {} on the beach", help="what to draw")
+    parser.add_argument("--strength", type=float, default=2.0, help="lambda")
     parser.add_argument("--seed", type=int, default=0, help="of the image")
     parser.add_argument("--out", type=Path, default=Path("docs/method.png"), help="where the figure goes")
     return parser
@@ -69,7 +70,7 @@ def draw_branches(axes: Axes, concept: str, auxiliary: str, class_noun: str) -> 
     layer = "every cross-attention layer of the U-Net:\nattention maps $A^{0}$, output $O^{0}$"
     rows = ((40, "concept branch", concept, CONCEPT, "c"), (5, "auxiliary branch", auxiliary, AUXILIARY, "a"))
     for y, name, prompt, color, letter in rows:
-        box(axes, (0, y - 1), (20, 12), f"{name}\n“{prompt.replace(' in ', chr(10) + 'in ')}”", color)
+        box(axes, (0, y - 1), (20, 12), f"{name}\n“{fill(prompt, 16)}”", color)
         box(axes, (27, y), (38, 10), layer.replace("0", letter), color)
         arrow(axes, (20.5, y + 5), (26.5, y + 5), color)
     axes.text(10, 27.5, f"V {class_noun} becomes\nan everyday noun;\nweights are shared,\nthe noise is its own",

@@ -66,8 +66,8 @@ def test_training_from_the_command_line(trained: tuple[Path, Outcome], small_wor
     assert any(line.startswith("thing: regularization: 3 image(s)") for line in lines)
     assert "method: ico; each step: 1 reference and as many regularization images of weight 1" in lines
     assert "effective learning rate: 0.001 for K/V, 0.001 for words, 0.01 for contexts; 2 steps" in lines
-    assert (f"moved, as shares of their norm: K/V {100 * moved['weights']:.3g} %, words {100 * moved['words']:.3g} %, "
-            f"contexts {100 * moved['contexts']:.3g} %") in lines
+    assert (f"moved, as shares of their norm: K/V {100 * moved['weights']:.1f} %, words {100 * moved['words']:.1f} %, "
+            f"contexts {100 * moved['contexts']:.1f} %") in lines
     assert load_concept(folder / "checkpoints" / "step-000002.safetensors").info["moved"] == pytest.approx(moved)
     assert "fine-tuning: 100%" in outcome.err and "loss=" in outcome.err and "warning" not in outcome.err.lower()
     with Image.open(folder / "images" / "preview-000002.png") as page:     # fine-tuned, and DCI at two strengths
