@@ -96,6 +96,9 @@ def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) ->
     if choice.metric == "small_clip" and config.base.ckpt:
         raise UserError("lambda is chosen by a CLIP, and the one that ships knows the embedded model's world only; "
                         "give another with dci.choice.metric=clip_b32 dci.choice.weights=FILE.")
+    if choice.metric != "small_clip" and not choice.weights:
+        raise UserError(f"the weights of '{choice.metric}', which is to choose lambda, are not given; name their file "
+                        "with dci.choice.weights=FILE.")
     references = reference_images(concept_path)
     if choice.references:
         references = [open_image(path) for path in captioned(Path(choice.references), captions=False).paths]

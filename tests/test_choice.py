@@ -109,6 +109,9 @@ def test_what_lambda_cannot_be_chosen_by_is_refused(small_world: SmallWorld, sma
     wanted = small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]")
     with pytest.raises(UserError, match="knows the embedded model's world only; give another"):
         chooser_for(wanted, small_run.concept)
+    with pytest.raises(UserError, match=r"weights of 'clip_b32'.* name their file with dci.choice.weights=FILE"):
+        chooser_for(small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]",
+                                              "dci.choice.metric=clip_b32"), small_run.concept)
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(small_run.concept.read_bytes())
     wanted = small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]", "base.ckpt=null")

@@ -49,6 +49,6 @@ def chooser_of(sweep: Sweep, subject: Subject) -> Chooser:
     if not clips:
         raise UserError(f"lambda is chosen by a CLIP; name one with --metrics: {', '.join(CHOICE_METRICS)}.")
     references = subject.training(config, config.method).concepts[0].images
-    # The last CLIP is the largest.
     choice = Job("", config.method, config.step, strength=0.0).sampling(config).dci.choice
+    # The last CLIP is the largest.
     return Chooser(clips[-1], open_references(references), choice.margin, choice.tolerance)

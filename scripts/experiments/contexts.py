@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +19,7 @@ from ldm.config import SampleConfig
 from ldm.config_files import merge
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.ico import PromptScheme
-from ldm.evaluation.judge import load_judge
+from ldm.evaluation.judge import Judge, load_judge
 from ldm.evaluation.small_clip import embedded
 from ldm.pipeline import Generator
 from ldm.sampling import load_generator, reference_images
@@ -52,10 +53,15 @@ def tuned_generator(concept: Concept) -> Generator:
     return Generator(base.model, base.identity, base.model.device)     # told of no concept: prompts are plain texts
 
 
+@cache
+def judge() -> Judge:
+    """Returns the judge that ships, read once."""
+    return load_judge(embedded("judge.safetensors"))
+
+
 def scenes_seen(images: Sequence[Image.Image]) -> list[str]:
     """Returns the scene that the judge sees in each image."""
-    ranked = load_judge(embedded("judge.safetensors")).classifier.ranked(images)
-    return [labels["scene"][0] for labels in ranked]
+    return [labels["scene"][0] for labels in judge().classifier.ranked(images)]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Stage 7: draws held-out captions with the packed model, and lets the judge say what came out."""
+"""Stage 8: draws held-out captions with the packed model, and lets the judge say what came out."""
 from __future__ import annotations
 
 import argparse

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the embedded model from nothing: world -> autoencoder -> small CLIP -> diffusion -> judge -> pack -> examples -> quality.
+# Makes the embedded model from nothing:
+# world -> autoencoder -> small CLIP -> diffusion -> judge -> pack -> examples -> quality.
 # Training goes on from its last save, 3 to 7 minutes back; drawing and caching, which are written when they are whole,
 # start over. All state lies in pretrain_state/, which git ignores.
 #
