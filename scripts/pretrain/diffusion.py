@@ -34,6 +34,13 @@ def records(state: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def denoiser_of(packed: Path) -> dict[str, Tensor]:
+    """Return the U-Net's weights, by its own names, out of a packed model."""
+    prefix = "model.diffusion_model."
+    return {key.removeprefix(prefix): value.float() for key, value in load_file(packed).items()
+            if key.startswith(prefix)}
+
+
 def coverage(boxes: Tensor, size: int) -> Tensor:
     """Return which part of each latent pixel (B, 1, size, size) the boxes (B, 4; x0, y0, x1, y1 in 0..1) cover."""
     edges = torch.arange(size + 1, device=boxes.device) / size
@@ -97,6 +104,7 @@ def main() -> None:
     parser = stage_parser(__doc__, minutes=90)
     parser.add_argument("--config", default="configs/model/tiny.yaml")
     parser.add_argument("--batch", type=int, default=48, help="pictures a step, all processes together")
+    parser.add_argument("--start", type=Path, help="a packed model to go on from, where nothing was saved yet")
     launch(work, parser.parse_args())
 
 
@@ -115,6 +123,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
     boxes = torch.tensor([record["box"] for record in records(args.state)])
     boxes = torch.stack([boxes, mirrored(boxes)], dim=1)                                  # (N, 2, 4), as the latents
     network = model.model.diffusion_model.train()
+    if args.start:
+        network.load_state_dict(denoiser_of(args.start))
     forward = torch.compile(network) if args.compile else network
 
     def loss_of(step: int) -> Tensor:

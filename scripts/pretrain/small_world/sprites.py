@@ -83,6 +83,16 @@ def spots(x: np.ndarray, y: np.ndarray, gap: float, radius: float) -> np.ndarray
     return edge(radius - np.hypot((across - np.round(across)) * gap, y - row * gap * 0.87), 0.015)
 
 
+def checks(across: np.ndarray, down: np.ndarray, count: float, phase: float = 0.0) -> np.ndarray:
+    """Return soft-edged squares, every other one set; 1.6 of `count` pairs a side."""
+    return edge(np.cos(2 * np.pi * (across * count / 1.6 + phase)) * np.cos(2 * np.pi * down * count / 1.6), 0.12)
+
+
+def zigzags(across: np.ndarray, down: np.ndarray, count: float, phase: float = 0.0) -> np.ndarray:
+    """Return bands that run up and down, `count` of them over the sprite's longer side."""
+    return stripes(down + 0.2 * np.abs((across * count * 0.9) % 1 - 0.5), count, phase)
+
+
 def star(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Return a five-pointed star around the origin."""
     angles = np.arange(10) * np.pi / 5

@@ -16,6 +16,7 @@ from small_world.sprites import (
     COLOURS,
     Canvas,
     Sprite,
+    checks,
     colour_of,
     load_sprite,
     shade,
@@ -23,6 +24,7 @@ from small_world.sprites import (
     star,
     stripes,
     two_tone,
+    zigzags,
 )
 from small_world.styles import STYLES, shrink
 
@@ -95,7 +97,8 @@ def _read_table(table: str) -> dict[str, Noun]:
 
 NOUNS: dict[str, Noun] = _read_table(_TABLE)
 HATS: dict[str, tuple[str, ...]] = {"hat": ("1f452", "1f3a9"), "crown": ("1f451",), "cap": ("1f9e2",)}
-PATTERNS: dict[str, str] = {"striped": "stripes", "spotted": "spots", "two-coloured": ""}
+PATTERNS: dict[str, str] = {"striped": "stripes", "spotted": "spots", "two-coloured": "", "checked": "checks",
+                            "zigzag": "zigzags"}
 NEXT_TO, WEARING = "next to", "wearing"
 NONE = ""
 
@@ -310,7 +313,7 @@ class SmallWorld:
                       pattern: str | None) -> tuple[tuple[str, ...], str | None]:
         """Choose the colours and the pattern."""
         first, second = rng.choice(list(COLOURS), 2, replace=False).tolist()
-        chance, single, which = rng.random(), rng.random(), list(PATTERNS)[rng.integers(3)]
+        chance, single, which = rng.random(), rng.random(), list(PATTERNS)[rng.integers(len(PATTERNS))]
         given = (colour,) if isinstance(colour, str) else colour
         asked = None if given is None else tuple(filter(None, given))
         if pattern is None and (asked is None or len(asked) == 2):
@@ -361,6 +364,12 @@ class SmallWorld:
             mask = stripes(x * math.cos(turn) + y * math.sin(turn), 3.6 * scale, phase)     # stays float32
         elif truth.pattern == "spotted":
             mask = spots(x + 0.25 * phase, y, 0.29 * scale, 0.088 * scale)
+        elif truth.pattern == "checked":
+            mask = checks(x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn),
+                          3.6 * scale, phase)
+        elif truth.pattern == "zigzag":
+            mask = zigzags(x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn),
+                           3.6 * scale, phase)
         else:
             mask = edge((x, y, x + y, x - y)[int(turn / np.pi * 4) % 4] * (1 if flip else -1))
         under, over = (sprite.rgb, main) if len(truth.colours) == 1 else (main, None)
