@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from experiments.jobs import SweepConfig, subjects
+from experiments.jobs import SweepConfig, subjects, training_of
 from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
@@ -21,7 +21,7 @@ from ldm.flags import set_keys
 from ldm.util import UserError, allow_targets, folder_name, from_here, instantiate_from_config, shipped
 
 CONFIGS = ROOT / "configs"
-MODELS, METHODS, CONCEPTS, SAMPLES = (sorted((CONFIGS / part).glob("*.yaml"))
+MODELS, METHODS, CONCEPTS, SAMPLES = (sorted((CONFIGS / part).rglob("*.yaml"))
                                       for part in ("model", "method", "concept", "sample"))
 CONCEPT = "concepts: [{name: thing, images: photos, class_noun: cat}]"
 
@@ -228,7 +228,7 @@ def test_forks_name_their_own_classes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_shipped_files_are_the_known_ones() -> None:
     """A new folder or file needs a line in the tests below."""
-    assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 7 and names(SAMPLES) == {"paper", "tiny"}
+    assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 5 * 7 and names(SAMPLES) == {"paper", "tiny"}
     assert names(METHODS) == {"custom_diffusion", "ico", "ico_for_dci", "tiny"}
     assert {path.name for path in CONFIGS.iterdir()} == {
         "concept", "method", "model", "prompts", "sample", "sweep", "trainer",
@@ -249,6 +249,16 @@ def test_every_combination_merges(model: Path, concept: Path) -> None:
 @pytest.mark.parametrize(("model", "sample"), [*itertools.product(MODELS, SAMPLES)], ids=lambda path: path.stem)
 def test_sampling_files_merge(model: Path, sample: Path) -> None:
     assert merge(SampleConfig, [model, sample]).steps == OmegaConf.load(sample).steps
+
+
+@pytest.mark.parametrize("added", [[], ["brick_wall"], ["brick_walls"], ["brick_wall", "contexts"], ["quick"]])
+def test_sweep_files_merge(added: list[str]) -> None:
+    config = merge(SweepConfig, [CONFIGS / "sweep" / f"{name}.yaml" for name in ["tiny", *added]])
+    for method in config.methods:
+        training = training_of(config, method)
+        assert training.method.words == ["<new1>", "<new2>", "<new3>"][:len(training.method.words)]
+    for subject in subjects(config):
+        assert len(captioned(Path(subject.training(config, config.method).concepts[0].images)).paths) == 5
 
 
 def test_the_files_of_whole_runs_are_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Stage 7: draws the example data that ships: albums of each concept, held-out images, and sets of the classes.
 
 An album is five references. One kind shows three scenes, as albums mostly do; the others show one background, which
-then gets into the words that are learned (docs/evidence.md).
+then gets into the words that are learned, or a brick wall of its own in each reference (docs/evidence.md).
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def known_concepts() -> dict[str, Concept]:
 
 
 def draw_albums(assets: Path, out: Path) -> None:
-    """Draws every concept's references, in three scenes and before each single background, and held-out images."""
+    """Draws every concept's references, in three scenes, before one background or before walls, and held-out images."""
     world, one = SmallWorld(assets), SmallWorld(assets, ONE_BACKGROUND)
     for name, concept in known_concepts().items():
         scenes = NOUNS[concept.noun].scenes
@@ -39,6 +39,8 @@ def draw_albums(assets: Path, out: Path) -> None:
             for background in BACKGROUNDS:
                 image = one.draw_concept(name, 1000 + index, scene=background).image
                 save_png(Image.fromarray(image), out / "albums" / background.replace(" ", "_") / name / f"{index}.png")
+            own = world.draw_concept(name, 1000 + index, scene="brick wall").image
+            save_png(Image.fromarray(own), out / "albums" / "brick_walls" / name / f"{index}.png")
             unseen = world.draw_concept(name, 2000 + index, scene=HELD_OUT_SCENES[index]).image
             save_png(Image.fromarray(unseen), out / "held_out" / name / f"{index}.png")
 

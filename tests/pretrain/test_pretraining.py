@@ -71,6 +71,18 @@ def test_the_rate_warms_up_holds_and_falls_to_zero(stages: tuple[ModuleType, Mod
     assert rate(2.0, 500, 0.7) == pytest.approx(1.0) and rate(2.0, 500, 1.0) == pytest.approx(0.0)
 
 
+def test_a_packed_model_to_go_on_from(stages: tuple[ModuleType, ModuleType]) -> None:
+    import diffusion
+    from ldm.base import build_model
+    from ldm.config import BaseConfig
+    from omegaconf import OmegaConf
+    found = diffusion.denoiser_of(ROOT / "ldm/tiny/model.safetensors")
+    model, _ = build_model(OmegaConf.load(ROOT / "configs/model/tiny.yaml").model, BaseConfig())
+    expected = model.model.diffusion_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(value.dtype == torch.float32 and torch.equal(value, expected[key]) for key, value in found.items())
+
+
 def test_boxes_on_latent_pixels(stages: tuple[ModuleType, ModuleType]) -> None:
     import diffusion
     boxes = torch.tensor([[0.25, 0.0, 0.5, 1.0], [0.125, 0.5, 0.8125, 0.625]])

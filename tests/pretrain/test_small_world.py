@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("cv2")
 
+from small_world.sprites import checks, zigzags
 from small_world.styles import STYLES
 from small_world.world import NOUNS, PATTERNS, SmallWorld, WorldConfig
 
@@ -29,3 +30,14 @@ def test_every_pattern_is_drawn_in_every_style(world: SmallWorld, pattern: str, 
     picture = world.draw(3, noun="cat", pattern=pattern, style=style, colour=("red", "white"), relation="")
     assert picture.image.shape == (64, 64, 3) and picture.image.dtype == np.uint8
     assert picture.truth.pattern == pattern and pattern.split("-")[0] in picture.caption
+
+
+def test_checks_and_zigzags_by_hand() -> None:
+    """At the middle of squares, and of bands one turn apart."""
+    line = np.array([0.0, 0.2, 0.4])                       # half a turn of 4 / 1.6 = 2.5 a side is 0.2
+    squares = checks(line[None, :], line[:, None], 4.0)
+    assert np.array_equal(squares, [[1, 0, 1], [0, 1, 0], [1, 0, 1]])
+    across = np.array([0.0, 0.25, 0.5])                    # a period of 2 x 0.9: down, half way, up
+    climb = 0.2 * np.abs(across * 1.8 % 1 - 0.5)
+    for turns, expected in ((0.0, 1.0), (0.5, 0.0), (1.0, 1.0)):
+        assert np.allclose(zigzags(across, turns / 2 - climb, 2.0), expected)
