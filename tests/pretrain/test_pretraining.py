@@ -73,9 +73,10 @@ def test_the_rate_warms_up_holds_and_falls_to_zero(stages: tuple[ModuleType, Mod
 
 def test_a_packed_model_to_go_on_from(stages: tuple[ModuleType, ModuleType]) -> None:
     import diffusion
+    from omegaconf import OmegaConf
+
     from ldm.base import build_model
     from ldm.config import BaseConfig
-    from omegaconf import OmegaConf
     found = diffusion.denoiser_of(ROOT / "ldm/tiny/model.safetensors")
     model, _ = build_model(OmegaConf.load(ROOT / "configs/model/tiny.yaml").model, BaseConfig())
     expected = model.model.diffusion_model.state_dict()
