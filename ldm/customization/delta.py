@@ -27,8 +27,11 @@ from ldm.saving import save_safetensors
 from ldm.util import UserError
 
 FORMAT_NAME = "dci-ico-concept-"     # what every version's format begins with
-FORMAT = FORMAT_NAME + "1"
-FACTORS = (".u", ".v")       # what a weight's name in a file ends with where factors of a difference are stored
+FORMAT = FORMAT_NAME + "2"
+READ = (FORMAT_NAME + "1", FORMAT)   # the first had no differences
+# What a weight's name in a file ends with where its difference to the base is stored, or the factors of that.
+DIFFERENCE = ".difference"
+FACTORS = (".u", ".v")
 
 
 class Metadata(Record):
@@ -49,7 +52,8 @@ class Concept:
         words: vectors (D,) of the concept words "V".
         contexts: vectors (D,) of the image-specific contexts; kept for inspection, not needed for sampling.
         weights: changed tensors of the U-Net by their names inside it, in full.
-        factors: further ones as factors (u, v) of their difference to the base: weight = base + u @ v.
+        differences: further ones as their difference to the base, of which half precision keeps more.
+        factors: further ones as factors (u, v) of that difference: weight = base + u @ v.
         schemes: how each concept is prompted; the first is the one `{}` stands for.
         base: the model it was trained on, as `ldm.base.base_identity` names it; an empty hash: unknown (foreign files).
         step: training steps taken.
@@ -63,6 +67,7 @@ class Concept:
     base: Mapping[str, str]
     step: int = 0
     info: Mapping[str, Any] = field(default_factory=dict)
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -77,6 +82,8 @@ class Concept:
             UserError: a value is not finite, or the file cannot be written.
         """
         weights = dict(self.weights)
+        for name, difference in self.differences.items():
+            weights[name + DIFFERENCE] = difference
         for name, (u, v) in self.factors.items():
             weights[name + FACTORS[0]], weights[name + FACTORS[1]] = u, v
         # A file that cannot be used is worse than none.
@@ -136,7 +143,7 @@ def _read_own(path: Path) -> Concept:
     entries = read_metadata(path, "concept file")
     tensors = load_file(path, "concept file")
     unknown = [key for key in tensors if not key.startswith(("words.", "contexts.", UNET_PREFIX))]
-    if entries["format"] != FORMAT or unknown:
+    if entries["format"] not in READ or unknown:
         what = f"{entries['format']}, with {named(unknown)}" if unknown else entries["format"]
         raise UserError(f"concept file '{path}' was written by another version ({what}); use the one that made it.")
     metadata = read_record(Metadata, entries)     # after the format: another version's would not fit
@@ -149,9 +156,9 @@ def _read_own(path: Path) -> Concept:
             if key.startswith(prefix):
                 part[key.removeprefix(prefix)] = value
     schemes = tuple(replace(scheme, index=index) for index, scheme in enumerate(metadata.concepts))
-    weights, factors = _split_factors(parts[UNET_PREFIX])
+    weights, differences, factors = _split(parts[UNET_PREFIX])
     return Concept(_in_order(parts["words."], schemes), parts["contexts."], weights, schemes, metadata.base,
-                   metadata.step, metadata.info, factors)
+                   metadata.step, metadata.info, differences, factors)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -163,12 +170,15 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise BadRecord(f"'{name}' is no vector")
 
 
-def _split_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Parts weights that are stored in full from those stored as factors of a difference."""
-    full, names = {}, set()
+def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor],
+                                                   dict[str, tuple[Tensor, Tensor]]]:
+    """Parts weights that are stored in full from differences and from factors of differences."""
+    full, differences, names = {}, {}, set()
     for name, value in weights.items():
         if name.endswith(FACTORS):
             names.add(name[:-len(FACTORS[0])])
+        elif name.endswith(DIFFERENCE):
+            differences[name.removesuffix(DIFFERENCE)] = value
         else:
             full[name] = value
     factors = {}
@@ -178,7 +188,10 @@ def _split_factors(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         if u is None or v is None or u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
             raise BadRecord(f"'{name}' has factors that do not multiply")
         factors[name] = u, v
-    return full, factors
+    twice = (full.keys() & differences.keys()) | (full.keys() & factors.keys()) | (differences.keys() & factors.keys())
+    if twice:
+        raise BadRecord(f"it holds {named(sorted(twice))} in two ways")
+    return full, differences, factors
 
 
 def words_of(schemes: Sequence[PromptScheme]) -> list[str]:
@@ -224,7 +237,7 @@ class AppliedConcept:
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
         shapes = {}
-        for name, value in concept.weights.items():
+        for name, value in (*concept.weights.items(), *concept.differences.items()):
             shapes[name] = tuple(value.shape)
         for name, (u, v) in concept.factors.items():
             shapes[name] = (len(u), v.shape[1])
@@ -249,9 +262,12 @@ class AppliedConcept:
 
     def _write_concept(self) -> None:
         self._write(self.concept.weights)
+        # In float32: half precision would round what was learned away.
+        for name, difference in self.concept.differences.items():
+            base = self._originals[name]
+            self._write({name: base.float() + difference.to(base.device).float()})
         for name, (u, v) in self.concept.factors.items():
             base = self._originals[name]
-            # In float32: half precision would round what was learned away.
             self._write({name: base.float() + u.to(base.device).float() @ v.to(base.device).float()})
 
     @contextmanager

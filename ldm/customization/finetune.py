@@ -243,6 +243,8 @@ class ConceptFinetune(pl.LightningModule):
                 words[name] = vector
             else:
                 contexts[name] = vector
-        weights = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+        differences = {}
+        for (name, parameter), start in zip(self.trained.items(), self._start["weights"], strict=True):
+            differences[name] = parameter.detach().cpu() - start
         info = {**self.info, "moved": self.moved()}
-        return Concept(words, contexts, weights, self.schemes, self.base, self.global_step, info)
+        return Concept(words, contexts, {}, self.schemes, self.base, self.global_step, info, differences)

@@ -273,6 +273,34 @@ def test_a_compressed_delta_is_added_to_the_base(model, tmp_path, capsys):
     assert same(before, snapshot(model))
 
 
+def test_a_difference_is_added_to_the_base_and_half_precision_keeps_it(model, tmp_path):
+    """Weights that move by 2 %: as differences they lose half an ulp of what was learned, in full one of themselves."""
+    rng, base = torch.Generator().manual_seed(3), model.model.diffusion_model.state_dict()
+    learned = {name: 0.002 * torch.randn(base[name].shape, generator=rng) for name in kv_names(model)}
+    whole = dataclasses.replace(make_concept(model), weights={name: base[name] + learned[name] for name in learned})
+    parts = dataclasses.replace(whole, weights={}, differences=learned)
+    before, errors = snapshot(model), []
+    for kind in (parts, whole):
+        loaded = load_concept(kind.save(tmp_path / "concept.safetensors"))
+        assert loaded.differences.keys() == kind.differences.keys() and loaded.weights.keys() == kind.weights.keys()
+        applied = AppliedConcept(model, loaded, base_identity(model, "small"))
+        during = snapshot(model)
+        wrong = [(during[UNET + name] - before[UNET + name] - learned[name]).square().sum() for name in learned]
+        errors.append(float((sum(wrong) / sum(value.square().sum() for value in learned.values())).sqrt()))
+        applied.remove()
+        assert same(before, snapshot(model))
+    assert errors[0] < 3e-4 and errors[1] > 1e-2
+
+
+def test_a_weight_in_two_ways_is_refused(model, tmp_path):
+    concept = dataclasses.replace(make_concept(model), weights={}, factors=factors_of(model))
+    name, (u, v) = next(iter(concept.factors.items()))
+    for other in ({"weights": {name: u @ v}}, {"differences": {name: u @ v}}):
+        path = dataclasses.replace(concept, **other).save(tmp_path / "concept.safetensors")
+        with pytest.raises(UserError, match=f"damaged .it holds {name} in two ways"):
+            load_concept(path)
+
+
 def write_delta(path: Path, rows: int | None, **entries: object) -> Path:
     """Writes a Custom Diffusion delta of one K."""
     state = {UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(2, WIDTH), **entries}

@@ -252,7 +252,7 @@ def test_a_caption_that_does_not_fit_is_refused_before_training(small_world: Sma
 def test_what_a_concept_file_holds(small_world: SmallWorld, small_run: Run) -> None:
     tensors, metadata = load_file(small_run.concept), read_metadata(small_run.concept)
     kv = {name for name in tensors if name.startswith(UNET)}
-    assert len(kv) == 20 and all(name.endswith(KEYS_AND_VALUES) for name in kv)
+    assert len(kv) == 20 and all(name.removesuffix(".difference").endswith(KEYS_AND_VALUES) for name in kv)
     assert tensors.keys() - kv == {"words.<new1>", "words.<new2>", *(f"contexts.<ctx-0-{image}-{position}>"
                                                                      for image in (0, 1) for position in (0, 1))}
     assert metadata["step"] == "2" and '"name": "small"' in metadata["base"]
@@ -375,7 +375,8 @@ def test_how_far_each_kind_has_moved_is_told_from_its_values(small_world: SmallW
     path = next(tmp_path.rglob("step-000002.safetensors"))
     concept = load_concept(path)
     module = make_module(small_world)
-    pairs = {"weights": [(parameter, concept.weights[name]) for name, parameter in module.trained.items()],
+    assert not concept.weights
+    pairs = {"weights": [(value, value.detach() + concept.differences[name]) for name, value in module.trained.items()],
              "words": [(module.word_blocks[0], torch.stack(list(concept.words.values())))]}
     for kind, values in pairs.items():
         start = torch.cat([value.detach().flatten() for value, _ in values])
