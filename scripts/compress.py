@@ -1,0 +1,105 @@
+"""Makes concept files smaller: what K/V learned, in matrices of low rank, by size, by error, by rank or by share."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ldm import cli
+from ldm.config import SampleConfig
+from ldm.config_files import merge
+from ldm.flags import BASE_FLAGS, read_flags, set_keys
+from ldm.util import UserError
+
+EMBEDDED = ("configs/sample-tiny.yaml",)
+PER_TENSOR = 200        # bytes in a file's head for a tensor, at most
+
+
+def parser() -> cli.Parser:
+    """Makes the parser."""
+    parser = cli.Parser(__doc__, schema=SampleConfig, shipped={"": EMBEDDED, "SD v1": ("configs/sample-sd-v1.yaml",)})
+    parser.add_argument("concept", type=Path, help="concept file; also the release's or Custom Diffusion's")
+    rule = parser.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--size", type=float, nargs="+", metavar="MB", help="at most so large, with the least error")
+    rule.add_argument("--error", type=float, nargs="+", help="as small as it can be with at most this share of what "
+                      "was learned left out (Frobenius norm, all weights together)")
+    rule.add_argument("--rank", type=int, nargs="+", help="the same rank for every weight")
+    rule.add_argument("--share", type=float, nargs="+", help="of each weight's sum of singular values, as Custom "
+                      "Diffusion compresses: 0.6")
+    parser.add_argument("--class_noun", nargs="+", default=[],
+                        help="class noun, for concept files that do not say it; of several concepts one each")
+    parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
+    parser.add_base()
+    parser.add_argument("--outdir", type=Path, help="where files go; by default beside the concept file")
+    return parser
+
+
+def check(options) -> None:
+    """Refuses values that no file can have."""
+    for name, values, most in (("size", options.size, None), ("error", options.error, 1), ("rank", options.rank, None),
+                               ("share", options.share, 1)):
+        for value in values or ():
+            if value < 0 or (most is not None and value > most) or (name in ("size", "rank") and value == 0):
+                raise UserError(f"--{name} {value:g} is out of range; give more than 0{', at most 1' if most else ''}.")
+
+
+def budget(concept, size: float) -> int:
+    """Returns how many numbers of two bytes fit into a file of `size` MB beside the words."""
+    from ldm.customization.low_rank import BYTES
+    tensors = len(concept.words) + 2 * (len(concept.weights) + len(concept.differences) + len(concept.factors))
+    words = sum(4 * len(vector) for vector in concept.words.values())
+    text = len(repr(concept.info)) + len(repr(concept.schemes))
+    left = size * 1e6 - words - text - PER_TENSOR * tensors
+    if left < 0:
+        raise UserError(f"--size {size:g} is too small: words and names alone take {(size * 1e6 - left) / 1e6:.2g} MB.")
+    return int(left / BYTES)
+
+
+def rules(options, concept) -> dict[str, Callable[[Mapping], dict[str, int]]]:
+    """Returns what chooses ranks for each file to write, by the end of the file's name."""
+    from ldm.customization import low_rank
+    found = {}
+    for size in options.size or ():
+        numbers = budget(concept, size)
+        found[f"{size:g}mb"] = lambda spectra, numbers=numbers: low_rank.by_size(spectra, numbers)
+    for rule in ("error", "rank", "share"):
+        for value in getattr(options, rule) or ():
+            choose = getattr(low_rank, f"by_{rule}")
+            found[f"{rule}{value:g}"] = lambda spectra, choose=choose, value=value: choose(spectra, value)
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser().parse_command(arguments)
+    check(options)
+    from dataclasses import replace
+
+    from ldm.base import build_model  # torch loads only when there is work for it
+    from ldm.customization.delta import load_concept
+    from ldm.customization.low_rank import compress, spectra
+    words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
+    concept = replace(load_concept(options.concept, words, options.class_noun), contexts={})   # sampling needs none
+    folder = options.outdir or options.concept.parent
+    targets = {name: folder / f"{options.concept.stem}-{name}.safetensors" for name in rules(options, concept)}
+    for target in targets.values():
+        if target.exists():
+            raise UserError(f"'{target}' exists already; remove it first, or choose another folder with --outdir.")
+    base = {}
+    if concept.weights:     # in full: what was learned is what differs from the base
+        config = merge(SampleConfig, options.base or EMBEDDED, options.overrides,
+                       set_keys(read_flags(options, BASE_FLAGS)))
+        model, identity = build_model(config.model, config.base)
+        base = model.model.diffusion_model.state_dict()
+        concept = replace(concept, base=identity)
+    found = spectra(concept, base)
+    for name, choose in rules(options, concept).items():
+        made = compress(concept, found, choose(found))
+        path = made.concept.save(targets[name])
+        ranks = [layer.rank for layer in made.layers.values()]
+        print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, ranks {min(ranks)} to {max(ranks)}, "
+              f"{100 * made.error:.2f} % of what was learned is left out")
+        for layer, result in made.layers.items():
+            print(f"    {layer}: rank {result.rank} of {result.of}, error {100 * result.error:.2f} %")
+
+
+if __name__ == "__main__":
+    cli.run(main)
