@@ -53,7 +53,8 @@ PHRASES = {"scene": {"snow": ["in the snow"], "beach": ["on the beach"]}, "style
 TEXT = {"version": "tiny", "width": 256, "layers": 4, "heads": 4}
 
 SCRIPTS = {name: importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-           for name in ("train", "sample", "retrieve", "evaluate", "tradeoff", "convert", "compress", "benchmark")}
+           for name in ("train", "sample", "retrieve", "evaluate", "tradeoff", "convert", "compress", "merge",
+                        "benchmark")}
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"      # the processes that tests start compute with one thread too

@@ -233,7 +233,7 @@ class AppliedConcept:
     """
 
     def __init__(self, model: LatentDiffusion, concept: Concept, base: Mapping[str, str], any_base: bool = False):
-        _check_base(concept, base, any_base)     # a concept for another base would draw noise
+        check_base(concept, base, any_base)     # a concept for another base would draw noise
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
         shapes = {}
@@ -294,8 +294,12 @@ class AppliedConcept:
         self.model.cond_stage_model.clear_words()
 
 
-def _check_base(concept: Concept, base: Mapping[str, str], any_base: bool) -> None:
-    """Compares U-Net and text encoder, or what earlier files have instead, the values of the whole model."""
+def check_base(concept: Concept, base: Mapping[str, str], any_base: bool) -> None:
+    """Compares U-Net and text encoder, or what earlier files have instead, the values of the whole model.
+
+    Raises:
+        UserError: the concept is of another base than `base`; with `any_base` a warning is all.
+    """
     # Files from before the network's hash have the other alone.
     kinds = [kind for kind in ("network", "hash") if concept.base.get(kind)]
     if not kinds or any(concept.base[kind] == base.get(kind) for kind in kinds):

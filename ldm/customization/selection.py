@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,10 +24,20 @@ def trained_parameters(unet: nn.Module, selection: str) -> dict[str, nn.Paramete
     Raises:
         UserError: `selection` is not one of "crossattn-kv", "crossattn", "none".
     """
+    parameters = dict(unet.named_parameters())
+    return {name: parameters[name] for name in selected(parameters, selection)}
+
+
+def selected(names: Iterable[str], selection: str) -> list[str]:
+    """Returns those of the U-Net's names that a selection means, in their order.
+
+    Raises:
+        UserError: `selection` is not one of "crossattn-kv", "crossattn", "none".
+    """
     if selection not in PATTERNS:
         raise UserError(f"method.train '{selection}' is unknown; use one of {', '.join(PATTERNS)}.")
     pattern = re.compile(PATTERNS[selection])
-    return {name: parameter for name, parameter in unet.named_parameters() if pattern.search(name)}
+    return [name for name in names if pattern.search(name)]
 
 
 @contextmanager
