@@ -53,7 +53,7 @@ PHRASES = {"scene": {"snow": ["in the snow"], "beach": ["on the beach"]}, "style
 TEXT = {"version": "tiny", "width": 256, "layers": 4, "heads": 4}
 
 SCRIPTS = {name: importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-           for name in ("train", "sample", "retrieve", "evaluate", "tradeoff", "convert", "compress", "merge",
+           for name in ("train", "sample", "retrieve", "evaluate", "tradeoff", "convert", "compress", "merge", "export",
                         "benchmark")}
 
 torch.set_num_threads(1)
