@@ -1,7 +1,7 @@
 """Makes concept files smaller: what K/V learned, in matrices of low rank, by size, by error, by rank or by share."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm import cli
@@ -54,18 +54,21 @@ def budget(concept, size: float) -> int:
     return int(left / BYTES)
 
 
-def rules(options, concept) -> dict[str, Callable[[Mapping], dict[str, int]]]:
-    """Returns what chooses ranks for each file to write, by the end of the file's name."""
-    from ldm.customization import low_rank
-    found = {}
+def plan(options, concept) -> list[tuple[Path, str, float]]:
+    """Returns what to write: the file, the rule that chooses ranks, and its value."""
+    folder, asked = options.outdir or options.concept.parent, []
     for size in options.size or ():
-        numbers = budget(concept, size)
-        found[f"{size:g}mb"] = lambda spectra, numbers=numbers: low_rank.by_size(spectra, numbers)
+        asked.append((f"{size:g}mb", "size", budget(concept, size)))
     for rule in ("error", "rank", "share"):
         for value in getattr(options, rule) or ():
-            choose = getattr(low_rank, f"by_{rule}")
-            found[f"{rule}{value:g}"] = lambda spectra, choose=choose, value=value: choose(spectra, value)
-    return found
+            asked.append((f"{rule}{value:g}", rule, value))
+    files = []
+    for end, rule, value in asked:
+        path = folder / f"{options.concept.stem}-{end}.safetensors"
+        if path.exists():
+            raise UserError(f"'{path}' exists already; remove it first, or choose another folder with --outdir.")
+        files.append((path, rule, value))
+    return files
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,14 +78,10 @@ def main(arguments: Sequence[str]) -> None:
 
     from ldm.base import build_model  # torch loads only when there is work for it
     from ldm.customization.delta import load_concept
-    from ldm.customization.low_rank import compress, spectra
+    from ldm.customization.low_rank import RULES, compress, spectra
     words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
     concept = replace(load_concept(options.concept, words, options.class_noun), contexts={})   # sampling needs none
-    folder = options.outdir or options.concept.parent
-    targets = {name: folder / f"{options.concept.stem}-{name}.safetensors" for name in rules(options, concept)}
-    for target in targets.values():
-        if target.exists():
-            raise UserError(f"'{target}' exists already; remove it first, or choose another folder with --outdir.")
+    files = plan(options, concept)
     base = {}
     if concept.weights:     # in full: what was learned is what differs from the base
         config = merge(SampleConfig, options.base or EMBEDDED, options.overrides,
@@ -91,9 +90,9 @@ def main(arguments: Sequence[str]) -> None:
         base = model.model.diffusion_model.state_dict()
         concept = replace(concept, base=identity)
     found = spectra(concept, base)
-    for name, choose in rules(options, concept).items():
-        made = compress(concept, found, choose(found))
-        path = made.concept.save(targets[name])
+    for path, rule, value in files:
+        made = compress(concept, found, RULES[rule](found, value))
+        made.concept.save(path)
         ranks = [layer.rank for layer in made.layers.values()]
         print(f"{path}: {path.stat().st_size / 1e6:.3f} MB, ranks {min(ranks)} to {max(ranks)}, "
               f"{100 * made.error:.2f} % of what was learned is left out")

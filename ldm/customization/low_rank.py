@@ -128,6 +128,7 @@ def by_size(found: Mapping[str, Spectrum], numbers: int) -> dict[str, int]:
     return _ranks(found, worths[place - 1]) if place else by_rank(found, 0)
 
 
+RULES = {"rank": by_rank, "share": by_share, "error": by_error, "size": by_size}
 _LARGEST = 1 << 30
 
 
