@@ -44,13 +44,17 @@ def _inert(module: str, name: str) -> type:
 
 
 def _allowed_globals() -> list[Any]:
-    """Names a released SD v1 checkpoint mentions beside tensors: a Lightning callback and numpy scalars."""
+    """Names a released SD v1 checkpoint mentions beside tensors: a Lightning callback and numpy scalars.
+
+    And the table of words in Textual Inversion's files, of which its parameters alone are read.
+    """
     import _codecs
 
     import numpy
     import numpy.core.multiarray as multiarray  # importable under this name in numpy 1 and 2
     scalar = multiarray.scalar
     return [_inert("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+            _inert("torch.nn.modules.container", "ParameterDict"),
             (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
             numpy.dtype, type(numpy.dtype("float64")), type(numpy.dtype("int64")), type(numpy.dtype("float32")),
             (_codecs.encode, "_codecs.encode")]

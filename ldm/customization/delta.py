@@ -1,6 +1,7 @@
 """What a concept is on disk: new words, changed tensors, how they are prompted; save, load, apply, take off."""
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -218,7 +219,7 @@ def _read_foreign(path: Path, words: tuple[str, ...], nouns: tuple[str, ...]) ->
         print(f"'{path}': read as {len(schemes)} concepts: {named(scheme.concept for scheme in schemes)}", flush=True)
     names = words_of(schemes)
     return Concept(dict(zip(names, delta.rows, strict=True)), {}, delta.weights, schemes,
-                   {"name": "unknown", "hash": ""}, factors=delta.factors)
+                   {"name": "unknown", "hash": ""}, differences=delta.differences, factors=delta.factors)
 
 
 class AppliedConcept:
@@ -240,8 +241,12 @@ class AppliedConcept:
         for name, value in (*concept.weights.items(), *concept.differences.items()):
             shapes[name] = tuple(value.shape)
         for name, (u, v) in concept.factors.items():
-            shapes[name] = (len(u), v.shape[1])
-        wrong = [name for name, shape in shapes.items() if name not in unet or tuple(unet[name].shape) != shape]
+            shapes[name] = (len(u), v.shape[1])         # of a convolution (out, in * kernel)
+        wrong = []
+        for name, shape in shapes.items():
+            own = tuple(unet[name].shape) if name in unet else ()
+            if own != shape and not (name in concept.factors and own and (own[0], math.prod(own[1:])) == shape):
+                wrong.append(name)
         width = model.cond_stage_model.embedding.embedding_dim
         if wrong or any(len(vector) != width for vector in concept.words.values()):
             raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
@@ -268,7 +273,8 @@ class AppliedConcept:
             self._write({name: base.float() + difference.to(base.device).float()})
         for name, (u, v) in self.concept.factors.items():
             base = self._originals[name]
-            self._write({name: base.float() + u.to(base.device).float() @ v.to(base.device).float()})
+            change = u.to(base.device).float() @ v.to(base.device).float()
+            self._write({name: base.float() + change.view_as(base)})
 
     @contextmanager
     def base_in_auxiliary(self, layout: BranchLayout) -> Iterator[None]:

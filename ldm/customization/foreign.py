@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ldm.checkpoint import named, refuse_non_finite, unwrapped
 from ldm.customization.ico import PromptScheme
+from ldm.customization.imports import DIFFERENCE, EMBED, translated
 from ldm.customization.selection import UNET_PREFIX
 from ldm.recognize import AS_CONCEPT, kind_of
 from ldm.util import UserError
 
 TABLE = "transformer.text_model.embeddings.token_embedding.weight"  # the release's deltas: the whole token table
-EMBED = "embed"                                                     # Custom Diffusion's: the new rows alone
 CLIP_WORDS = 49408                                                  # rows of the table that are CLIP's own
 UNET_NAME = re.compile(r"(input_blocks|middle_block|output_blocks|time_embed|out)\.")
 TEXT_NAME = re.compile(r"(cond_stage_model|transformer|text_encoder|text_model)\.")
@@ -30,6 +30,7 @@ class Delta:
     Attributes:
         rows: vectors (m, D) of its new words; m may be 0.
         weights: changed tensors of the U-Net by their names inside it.
+        differences: of further ones to the base.
         factors: (u, v) of further ones, whose difference to the base is u @ v.
         text: names of changed tensors of the text encoder.
         spare: names of all else.
@@ -38,6 +39,7 @@ class Delta:
 
     rows: Tensor
     weights: dict[str, Tensor] = field(default_factory=dict)
+    differences: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     text: list[str] = field(default_factory=list)
     spare: list[str] = field(default_factory=list)
@@ -51,8 +53,11 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
         UserError: it is neither, changes what a concept here cannot, or has values that are not finite.
     """
     state, kind = unwrapped(content), kind_of(content)
+    theirs = translated(path, content)
     title = None
-    if kind and kind[1] != AS_CONCEPT:
+    if theirs is not None:
+        state = theirs
+    elif kind and kind[1] != AS_CONCEPT:
         title = kind[0]
     # Custom Diffusion's deltas have no autoencoder.
     if title is None and any(name.startswith("first_stage_model.") for name in state):
@@ -61,13 +66,14 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
         raise UserError(f"concept file '{path}' is no concept: it is {title}; give here what training wrote under "
                         "checkpoints/ or a Custom Diffusion delta, and a checkpoint with --ckpt.")
     delta = _take_apart(path, state)
-    if not (len(delta.rows) or delta.weights or delta.factors):
+    if not (len(delta.rows) or delta.weights or delta.differences or delta.factors):
         raise UserError(f"concept file '{path}' is no concept: it has neither our format nor the release's token "
                         "table nor Custom Diffusion's 'embed' or weights.")
     if delta.text:
         raise UserError(f"concept file '{path}' changes the text encoder too ({named(delta.text)}), which no concept "
                         "here can; it would not be what it was, and is not used.")
-    tensors = {"the new words": delta.rows, **delta.weights}
+    delta.single = delta.single and theirs is None
+    tensors = {"the new words": delta.rows, **delta.weights, **delta.differences}
     for name, (u, v) in delta.factors.items():
         tensors[f"{name}.u"], tensors[f"{name}.v"] = u, v
     refuse_non_finite(tensors, f"concept file '{path}'")
@@ -87,6 +93,8 @@ def _take_apart(path: Path, state: Mapping[str, Any]) -> Delta:
             delta.text.append(key)
         elif UNET_NAME.match(name) and isinstance(value, Tensor):
             delta.weights[name] = value.detach()
+        elif UNET_NAME.match(name) and isinstance(value, dict) and value.keys() == {DIFFERENCE}:
+            delta.differences[name] = value[DIFFERENCE]
         elif UNET_NAME.match(name) and _is_pair(value):
             delta.factors[name] = value["u"].detach(), value["v"].detach()     # Custom Diffusion's compressed form
         else:
