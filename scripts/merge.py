@@ -13,7 +13,7 @@ from ldm.text import read_lines
 from ldm.util import UserError, shipped
 
 EMBEDDED = ("configs/sample-tiny.yaml",)
-CAPTIONS = {True: "configs/prompts/captions-tiny.txt", False: "configs/prompts/captions.txt"}    # embedded or not
+CAPTIONS = {True: "configs/captions/tiny.txt", False: "configs/captions/sd-v1.txt"}    # embedded or not
 
 
 def parser() -> cli.Parser:

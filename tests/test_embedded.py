@@ -47,7 +47,7 @@ def test_words_that_were_never_seen(text: str, expected: list[str]) -> None:
 
 
 def test_all_prompts_that_ship_are_known() -> None:
-    for path in (ROOT / "configs" / "prompts").glob("*.txt"):
+    for path in [*(ROOT / "configs" / "prompts").glob("*.txt"), ROOT / "configs" / "captions" / "tiny.txt"]:
         assert unknown_words(path.read_text("utf-8").splitlines()) == []
 
 
