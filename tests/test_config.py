@@ -231,7 +231,7 @@ def test_the_shipped_files_are_the_known_ones() -> None:
     assert names(MODELS) == {"sd-v1", "tiny"} and len(CONCEPTS) == 5 * 7 and names(SAMPLES) == {"paper", "tiny"}
     assert names(METHODS) == {"custom_diffusion", "ico", "ico_for_dci", "tiny"}
     assert {path.name for path in CONFIGS.iterdir()} == {
-        "concept", "method", "model", "prompts", "sample", "sweep", "trainer",
+        "captions", "concept", "method", "model", "prompts", "sample", "sweep", "trainer",
         "tiny.yaml", "sd-v1.yaml", "sd-v1-custom-diffusion.yaml", "sample-tiny.yaml", "sample-sd-v1.yaml"}
     assert {path.suffix for path in CONFIGS.rglob("*") if path.is_file()} == {".yaml", ".txt"}
 
@@ -251,7 +251,7 @@ def test_sampling_files_merge(model: Path, sample: Path) -> None:
     assert merge(SampleConfig, [model, sample]).steps == OmegaConf.load(sample).steps
 
 
-@pytest.mark.parametrize("added", [[], ["brick_wall"], ["brick_walls"], ["brick_wall", "contexts"], ["quick"]])
+@pytest.mark.parametrize("added", [[], ["brick_wall"], ["brick_walls"], ["brick_wall", "contexts"], ["quick"], ["hats"]])
 def test_sweep_files_merge(added: list[str]) -> None:
     config = merge(SweepConfig, [CONFIGS / "sweep" / f"{name}.yaml" for name in ["tiny", *added]])
     for method in config.methods:
