@@ -15,7 +15,6 @@ from ldm.convert.single_file import to_half
 from ldm.customization import low_rank
 from ldm.customization.delta import AppliedConcept, Concept
 from ldm.customization.export import Exported, as_diff, as_lora, as_processors, beyond_half, embeddings
-from ldm.files import write_atomically
 from ldm.saving import save_safetensors
 from ldm.util import UserError
 
@@ -51,14 +50,14 @@ def write_export(concept: Concept, form: str, name: str, outdir: Path, config: S
     lost = [key for file in files.values() for key in beyond_half(file.tensors)]
     if lost:
         raise UserError(f"half precision cannot hold '{lost[0]}'; the concept is damaged, or was trained too hot.")
-    main = {"diffusers": outdir / f"{name}-custom_diffusion.bin", "ckpt": outdir / f"{name}-model.safetensors"}
+    main = {"diffusers": outdir / f"{name}-custom_diffusion.safetensors", "ckpt": outdir / f"{name}-model.safetensors"}
     targets = [*([main[form]] if whole else []), *(outdir / f"{key}.safetensors" for key in [*files, *words])]
     for target in targets:
         if target.exists():
             raise UserError(f"'{target}' exists already; remove it first, or choose another folder with --outdir.")
     if form == "diffusers":
         tensors = as_processors(low_rank.differences(concept, base), base, res_blocks)
-        write_atomically(main[form], lambda part: torch.save(tensors, part))
+        save_safetensors(main[form], tensors)
     elif form == "ckpt":
         AppliedConcept(model, concept, identity, config.base.any_base)
         save_safetensors(main[form], _without_words(model.state_dict()), {"format": "pt"})

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldm import cli
@@ -11,7 +12,6 @@ from ldm.flags import BASE_FLAGS, read_flags, set_keys
 from ldm.util import UserError
 
 EMBEDDED = ("configs/sample-tiny.yaml",)
-PER_TENSOR = 200        # bytes in a file's head for a tensor, at most
 
 
 def parser() -> cli.Parser:
@@ -35,27 +35,17 @@ def parser() -> cli.Parser:
 
 def check(options) -> None:
     """Refuses values that no file can have."""
-    for name, values, most in (("size", options.size, None), ("error", options.error, 1), ("rank", options.rank, None),
-                               ("share", options.share, 1)):
-        for value in values or ():
-            if value < 0 or (most is not None and value > most) or (name in ("size", "rank") and value == 0):
-                raise UserError(f"--{name} {value:g} is out of range; give more than 0{', at most 1' if most else ''}.")
-
-
-def budget(concept, size: float) -> int:
-    """Returns how many numbers of two bytes fit into a file of `size` MB beside the words."""
-    from ldm.customization.low_rank import BYTES
-    tensors = len(concept.words) + 2 * (len(concept.weights) + len(concept.differences) + len(concept.factors))
-    words = sum(4 * len(vector) for vector in concept.words.values())
-    text = len(repr(concept.info)) + len(repr(concept.schemes))
-    left = size * 1e6 - words - text - PER_TENSOR * tensors
-    if left < 0:
-        raise UserError(f"--size {size:g} is too small: words and names alone take {(size * 1e6 - left) / 1e6:.2g} MB.")
-    return int(left / BYTES)
+    for value in [*(options.size or ()), *(options.rank or ())]:
+        if value <= 0:
+            raise UserError(f"{value:g} is out of range; give more than 0.")
+    for value in [*(options.error or ()), *(options.share or ())]:
+        if not 0 <= value <= 1:
+            raise UserError(f"{value:g} is out of range; give a share, from 0 to 1.")
 
 
 def plan(options, concept) -> list[tuple[Path, str, float]]:
     """Returns what to write: the file, the rule that chooses ranks, and its value."""
+    from ldm.customization.low_rank import budget
     folder, asked = options.outdir or options.concept.parent, []
     for size in options.size or ():
         asked.append((f"{size:g}mb", "size", budget(concept, size)))
@@ -74,8 +64,6 @@ def plan(options, concept) -> list[tuple[Path, str, float]]:
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     check(options)
-    from dataclasses import replace
-
     from ldm.base import build_model  # torch loads only when there is work for it
     from ldm.customization.delta import load_concept
     from ldm.customization.low_rank import RULES, compress, spectra

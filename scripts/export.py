@@ -15,7 +15,7 @@ from ldm.util import UserError
 
 EMBEDDED = ("configs/sample-tiny.yaml",)
 FORMS = ("lora", "diff", "embedding", "diffusers", "ckpt")
-RECIPE = """    weights = torch.load("{path}", weights_only=True)
+RECIPE = """    weights = safetensors.torch.load_file("{path}")
     processors = dict(pipe.unet.attn_processors)
     for name in [name for name in processors if name.endswith("attn2.processor")]:
         part = {{key.removeprefix(name + "."): value for key, value in weights.items() if key.startswith(name)}}

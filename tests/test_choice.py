@@ -63,8 +63,8 @@ def test_scores_are_those_of_evaluations(chooser: Chooser, samples: Sequence[Sam
                        scorer.features(references))
     for sample, row in zip(samples, rows, strict=True):
         (score,) = chooser.score([sample.image], plain_text(sample.settings["text"], "cat"))
-        assert score.agreement == pytest.approx(row["small_clip_t"], abs=1e-6)
-        assert score.likeness == pytest.approx(row["small_clip_i"], abs=1e-6)
+        assert score.agreement == pytest.approx(row["small_clip_t"], abs=1e-5)
+        assert score.likeness == pytest.approx(row["small_clip_i"], abs=1e-5)
 
 
 def test_one_strength_is_kept_for_each_prompt_and_seed(chooser: Chooser, samples: Sequence[Sample]) -> None:

@@ -251,7 +251,8 @@ def test_sampling_files_merge(model: Path, sample: Path) -> None:
     assert merge(SampleConfig, [model, sample]).steps == OmegaConf.load(sample).steps
 
 
-@pytest.mark.parametrize("added", [[], ["brick_wall"], ["brick_walls"], ["brick_wall", "contexts"], ["quick"], ["hats"]])
+@pytest.mark.parametrize("added", [[], ["brick_wall"], ["brick_walls"], ["brick_wall", "contexts"], ["quick"],
+                                   ["hats"]])
 def test_sweep_files_merge(added: list[str]) -> None:
     config = merge(SweepConfig, [CONFIGS / "sweep" / f"{name}.yaml" for name in ["tiny", *added]])
     for method in config.methods:

@@ -1,4 +1,4 @@
-"""Tests that what the first release wrote still loads: a run of two steps on the embedded model, words only."""
+"""Tests that what the first release wrote still loads: a run of two steps on the embedded model of then, words only."""
 from __future__ import annotations
 
 import shutil
@@ -25,9 +25,12 @@ def test_a_concept_file_of_the_first_release_is_read() -> None:
     assert (concept.words["<new1>"] == stored["words.<new1>"]).all() and not concept.weights
 
 
-def test_a_run_of_the_first_release_goes_on(tmp_path: Path, call_script: Call) -> None:
+def test_a_run_of_the_first_release_goes_on_where_one_insists(tmp_path: Path, call_script: Call) -> None:
+    """The embedded model has other weights since."""
     shutil.copytree(RUN, tmp_path / "run")
-    done = call_script("train", "-r", tmp_path / "run", "method.steps=3")
+    refused = call_script("train", "-r", tmp_path / "run", "method.steps=3")
+    assert refused.status == 1 and "was trained with the base 'embedded' (174a30859fd88ec2)" in refused.err
+    done = call_script("train", "-r", tmp_path / "run", "--insist", "method.steps=3")
     assert done.status == 0, done.err
     further = load_concept(tmp_path / "run" / "checkpoints" / "step-000003.safetensors")
     assert further.schemes == load_concept(CONCEPT).schemes and further.step == 3
@@ -41,6 +44,9 @@ def test_a_run_that_retrieved_by_itself_reads_its_folder(tmp_path: Path) -> None
 
 
 def test_a_concept_of_the_first_release_is_drawn(tmp_path: Path, call_script: Call) -> None:
-    done = call_script("sample", "--delta_ckpt", CONCEPT, "--outdir", tmp_path, "--prompt", "a {} in the snow",
-                       "--n_samples", 1, "--ddim_steps", 2, "--agg_lambda", 0, "device=cpu")
+    arguments = ("sample", "--delta_ckpt", CONCEPT, "--outdir", tmp_path, "--prompt", "a {} in the snow", "--n_samples",
+                 1, "--ddim_steps", 2, "--agg_lambda", 0, "device=cpu")
+    refused = call_script(*arguments)
+    assert refused.status == 1 and "for the base 'embedded' (174a30859fd88ec2), not for 'embedded'" in refused.err
+    done = call_script(*arguments, "--any_base")
     assert done.status == 0 and len(list((tmp_path / "samples").iterdir())) == 2, done.err

@@ -16,7 +16,8 @@ from torch import Tensor
 from ldm.customization.delta import Concept
 from ldm.util import UserError
 
-BYTES = 2       # of a number in a file, as weights are stored
+BYTES = 2               # of a number in a file, as weights are stored
+PER_TENSOR = 200        # bytes in a file's head for a tensor, at most
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,20 @@ def total_error(found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> floa
     left = sum(float(spectrum.s[ranks[name]:].square().sum()) for name, spectrum in found.items())
     size = sum(float(spectrum.s.square().sum()) for spectrum in found.values())
     return math.sqrt(left / size) if size else 0.0
+
+
+def budget(concept: Concept, megabytes: float) -> int:
+    """Returns how many numbers of weights a file of so many MB holds beside a concept's words.
+
+    Raises:
+        UserError: the words alone take more.
+    """
+    tensors = len(concept.words) + 2 * (len(concept.weights) + len(concept.differences) + len(concept.factors))
+    words = sum(4 * len(vector) for vector in concept.words.values())
+    beside = words + len(repr(concept.info)) + len(repr(concept.schemes)) + PER_TENSOR * tensors
+    if beside > megabytes * 1e6:
+        raise UserError(f"{megabytes:g} MB are too little: words and names alone take {beside / 1e6:.2g} MB.")
+    return int((megabytes * 1e6 - beside) / BYTES)
 
 
 def compress(concept: Concept, found: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> Compressed:

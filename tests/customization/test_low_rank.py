@@ -128,9 +128,9 @@ def test_a_run_of_the_script(small_run: Run, tmp_path: Path, call_script: Call) 
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    (("--size", 0), "--size 0 is out of range"),
-    (("--error", 2), "--error 2 is out of range; give more than 0, at most 1"),
-    (("--size", 0.0001), "too small: words and names alone take"), ((), "one of the arguments --size --error --rank")])
+    (("--size", 0), "0 is out of range; give more than 0"),
+    (("--error", 2), "2 is out of range; give a share, from 0 to 1"),
+    (("--size", 0.0001), "too little: words and names alone take"), ((), "one of the arguments --size --error --rank")])
 def test_what_no_file_can_have_is_refused(small_run: Run, call_script: Call, values: tuple, message: str) -> None:
     done = call_script("compress", small_run.concept, *values)
     assert done.status != 0 and message in done.err
