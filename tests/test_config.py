@@ -264,7 +264,7 @@ def test_sweep_files_merge(added: list[str]) -> None:
 
 def test_the_files_of_whole_runs_are_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From any folder, and whatever else a file says wins over what it includes."""
-    parts = {"tiny": ("model/tiny", "method/ico_for_dci", "method/tiny", "concept/brick_wall/dotted_backpack"),
+    parts = {"tiny": ("model/tiny", "method/ico_for_dci", "method/tiny", "concept/brick_wall/star_bear"),
              "sd-v1": ("model/sd-v1", "method/ico_for_dci"),
              "sd-v1-custom-diffusion": ("model/sd-v1", "method/custom_diffusion")}
     monkeypatch.chdir(tmp_path)

@@ -123,7 +123,7 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
     ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
     ("train", "where run folders go (trainer.logdir; default: logs) -s"),
-    ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: backpack)"),
+    ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: teddy bear)"),
     ("evaluate", "images per prompt, by seeds (n_samples; default: 1)"),
     ("evaluate", "(default: outputs/evaluation)"),
     ("tradeoff", "usage: tradeoff.py [claim NAME ...] [options] [key=value ...]")])
@@ -258,7 +258,7 @@ def test_familiar_training_flags(call_script: Call) -> None:
 def test_untouched_training_is_the_embedded_example(call_script: Call) -> None:
     config = train_settings(call_script)
     assert config.base.ckpt is None and len(config.method.words) == 3
-    assert config.concepts[0].name == "dotted_backpack"
+    assert config.concepts[0].name == "star_bear"
     assert train_settings(call_script, "--class_noun", "dog").concepts[0].images == config.concepts[0].images
     assert train_settings(call_script, "--gpus", "0,").trainer.devices == 1
     assert all(train_settings(call_script, "--gpus", text).trainer.devices == 3 for text in ("0,1,2", "3"))
