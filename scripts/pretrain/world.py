@@ -14,7 +14,7 @@ from ldm.files import write_atomically
 
 # Five references as an album has them: three on different backgrounds, two on the same one.
 REFERENCE_SCENES = (0, 1, 2, 0, 0)
-WORLD = WorldConfig(nouns=40, p_style=0.2, p_pattern=0.4, p_pair=0.06)      # what the generator learns from
+WORLD = WorldConfig(nouns=40, p_style=0.2, p_pattern=0.4, patterns=5, p_pair=0.06)     # what the generator learns from
 
 
 def draw_range(job: tuple[Path, WorldConfig, int, int]) -> tuple[np.ndarray, list[str], list[dict]]:

@@ -118,7 +118,7 @@ _WEARERS = frozenset(
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How large the pictures are, how many nouns the world has and how often each thing happens."""
+    """How large the pictures are, how many nouns and patterns the world has, how often each thing happens."""
 
     size: int = 64
     nouns: int = 48
@@ -126,6 +126,7 @@ class WorldConfig:
     p_style: float = 0.2
     p_colour: float = 0.3
     p_pattern: float = 0.15
+    patterns: int = 3
     p_pair: float = 0.1
     p_wearing: float = 0.4
     p_no_scene_phrase: float = 0.08
@@ -313,7 +314,7 @@ class SmallWorld:
                       pattern: str | None) -> tuple[tuple[str, ...], str | None]:
         """Choose the colours and the pattern."""
         first, second = rng.choice(list(COLOURS), 2, replace=False).tolist()
-        chance, single, which = rng.random(), rng.random(), list(PATTERNS)[rng.integers(len(PATTERNS))]
+        chance, single, which = rng.random(), rng.random(), list(PATTERNS)[rng.integers(self.config.patterns)]
         given = (colour,) if isinstance(colour, str) else colour
         asked = None if given is None else tuple(filter(None, given))
         if pattern is None and (asked is None or len(asked) == 2):
