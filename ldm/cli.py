@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.flags import BASE_FLAGS, Flag
+from ldm.flags import BASE_FLAGS, Flag, words_named
 from ldm.signals import heeded
 from ldm.util import UserError
 
@@ -121,6 +121,13 @@ class Parser(argparse.ArgumentParser):
         self.add_flags(BASE_FLAGS)
         self.add_argument("--allow_target", action="append", default=[], metavar="NAME",
                           help="class or package of your own that a configuration's target may name; may be repeated")
+
+    def add_foreign(self) -> None:
+        """Adds what other tools' concept files do not say: their class nouns, and names for their words."""
+        self.add_argument("--class_noun", nargs="+", default=[],
+                          help="class noun, for concept files that do not say it; of several concepts one each")
+        self.add_argument("--modifier_token", type=words_named, default=(),
+                          help="concept words joined by +, for such files")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help).")

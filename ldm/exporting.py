@@ -4,17 +4,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ldm.base import build_model, empty_model
-from ldm.checkpoint import SCHEDULE_BUFFERS
+from ldm.checkpoint import SCHEDULE_BUFFERS, named
 from ldm.config import SampleConfig
 from ldm.convert.single_file import to_half
 from ldm.customization import low_rank
-from ldm.customization.delta import AppliedConcept, Concept
+from ldm.customization.delta import AppliedConcept, Concept, check_base
 from ldm.customization.export import Exported, as_diff, as_lora, as_processors, beyond_half, embeddings
+from ldm.customization.selection import selected
 from ldm.saving import save_safetensors
 from ldm.util import UserError
 
@@ -37,15 +37,25 @@ def write_export(concept: Concept, form: str, name: str, outdir: Path, config: S
     model, base = None, {}
     if whole or (concept.weights and form != "embedding"):
         model, identity = build_model(config.model, config.base)
+        check_base(concept, identity, config.base.any_base)
         base = dict(model.model.diffusion_model.named_parameters())
     res_blocks = OmegaConf.select(config.model, "params.unet_config.params.num_res_blocks")
     files: dict[str, Exported] = {}
     if form == "lora":
         found = low_rank.spectra(concept, base)
         ranks = low_rank.by_rank(found, rank) if rank else low_rank.by_error(found, error)
+        if not any(ranks.values()):
+            raise UserError(f"a LoRA that may leave out {error:g} of what was learned is empty; give a lower --error.")
         files[name] = as_lora(concept, found, ranks, res_blocks)
     elif form == "diff":
         files[f"{name}-diff"] = as_diff(concept, low_rank.differences(concept, base), res_blocks)
+    elif form == "diffusers":
+        learned = low_rank.differences(concept, base)
+        others = learned.keys() - set(selected(base, "crossattn-kv"))
+        if others:
+            raise UserError(f"the concept changes more than K/V ({named(sorted(others))}), which diffusers' Custom "
+                            "Diffusion weights cannot say; export it --to diff or --to ckpt.")
+        processors = as_processors(learned, base, res_blocks)
     words = embeddings(concept, name)
     lost = [key for file in files.values() for key in beyond_half(file.tensors)]
     if lost:
@@ -56,8 +66,7 @@ def write_export(concept: Concept, form: str, name: str, outdir: Path, config: S
         if target.exists():
             raise UserError(f"'{target}' exists already; remove it first, or choose another folder with --outdir.")
     if form == "diffusers":
-        tensors = as_processors(low_rank.differences(concept, base), base, res_blocks)
-        save_safetensors(main[form], tensors)
+        save_safetensors(main[form], processors)
     elif form == "ckpt":
         AppliedConcept(model, concept, identity, config.base.any_base)
         save_safetensors(main[form], _without_words(model.state_dict()), {"format": "pt"})
@@ -68,11 +77,7 @@ def write_export(concept: Concept, form: str, name: str, outdir: Path, config: S
 
 def check_model(concept: Concept, config: SampleConfig | DictConfig) -> None:
     """Refuses a concept of another model than the configuration's: its layers would get other layers' names."""
-    unet = dict(empty_model(config.model).model.diffusion_model.named_parameters())
-    shapes = {name: value.shape for name, value in {**concept.weights, **concept.differences}.items()}
-    for name, (u, v) in concept.factors.items():
-        shapes[name] = torch.Size((len(u), v.shape[1]))
-    wrong = [name for name, shape in shapes.items() if name not in unet or unet[name].shape != shape]
+    wrong = concept.misfits(dict(empty_model(config.model).model.diffusion_model.named_parameters()))
     if wrong:
         raise UserError(f"the concept's '{wrong[0]}' is none of this model's; name its model's configuration with -b, "
                         "such as configs/sample-sd-v1.yaml.")

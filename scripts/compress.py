@@ -25,9 +25,7 @@ def parser() -> cli.Parser:
     rule.add_argument("--rank", type=int, nargs="+", help="the same rank for every weight")
     rule.add_argument("--share", type=float, nargs="+", help="of each weight's sum of singular values, as Custom "
                       "Diffusion compresses: 0.6")
-    parser.add_argument("--class_noun", nargs="+", default=[],
-                        help="class noun, for concept files that do not say it; of several concepts one each")
-    parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
+    parser.add_foreign()
     parser.add_base()
     parser.add_argument("--outdir", type=Path, help="where files go; by default beside the concept file")
     return parser
@@ -65,9 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     check(options)
     from ldm.base import build_model  # torch loads only when there is work for it
-    from ldm.customization.delta import load_concept
+    from ldm.customization.delta import check_base, load_concept
     from ldm.customization.low_rank import RULES, compress, spectra
-    words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
+    words = tuple(options.modifier_token)
     concept = replace(load_concept(options.concept, words, options.class_noun), contexts={})   # sampling needs none
     files = plan(options, concept)
     base = {}
@@ -75,6 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         config = merge(SampleConfig, options.base or EMBEDDED, options.overrides,
                        set_keys(read_flags(options, BASE_FLAGS)))
         model, identity = build_model(config.model, config.base)
+        check_base(concept, identity, config.base.any_base)
         base = model.model.diffusion_model.state_dict()
         concept = replace(concept, base=identity)
     found = spectra(concept, base)

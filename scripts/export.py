@@ -36,9 +36,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--rank", type=int, help="of a LoRA, the same for every layer; default: by --error")
     parser.add_argument("--error", type=float, default=0.05, help="share of what was learned that a LoRA may leave out")
     parser.add_argument("--name", help="name of files and in prompts; default: the class noun")
-    parser.add_argument("--class_noun", nargs="+", default=[],
-                        help="class noun, for concept files that do not say it; of several concepts one each")
-    parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
+    parser.add_foreign()
     parser.add_base()
     parser.add_argument("--outdir", type=Path, default=Path("outputs/export"), help="where files go")
     return parser
@@ -71,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--error is a share, from 0 to 1, and --rank at least 1.")
     from ldm.customization.delta import load_concept  # torch loads only when there is work for it
     from ldm.customization.export import slug_of
-    words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
+    words = tuple(options.modifier_token)
     concept = load_concept(options.concept, words, options.class_noun)
     name = slug_of(options.name or concept.scheme.class_noun)
     config = merge(SampleConfig, options.base or EMBEDDED, options.overrides, set_keys(read_flags(options, BASE_FLAGS)))

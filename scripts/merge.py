@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm import cli
 from ldm.config import SampleConfig
 from ldm.config_files import merge as merged_config
+from ldm.files import write_atomically
 from ldm.flags import BASE_FLAGS, read_flags, set_keys
 from ldm.text import read_lines
 from ldm.util import UserError, shipped
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     from ldm.customization.merge import merge
     concepts = read_concepts(options.concepts, options.class_noun)
     if len(concepts) == 1:
-        shutil.copyfile(options.concepts[0], options.out)
+        write_atomically(options.out, lambda part: shutil.copyfile(options.concepts[0], part))
         return print(f"{options.out}: one concept, nothing to merge; it is '{options.concepts[0]}' as it is")
     config = merged_config(SampleConfig, options.base, extra=set_keys(read_flags(options, BASE_FLAGS)))
     captions = options.captions or shipped(CAPTIONS[config.base.ckpt is None])

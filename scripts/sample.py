@@ -23,9 +23,7 @@ def parser() -> cli.Parser:
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
     parser.add_base()
     parser.add_argument("--delta_ckpt", type=Path, help="concept file; also the release's or Custom Diffusion's")
-    parser.add_argument("--class_noun", nargs="+", default=[],
-                        help="class noun, for concept files that do not say it; of several concepts one each")
-    parser.add_argument("--modifier_token", default="", help="concept words joined by +, for such files")
+    parser.add_foreign()
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
     parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")
     parser.add_argument("--outdir", type=Path, default=Path("outputs"), help="where images go")
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         sample_run,
         token_table,
     )
-    words = tuple(options.modifier_token.split("+")) if options.modifier_token else ()
+    words = tuple(options.modifier_token)
     run = config, options.delta_ckpt, words, options.class_noun, prompts
     if options.show_tokens:
         return print(token_table(*run))

@@ -1,7 +1,6 @@
 """What a concept is on disk: new words, changed tensors, how they are prompted; save, load, apply, take off."""
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +74,17 @@ class Concept:
     def scheme(self) -> PromptScheme:
         """The (first) concept's prompt scheme."""
         return self.schemes[0]
+
+    def misfits(self, unet: Mapping[str, Tensor]) -> list[str]:
+        """Names the changed weights that a U-Net of these weights does not have in their shape."""
+        wrong = []
+        for name, value in (*self.weights.items(), *self.differences.items()):
+            if name not in unet or unet[name].shape != value.shape:
+                wrong.append(name)
+        for name, (u, v) in self.factors.items():       # of a convolution (out, in * kernel)
+            if name not in unet or unet[name].ndim < 2 or unet[name].flatten(1).shape != (len(u), v.shape[1]):
+                wrong.append(name)
+        return wrong
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> Path:
         """Writes one safetensors file atomically; words stay float32, weights become `dtype` where that holds them.
@@ -237,16 +247,7 @@ class AppliedConcept:
         check_base(concept, base, any_base)     # a concept for another base would draw noise
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
-        shapes = {}
-        for name, value in (*concept.weights.items(), *concept.differences.items()):
-            shapes[name] = tuple(value.shape)
-        for name, (u, v) in concept.factors.items():
-            shapes[name] = (len(u), v.shape[1])         # of a convolution (out, in * kernel)
-        wrong = []
-        for name, shape in shapes.items():
-            own = tuple(unet[name].shape) if name in unet else ()
-            if own != shape and not (name in concept.factors and own and (own[0], math.prod(own[1:])) == shape):
-                wrong.append(name)
+        wrong = concept.misfits(unet)
         width = model.cond_stage_model.embedding.embedding_dim
         if wrong or any(len(vector) != width for vector in concept.words.values()):
             raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
@@ -256,7 +257,8 @@ class AppliedConcept:
             # Words are the concept's, not to be trained.
             model.cond_stage_model.add_words(concept.words).requires_grad_(False)
         # On the model's device; about 38 MB for SD v1.
-        self._originals = {name: unet[name].detach().clone() for name in shapes}
+        self._originals = {name: unet[name].detach().clone() 
+                           for name in (*concept.weights, *concept.differences, *concept.factors)}
         self._write_concept()
 
     @torch.no_grad()

@@ -67,7 +67,11 @@ def as_lora(concept: Concept, found: Mapping[str, Spectrum], ranks: Mapping[str,
 
 def as_diff(concept: Concept, differences: Mapping[str, Tensor], res_blocks: int) -> Exported:
     """Returns the differences as A1111 (1.5 and later) and ComfyUI add them: nothing is lost but half precision's."""
-    tensors = {f"{layer_name(name, res_blocks)}.diff": value.half() for name, value in differences.items()}
+    tensors = {}
+    for name, value in differences.items():
+        layer = layer_name(name, res_blocks)
+        kind = "diff_b" if layer.endswith("_bias") else "diff"
+        tensors[f"{layer.removesuffix('_bias')}.{kind}"] = value.half()
     return Exported(tensors, {**_told(concept), "ss_base_model_version": "sd_v1", "ss_v2": "False"})
 
 

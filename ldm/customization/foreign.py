@@ -66,17 +66,23 @@ def read_delta(path: Path, content: Mapping[str, Any]) -> Delta:
         raise UserError(f"concept file '{path}' is no concept: it is {title}; give here what training wrote under "
                         "checkpoints/ or a Custom Diffusion delta, and a checkpoint with --ckpt.")
     delta = _take_apart(path, state)
+    if theirs is not None and delta.spare:
+        raise UserError(f"concept file '{path}' is damaged ({named(delta.spare)}); get it again.")
     if not (len(delta.rows) or delta.weights or delta.differences or delta.factors):
         raise UserError(f"concept file '{path}' is no concept: it has neither our format nor the release's token "
                         "table nor Custom Diffusion's 'embed' or weights.")
     if delta.text:
         raise UserError(f"concept file '{path}' changes the text encoder too ({named(delta.text)}), which no concept "
                         "here can; it would not be what it was, and is not used.")
-    delta.single = delta.single and theirs is None
+    # The vectors of an embedding belong together; a `delta.bin` has a word for each of its concepts.
+    delta.single = delta.single and (theirs is None or "modifier_token" in content)
     tensors = {"the new words": delta.rows, **delta.weights, **delta.differences}
     for name, (u, v) in delta.factors.items():
         tensors[f"{name}.u"], tensors[f"{name}.v"] = u, v
     refuse_non_finite(tensors, f"concept file '{path}'")
+    count = len(delta.weights) + len(delta.differences) + len(delta.factors)
+    if theirs is not None and count:
+        print(f"'{path}': all {count} changed weights of the U-Net are read", flush=True)
     return delta
 
 

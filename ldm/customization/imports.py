@@ -20,12 +20,12 @@ from ldm.customization.selection import UNET_PREFIX
 from ldm.util import UserError, instantiate_from_config, shipped
 
 EMBED = "embed"                 # Custom Diffusion's name of the new words' rows
-VECTORS_HERE = "emb_params"     # A1111's name of an embedding's vectors
 DIFFERENCE = "difference"       # beside its "u" and "v": a difference in full
 LORA = re.compile(r"lora_unet_(?P<layer>\w+?)\.(?P<part>lora_up\.weight|lora_down\.weight|alpha|diff|diff_b)$")
 # PEFT's and diffusers' earlier names: the layer's own, with dots.
 DOTTED = re.compile(r"unet\.(?P<layer>.+?)\.(?P<part>lora_[AB]\.weight|lora\.(up|down)\.weight)$")
 PROCESSOR = re.compile(r"unet\.(?P<layer>.+)\.processor\.(?P<part>to_\w+)_lora\.(?P<side>up|down)\.weight$")
+WHOLE = re.compile(r"unet\.(?P<layer>.+\.(weight|bias))$")      # as `delta.bin` is spelled here
 CUSTOM = re.compile(r"(?P<layer>.+\.attn2)\.processor\.(?P<part>to_[qkv]|to_out)_custom_diffusion\.(?P<rest>.+)$")
 TEXT = re.compile(r"(lora_te\d?_|text_encoder\.)")
 VECTORS = re.compile(r"(emb_params|bundle_emb\.[^.]+\.string_to_param\.\*|<[^<>\s]+>)$")
@@ -49,12 +49,12 @@ def translated(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
         UserError: it changes the text encoder, or has a weight of the U-Net without a place here.
     """
     if isinstance(content.get("unet"), Mapping) and "modifier_token" in content:      # Custom Diffusion's `delta.bin`
-        words = [value.detach() for value in content["modifier_token"].values()]
-        content = {**content["unet"], **({VECTORS_HERE: torch.stack(words)} if words else {})}
-    if "string_to_param" in content:                            # an embedding of A1111 or of Textual Inversion
-        content = {VECTORS_HERE: torch.cat(_vectors(content["string_to_param"]))}
-    layers: dict[str, dict[str, Tensor]] = {}
-    rows, left = [], []
+        weights = {f"unet.{key}": value for key, value in content["unet"].items()}
+        content = weights | _table(path, content["modifier_token"])
+    elif "string_to_param" in content:                          # an embedding of A1111 or of Textual Inversion
+        content = _table(path, content["string_to_param"])
+    layers: dict[str, dict[str, Any]] = {}
+    words, left = {}, []
     for key, value in content.items():
         if not isinstance(value, Tensor) and not _pair(value):
             continue
@@ -62,18 +62,15 @@ def translated(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
             raise UserError(f"concept file '{path}' changes the text encoder too ('{key}'), which no concept here can; "
                             "it would not be what it was, and is not used.")
         if VECTORS.match(key):
-            if value.ndim not in (1, 2) or not value.is_floating_point():
-                raise UserError(f"concept file '{path}' is damaged: '{key}' is no table of words' vectors; get it "
-                                "again.")
-            rows.append(value.detach().reshape(-1, value.shape[-1]))                    # (v, D)
+            words[key] = value
         elif not _take(layers, key, value):
             left.append(key)
-    if not layers and (left or not rows):
+    if not layers and (left or not words):
         return None
     if left:
         raise UserError(f"concept file '{path}' has '{left[0]}', which has no place here; it would not be what it was, "
                         "and is not used.")
-    found: dict[str, Any] = {EMBED: torch.cat(rows)} if rows else {}
+    found: dict[str, Any] = {EMBED: _rows(path, words)} if words else {}
     names = our_names() if layers else {}
     flat = {name.removesuffix(".weight").replace(".", "_"): name for name in names}
     for layer, parts in layers.items():
@@ -82,14 +79,31 @@ def translated(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
             raise UserError(f"concept file '{path}' changes '{layer}', which Stable Diffusion v1 does not have; it is "
                             "for another model.")
         found[UNET_PREFIX + names[theirs]] = _change(path, layer, parts)
-    print(f"'{path}': {len(layers)} weights of the U-Net are read, none is left", flush=True)
     return found
 
 
-def _vectors(table: Any) -> list[Tensor]:
-    """Returns the vectors (v, D) of an embedding's words; Textual Inversion's own files keep them in a module."""
+def _table(path: Path, table: Any) -> dict[str, Tensor]:
+    """Returns a table of words under names of one kind; Textual Inversion's own files keep it in a module."""
     table = getattr(table, "_parameters", table)
-    return [value.detach().reshape(-1, value.shape[-1]) for value in table.values()]
+    if not isinstance(table, Mapping) or not all(isinstance(value, Tensor) for value in table.values()):
+        raise _damaged(path, "its table of words")
+    return {f"<{place}>": value for place, value in enumerate(table.values())}
+
+
+def _rows(path: Path, words: Mapping[str, Any]) -> Tensor:
+    """Returns the vectors (v, D) of all words."""
+    rows = []
+    for key, value in words.items():
+        if not isinstance(value, Tensor) or value.ndim not in (1, 2) or not value.is_floating_point():
+            raise _damaged(path, key)
+        rows.append(value.detach().reshape(-1, value.shape[-1]))
+        if rows[-1].shape[1] != rows[0].shape[1]:
+            raise _damaged(path, key)
+    return torch.cat(rows)
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"concept file '{path}' is damaged: '{what}' is not what its name says; get it again.")
 
 
 def _pair(value: Any) -> bool:
@@ -106,8 +120,8 @@ def _take(layers: dict[str, dict[str, Any]], key: str, value: Any) -> bool:
         layer, part = f"{found['layer']}.{end}", found["side"]
     elif found := CUSTOM.match(key):
         layer, part = f"{found['layer']}.{found['part']}.{found['rest']}", "whole"
-    elif key.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
-        layer, part = key, "whole"
+    elif found := WHOLE.match(key):
+        layer, part = found["layer"], "whole"
     else:
         return False
     if part == "diff_b":
@@ -118,11 +132,19 @@ def _take(layers: dict[str, dict[str, Any]], key: str, value: Any) -> bool:
 
 def _change(path: Path, layer: str, parts: Mapping[str, Any]) -> Any:
     """Returns a weight in full, as the pair of factors, or as its difference; W = W0 + (alpha / rank) up down."""
+    for part in parts.values():
+        if not all(isinstance(value, Tensor) and value.is_floating_point()
+                   for value in (part.values() if _pair(part) else (part,))):
+            raise _damaged(path, layer)
     if "whole" in parts:
         return parts["whole"]
     if "diff" in parts:
         return {DIFFERENCE: parts["diff"]}
-    if "up" not in parts or "down" not in parts:
+    up, down, alpha = parts.get("up"), parts.get("down"), parts.get("alpha")
+    if up is None or down is None:
         raise UserError(f"concept file '{path}' is not whole: '{layer}' has one factor of two; get it again.")
-    up, down = parts["up"].flatten(1).float(), parts["down"].flatten(1).float()        # (d, r), (r, D)
-    return {"u": up * float(parts.get("alpha", len(down))) / len(down), "v": down}
+    fits = min(up.ndim, down.ndim) >= 2 and up[0].numel() == len(down) > 0 and (alpha is None or alpha.numel() == 1)
+    if not fits:
+        raise _damaged(path, layer)
+    scale = 1.0 if alpha is None else float(alpha) / len(down)
+    return {"u": scale * up.flatten(1).float(), "v": down.flatten(1).float()}          # (d, r), (r, D)

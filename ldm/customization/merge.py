@@ -66,8 +66,10 @@ def merge(model: LatentDiffusion, base: Mapping[str, str], concepts: Sequence[Co
 
     Raises:
         UserError: a concept is of another base, changes other weights than K/V or some of them only, two concepts ask
-            for different things at the same words, or they are too many.
+            for different things at the same words, they are too many, or captions too few.
     """
+    if not captions:
+        raise UserError("there are no captions; name a file of texts that shall stay as they are, one per line.")
     for concept in concepts:
         check_base(concept, base, any_base)
     renamed = with_own_words(concepts)
@@ -84,7 +86,11 @@ def merge(model: LatentDiffusion, base: Mapping[str, str], concepts: Sequence[Co
         raise UserError(f"the words of these concepts are {len(c)} tokens in their texts, more than the {c.shape[1]} "
                         "dimensions that weights can keep apart; merge fewer concepts.")
     gram = r.T @ r                                                                      # (D, D): G
-    changes = solve(c, wanted, gram, ridge)
+    try:
+        changes = solve(c, wanted, gram, ridge)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"the captions' {len(r)} tokens, or the concepts' words, leave too much open ({error}); give "
+                        "more captions, or a --ridge above 0.") from error
     info = {"merged": [scheme.concept for scheme in schemes], "ridge": ridge}
     merged = Concept(_all_words(renamed), {}, {}, schemes, dict(base), max(one.step for one in renamed), info,
                      {name: change.float() for name, change in changes.items()})

@@ -95,6 +95,15 @@ def test_differences_are_kept_to_half_precision(pair, tmp_path: Path) -> None:
         assert torch.equal(tensors[f"{layer_name(name, 2)}.diff"], value.half())
 
 
+def test_a_bias_is_said_apart(pair, tmp_path: Path) -> None:
+    """In `.diff_b` of its layer, where A1111 and ComfyUI look for it; it is read from there too."""
+    name = "middle_block.1.transformer_blocks.0.attn2.to_out.0.bias"
+    exported = as_diff(concept_for(pair[0]), {name: torch.ones(4)}, 2)
+    assert list(exported.tensors) == ["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0.diff_b"]
+    written(exported, tmp_path / "diff.safetensors")
+    assert list(load_concept(tmp_path / "diff.safetensors", class_noun="cat").differences) == [name]
+
+
 @torch.no_grad()
 def tuned(unet: nn.Module, concept: Concept) -> nn.Module:
     for name, value in concept.differences.items():

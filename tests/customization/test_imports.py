@@ -49,7 +49,7 @@ def test_what_was_exported_comes_back(unet: nn.Module, tmp_path: Path, capsys, f
         path = saved(tmp_path / "file.bin", {**as_processors(concept.differences, base, 2),
                                              "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor": {}})
     read = load_concept(path, class_noun="teddy bear")
-    assert "32 weights of the U-Net are read, none is left" in capsys.readouterr().out
+    assert "all 32 changed weights of the U-Net are read" in capsys.readouterr().out
     assert read.scheme.concept == "teddy bear" and not read.words
     back = differences(read, base)
     assert back.keys() == concept.differences.keys()
@@ -67,13 +67,15 @@ def test_words_come_back_with_every_embedding_and_with_a_lora(unet: nn.Module, t
     paths = [tmp_path / "both.safetensors", saved(tmp_path / "a1111.pt", table),
              saved(tmp_path / "inversion.pt", {"string_to_token": {"*": torch.tensor(265)},
                                                "string_to_param": dictionary}),
-             saved(tmp_path / "bundle.pt", bundle),
-             saved(tmp_path / "delta.bin", {"modifier_token": {"<b>": both[0], "<a>": both[1]}, "unet": {
-                 f"{K}.weight": torch.ones(2, 24)}})]
+             saved(tmp_path / "bundle.pt", bundle)]
     for path in paths:
         read = load_concept(path, class_noun="teddy bear")
         assert read.scheme.concept == "<new1> <new2> teddy bear", path
         assert torch.equal(torch.stack(list(read.words.values())), both)
+    saved(tmp_path / "delta.bin", {"modifier_token": {"<b>": both[0], "<a>": both[1]},
+                                   "unet": {f"{K}.weight": torch.ones(2, 24)}})
+    with pytest.raises(UserError, match="2 new words, which may be one concept's or 2 concepts'"):
+        load_concept(tmp_path / "delta.bin", class_noun="cat")
     one = load_concept(tmp_path / "delta.bin", ("<b>", "<a>"), ["cat", "dog"])
     assert [scheme.concept for scheme in one.schemes] == ["<b> cat", "<a> dog"]
     assert torch.equal(one.weights[OURS], torch.ones(2, 24))
@@ -108,6 +110,26 @@ def test_a_lora_of_a_convolution_is_added_to_it(unet: nn.Module, tmp_path: Path)
     assert torch.allclose((u @ v).view(32, 32, 3, 3)[:, :, 1, 1].T, convolved[:, :, 0, 0], atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_lora_that_diffusers_wrote_is_read(tmp_path: Path) -> None:
+    """Every kind of layer, alpha unlike the rank; what our U-Net then predicts is what theirs does."""
+    peft = pytest.importorskip("peft")
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Saver
+    torch.manual_seed(0)
+    ours, theirs = unet_pair(32, [1, 2, 4, 4], 2, [4, 2, 1], 8, 8)
+    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False,
+                                       target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]))
+    Saver.save_lora_weights(tmp_path, unet_lora_layers=peft.get_peft_model_state_dict(theirs))
+    read = load_concept(tmp_path / "pytorch_lora_weights.safetensors", class_noun="cat")
+    assert len(read.factors) == 32 * 4 + 16 + 22 and not read.misfits(dict(ours.named_parameters()))
+    for name, (u, v) in read.factors.items():
+        weight = ours.get_parameter(name)
+        weight.add_((u @ v).view_as(weight))
+    x, context, t = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 24), torch.tensor([10, 900])
+    expected = theirs(x, t, context).sample
+    assert (ours(x, t, context) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("entries", "message"), [
     ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(1, 1)}, "changes the text encoder too"),
     ({f"lora_unet_{K.replace('.', '_')}.lora_up.weight": torch.ones(1, 1)}, "has one factor of two"),
@@ -130,3 +152,30 @@ def test_what_is_read_can_be_saved_as_a_concept(unet: nn.Module, tmp_path: Path)
     read = load_concept(tmp_path / "lora.safetensors", class_noun="cat")
     again: Concept = load_concept(read.save(tmp_path / "concept.safetensors"))
     assert again.factors.keys() == read.factors.keys() and again.schemes == read.schemes
+
+
+ONE = torch.ones
+FLAT = f"lora_unet_{K.replace('.', '_')}"
+
+
+@pytest.mark.parametrize("content", [
+    {"string_to_param": ONE(2, 4)}, {"string_to_param": [ONE(4)]}, {"string_to_param": {"*": 3}},
+    {"string_to_param": {"*": torch.tensor(1.0)}}, {"emb_params": ONE(1, 4), "<a>": ONE(5)},
+    {"emb_params": ONE(2, 4).int()}, {"emb_params": {"u": ONE(1, 1), "v": ONE(1, 1)}},
+    {"unet": {}, "modifier_token": {"a": 3}}, {"unet": {}, "modifier_token": {"a": ONE(3), "b": ONE(4)}},
+    {"unet": {}, "modifier_token": [1]}, {"unet": {f"{K}.weight": {"u": 3, "v": 4}}, "modifier_token": {}},
+    {"unet": {f"{K}.weight": {"u": ONE(2, 3), "v": ONE(4, 2)}}, "modifier_token": {}},
+    {f"{FLAT}.lora_up.weight": ONE(2, 3), f"{FLAT}.lora_down.weight": ONE(2, 4)},
+    {f"{FLAT}.lora_up.weight": ONE(2, 3), f"{FLAT}.lora_down.weight": ONE(3, 4), f"{FLAT}.alpha": ONE(3)},
+    {f"{FLAT}.lora_up.weight": ONE(2, 0), f"{FLAT}.lora_down.weight": ONE(0, 4)},
+    {f"{FLAT}.lora_up.weight": ONE(2), f"{FLAT}.lora_down.weight": ONE(2)},
+    {f"{FLAT}.diff": ONE(2, 3).int()}])
+def test_damaged_files_are_one_sentence(tmp_path: Path, content: dict) -> None:
+    with pytest.raises(UserError, match="is damaged"):
+        load_concept(saved(tmp_path / "file.bin", content), class_noun="cat")
+
+
+def test_a_network_alone_is_told_by_what_it_is(tmp_path: Path) -> None:
+    content = {"conv_in.weight": ONE(1), f"{K}.weight": ONE(2, 2)}
+    with pytest.raises(UserError, match="it is the U-Net alone of a diffusers folder"):
+        load_concept(saved(tmp_path / "file.bin", content), class_noun="cat")

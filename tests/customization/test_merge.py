@@ -156,6 +156,10 @@ def test_what_cannot_be_merged(model: LatentDiffusion, concepts: list[Concept]) 
             merge(model, identity, [concepts[0], dataclasses.replace(concepts[1], weights=weights)], CAPTIONS)
     with pytest.raises(UserError, match="72 tokens .* more than the 64 dimensions"):
         merge(model, identity, [make_concept(model, seed) for seed in range(9)], CAPTIONS)
+    with pytest.raises(UserError, match="there are no captions"):
+        merge(model, identity, concepts, [])
+    with pytest.raises(UserError, match="give more captions, or a --ridge above 0"):
+        merge(model, identity, concepts, ["a cat"], 0.0)
     with pytest.raises(UserError, match="was made for the base 'small'"):
         merge(model, {"name": "other", "hash": "0", "network": "1"}, concepts, CAPTIONS)
 
