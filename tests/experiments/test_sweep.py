@@ -347,10 +347,12 @@ def test_a_plot_says_what_it_shows() -> None:
 def test_shipped_sweeps_can_be_carried_out(name: str) -> None:
     config = merge(SweepConfig, [ROOT / "configs" / "sweep" / f"{name}.yaml"])
     methods = {scheme: training_of(config, scheme).method for scheme in config.methods}
-    assert like_with_like(config, methods) == {f"ICO {scheme}": f"manual n={scheme[-1]}"
-                                               for scheme in ("1/1/3", "3/1/2", "3/1/1")}
-    assert [len(method.words) for method in methods.values()] == [1, 2, 3, 3, 2, 1]
-    assert [len(method.prefix.split()) for method in methods.values()] == [0, 0, 0, 1, 3, 3]
+    pairs = {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2", "ICO 3/1/1": "manual n=1"}
+    embedded = {"ICO 1/1/6": "manual n=6"} if name == "tiny" else {}
+    assert like_with_like(config, methods) == pairs | embedded
+    for scheme, method in methods.items():
+        contexts, _, words = scheme.removeprefix("ICO ").removeprefix("manual n=").rpartition("/")
+        assert len(method.words) == int(words) and len(method.prefix.split()) == int(contexts[:1] or 0)
     if name == "sd-v1":
         rare = ["ucd</w>", "pll", "ktn"]
         assert all(method.initial_words == rare[-len(method.words):] for method in methods.values())
@@ -490,16 +492,16 @@ def test_every_claim_is_made_of_legal_jobs(tmp_path: Path) -> None:
             settings = point.sampling(config)
             assert settings.dci.use == (point.strength is not None) and not settings.plain
             assert point.method == BASE or point.method in config.methods
-    assert like_with_like(config, schemes(config)) == {"ICO 1/1/3": "manual n=3"}
+    assert like_with_like(config, schemes(config)) == {"ICO 1/1/6": "manual n=6"}
     whole = merge(SweepConfig, [ROOT / "configs" / "sweep" / "tiny.yaml"])
-    assert like_with_like(whole, whole.methods) == {"ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2",
-                                                    "ICO 3/1/1": "manual n=1"}
+    assert like_with_like(whole, whole.methods) == {
+        "ICO 1/1/6": "manual n=6", "ICO 1/1/3": "manual n=3", "ICO 3/1/2": "manual n=2", "ICO 3/1/1": "manual n=1"}
     raw, joint = CLAIMS["dci"].lines(config)
     assert all(point.sampling(config).dci.match_cost for point in joint.points) and raw.points[0].strength is None
     assert {point.sampling(config).steps for line in (raw, joint) for point in line.points} == {config.work_steps}
     three = CLAIMS["methods"].lines(config)
     assert [(line.label, line.baseline) for line in three] == [
-        ("manual n=3", None), ("ICO 1/1/3", "manual n=3"), ("ICO 1/1/3 + DCI", "ICO 1/1/3")]
+        ("manual n=6", None), ("ICO 1/1/6", "manual n=6"), ("ICO 1/1/6 + DCI", "ICO 1/1/6")]
     assert [line.points[0].strength for line in three] == [None, None, config.strength]
     assert {line.points[0].step for line in three} == {config.step}
     found = {concept.class_noun for concept in subjects(config)}
