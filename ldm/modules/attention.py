@@ -103,13 +103,17 @@ class CrossAttention(nn.Module):
         visible = None if mask is None else mask[:, None, None, :]                       # (B, 1, 1, T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)                 # (B, H, N, d)
         if control is not None:
-            out = self.integrate(out, q, k, control)                                     # (B, H, N, d)
+            out = self.integrate(out, q, k, v, control)                                  # (B, H, N, d)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))                       # (B, N, C)
 
-    def integrate(self, out: Tensor, q: Tensor, k: Tensor, control: DBIMControl) -> Tensor:
+    def integrate(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, control: DBIMControl) -> Tensor:
         """Applies DBIM to per-head outputs (B, H, N, d); only two branches' probabilities are ever formed."""
         probs_c, probs_a = (self._probabilities(control.layout.block(q, name), control.layout.block(k, name))
                             for name in ("concept", "auxiliary"))                        # (B/n, H, N, T)
+        if control.concept_sets.shape[1] > 1:
+            values = control.layout.block(v, "concept")                                  # (B/n, H, T, d)
+            apart = dbim.keep_apart(probs_c, control).to(v.dtype) @ values               # (B/n, H, N, d)
+            out = control.layout.replace(out, "concept", apart)
         masks = self.masks(torch.stack(dbim.integration_masks(probs_c, probs_a, control)))  # (2, B/n, H, N)
         return dbim.integrate(out, masks, control.layout)
 

@@ -35,18 +35,25 @@ class BranchLayout(enum.Enum):
         """Returns the rows of `values` that belong to branch `name`: 'concept' or 'auxiliary'."""
         return values.chunk(self.blocks)[self.value.index(name)]
 
+    def replace(self, values: Tensor, name: str, rows: Tensor) -> Tensor:
+        """Returns `values` with other rows for branch `name`."""
+        blocks = list(values.chunk(self.blocks))
+        blocks[self.value.index(name)] = rows.to(values.dtype)
+        return torch.cat(blocks)
+
 
 @dataclass(frozen=True, eq=False)
 class DBIMControl:
     """What cross-attention needs to integrate two branches, for one forward pass.
 
-    B is the number of prompts, T the number of text positions (77). Masks are bool or 0/1.
+    B is the number of prompts, T the number of text positions (77), K the most concepts that a prompt mentions. Masks
+    are bool or 0/1.
 
     Raises:
         UserError: masks of different shape, or a prompt that does not mention the concept.
     """
 
-    concept_tokens: Tensor               # (B, T) S^c: where the concept prompt says "V noun"
+    concept_tokens: Tensor               # (B, T) S^c: where the concept prompt says "V noun"; (B, K, T) of several
     concept_prompt: Tensor               # (B, T) every content token of the concept prompt
     context_tokens: Tensor               # (B, T) S^a: the auxiliary prompt without its noun
     context_prompt: Tensor               # (B, T) every content token of the auxiliary prompt
@@ -60,12 +67,18 @@ class DBIMControl:
     mask_sum: float = MASK_SUM
 
     def __post_init__(self) -> None:
-        masks = (self.concept_tokens, self.concept_prompt, self.context_tokens, self.context_prompt)
+        any_concept = self.concept_sets.sum(dim=1) > 0
+        masks = (any_concept, self.concept_prompt, self.context_tokens, self.context_prompt)
         shapes = {tuple(mask.shape) for mask in masks}
-        if len(shapes) != 1 or masks[0].ndim != 2:
+        if len(shapes) != 1 or self.concept_tokens.ndim not in (2, 3):
             raise UserError(f"DBIM needs four token masks of one shape (B, T), got {sorted(shapes)}.")
-        if not bool(self.concept_tokens.any(dim=1).all()):
+        if not bool(any_concept.any(dim=1).all()):
             raise UserError("DCI needs the concept in every prompt; one of the prompts does not mention it.")
+
+    @property
+    def concept_sets(self) -> Tensor:
+        """S^c of each concept, (B, K, T); an empty one belongs to a concept that the prompt does not mention."""
+        return self.concept_tokens if self.concept_tokens.ndim == 3 else self.concept_tokens[:, None]
 
 
 def keyword(control: DBIMControl | None) -> dict[str, DBIMControl]:
@@ -92,21 +105,53 @@ def branch_map(probs: Tensor, tokens: Tensor, prompt: Tensor, gain: float) -> Te
 def integration_masks(probs_c: Tensor, probs_a: Tensor, control: DBIMControl) -> tuple[Tensor, Tensor]:
     """Computes the aggregation masks (M^c, M^a) of Eq 3-4, both (B, H, N) float32 with M^c + M^a = 1.
 
-    Without masks both are 1, as the paper's ablation adds the two branches directly (Fig. 10).
+    Of several concepts the strongest counts at each pixel, so that lambda means what it means for one. Without masks
+    both are 1, as the paper's ablation adds the two branches directly (Fig. 10).
     """
     if not control.masked:
         one = torch.ones(probs_c.shape[:-1], device=probs_c.device)
         return one, one
-    m_c = branch_map(probs_c, control.concept_tokens, control.concept_prompt, control.token_gain)   # Eq 3
     m_a = branch_map(probs_a, control.context_tokens, control.context_prompt, control.token_gain)   # Eq 3
-    # 500 was chosen for a 64x64 finest layer: a mean logit of 500/N there, and of 4, 16, 64 times that below.
-    # At another size each layer keeps the logit its relative resolution has at 512x512.
-    mask_sum = control.mask_sum * control.full_pixels / REFERENCE_PIXELS
-    s_c = mask_sum * (control.spatial_gain * m_c).softmax(dim=-1)              # (B, H, N)
-    s_a = mask_sum * (control.spatial_gain * m_a).softmax(dim=-1)              # (B, H, N)
+    s_c = concept_logits(probs_c, control).amax(dim=1)                         # (B, H, N)
+    s_a = _mask_sum(control) * (control.spatial_gain * m_a).softmax(dim=-1)    # (B, H, N)
     lam = control.strength.reshape(-1, 1, 1)                                   # (1 or B, 1, 1)
     mask_c = torch.sigmoid(s_c - lam * s_a)                                    # softmax over two branches, Eq 4
     return mask_c, 1.0 - mask_c
+
+
+def _mask_sum(control: DBIMControl) -> float:
+    """Returns what a spatial softmax is multiplied by.
+
+    500 was chosen for a 64x64 finest layer: a mean logit of 500/N there, and of 4, 16, 64 times that below. At another
+    size each layer keeps the logit its relative resolution has at 512x512.
+    """
+    return control.mask_sum * control.full_pixels / REFERENCE_PIXELS
+
+
+def concept_logits(probs_c: Tensor, control: DBIMControl) -> Tensor:
+    """Returns how much each concept is where (Eq 3, 4), (B, K, H, N); -inf for one that a prompt does not mention."""
+    logits = []
+    for tokens in control.concept_sets.unbind(dim=1):                          # (B, T) each
+        m_c = branch_map(probs_c, tokens, control.concept_prompt, control.token_gain)               # Eq 3
+        s_c = _mask_sum(control) * (control.spatial_gain * m_c).softmax(dim=-1)                     # (B, H, N)
+        missing = ~tokens.bool().any(dim=-1)[:, None, None]                    # (B, 1, 1)
+        logits.append(s_c.masked_fill(missing, -torch.inf))
+    return torch.stack(logits, dim=1)
+
+
+def keep_apart(probs_c: Tensor, control: DBIMControl) -> Tensor:
+    """Lets each concept fade where another one is: the concept branch's attention (B, H, N, T), shared out anew.
+
+    Ours, for several concepts in one prompt (the paper has one): with the logits s_i of Eq 4, attention to the tokens
+    of concept i is multiplied by exp(s_i - max_k s_k), which is 1 where it rules, and divided by its new sum.
+    """
+    logits = concept_logits(probs_c, control)                                  # (B, K, H, N)
+    fading = (logits - logits.amax(dim=1, keepdim=True)).exp()                 # (B, K, H, N)
+    share = torch.ones_like(probs_c)                                           # (B, H, N, T)
+    for one, tokens in zip(fading.unbind(dim=1), control.concept_sets.unbind(dim=1), strict=True):
+        share = torch.where(tokens.bool()[:, None, None, :], one[..., None], share)
+    kept = probs_c * share
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def integrate(out: Tensor, masks: Tensor, layout: BranchLayout) -> Tensor:
@@ -118,7 +163,5 @@ def integrate(out: Tensor, masks: Tensor, layout: BranchLayout) -> Tensor:
     """
     mask_c, mask_a = masks[..., None]                                          # (B, H, N, 1) each
     out_c, out_a = (layout.block(out, name) for name in ("concept", "auxiliary"))
-    blocks = list(out.chunk(layout.blocks))
     fused = mask_c * out_c + mask_a * out_a                                    # (B, H, N, d), Eq 5
-    blocks[layout.value.index("concept")] = fused.to(out.dtype)
-    return torch.cat(blocks)                                                   # (n*B, H, N, d)
+    return layout.replace(out, "concept", fused)                               # (n*B, H, N, d)

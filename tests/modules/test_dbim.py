@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -346,6 +346,76 @@ def test_contradictory_controls_are_refused():
         DBIMControl(token_mask([[1], []]), *[token_mask([[1], [1]])] * 3, right.strength, SHARED, 64)
 
 
+# Several concepts in one prompt.
+
+BOTH = Prompt(8, (2, 3), 7, (2, 5))      # "a V cat beside a W dog outdoors": the cat's tokens; its auxiliary prompt
+CAT, DOG = (2, 3), (6, 7)
+
+
+def several(strength: float, sets: Sequence[Sequence[int]], prompts: Sequence[Prompt] = (BOTH,),
+            layout: BranchLayout = SEPARATE) -> DBIMControl:
+    """Builds a control of one prompt whose concepts have these tokens."""
+    control = make_control(strength, layout, prompts)
+    return replace(control, concept_tokens=torch.stack([token_mask([places])[0] for places in sets])[None])
+
+
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 1.5])
+def test_one_of_one_concept_is_the_concept_to_the_bit(layer, strength):
+    branches, control = random_branches(), make_control(strength)
+    one = replace(control, concept_tokens=control.concept_tokens[:, None])
+    assert torch.equal(run(layer, branches, one)["concept"], run(layer, branches, control)["concept"])
+
+
+def test_the_order_of_concepts_does_not_matter_and_a_twin_adds_nothing(layer):
+    branches = random_branches()
+    found = run(layer, branches, several(0.5, [CAT, DOG]))
+    assert torch.equal(found["concept"], run(layer, branches, several(0.5, [DOG, CAT]))["concept"])
+    assert not close(found["concept"], run(layer, branches, several(0.5, [CAT]))["concept"], 1e-4)
+    assert close(run(layer, branches, several(0.5, [CAT, CAT]))["concept"],
+                 run(layer, branches, several(0.5, [CAT]))["concept"])
+    assert torch.equal(found["auxiliary"], run(layer, branches, None)["auxiliary"])
+
+
+def test_a_concept_that_a_prompt_does_not_mention_is_as_if_it_were_not_there(layer):
+    branches = random_branches()
+    assert close(run(layer, branches, several(0.5, [CAT, ()]))["concept"],
+                 run(layer, branches, several(0.5, [CAT]))["concept"])
+
+
+@pytest.mark.parametrize("strength", [-1.0, 1.5])
+def test_two_concepts_equal_an_independent_statement(layer, strength):
+    """In float64 numpy, head by head: who fades where, the strongest one's mask, the fused output."""
+    branches, control = random_branches(seed=5), several(strength, [CAT, DOG])
+    found = run(layer, branches, control)["concept"][0].double().numpy()
+    weights = {name: value.double().numpy() for name, value in layer.state_dict().items()}
+    heads = []
+    for head in range(layer.heads):
+        part = slice(4 * head, 4 * head + 4)
+        attention, values = {}, {}
+        for name in ("concept", "auxiliary"):
+            x, text = (tensor[0].double().numpy() for tensor in branches[name])
+            attention[name] = softmax(x @ weights["to_q.weight"][part].T
+                                                 @ (text @ weights["to_k.weight"][part].T).T * layer.scale)
+            values[name] = text @ weights["to_v.weight"][part].T
+        total = 500 * control.full_pixels / 4096
+
+        def logit(probs: np.ndarray, tokens: Sequence[int], last: int, total: float = total) -> np.ndarray:
+            gathered = softmax(10 * probs[:, 1:last + 1])[:, np.array(tokens) - 1].sum(axis=1)
+            return total * softmax(10 * gathered)
+
+        cat, dog = (logit(attention["concept"], tokens, BOTH.concept_length) for tokens in (CAT, DOG))
+        context = logit(attention["auxiliary"], BOTH.context, BOTH.auxiliary_length)
+        strongest = np.maximum(cat, dog)
+        faded = attention["concept"].copy()
+        faded[:, CAT] *= np.exp(cat - strongest)[:, None]
+        faded[:, DOG] *= np.exp(dog - strongest)[:, None]
+        faded /= faded.sum(axis=1, keepdims=True)
+        mask = (1 / (1 + np.exp(strength * context - strongest)))[:, None]
+        heads.append(mask * (faded @ values["concept"]) + (1 - mask) * (attention["auxiliary"] @ values["auxiliary"]))
+    expected = np.concatenate(heads, axis=1) @ weights["to_out.0.weight"].T + weights["to_out.0.bias"]
+    assert np.abs(found - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize("strength", [-1.0, 1.5])
 @pytest.mark.parametrize("dtype, bounds", [(torch.bfloat16, {256: 3e-4, 64: 2e-3, 16: 8e-3}),
                                            (torch.float16, {256: 4e-5, 64: 3e-4, 16: 8e-4})], ids=["bf16", "fp16"])
@@ -373,7 +443,7 @@ def test_masks_hardly_feel_half_precision(dtype, bounds, strength):
         q, k = layer._split(layer.to_q(features)), layer.keys_values(context)[0]     # (B, H, N, d), (B, H, T, d)
         found: list[tuple[str, Tensor]] = []
         with record_masks(layer, found), torch.autocast("cpu", dtype):               # which must not undo it
-            layer.integrate(torch.zeros_like(q, dtype=dtype), q.to(dtype), k.to(dtype), control)
+            layer.integrate(torch.zeros_like(q, dtype=dtype), q.to(dtype), k.to(dtype), k.to(dtype), control)
         for head in range(layer.heads):
             expected = independent_mask(*(tensor[1:, head].double().numpy() for tensor in (q, k)), layer.scale,
                                         (named, content, others, other_content), strength, 500 * 256 / 4096)
