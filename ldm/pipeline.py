@@ -168,8 +168,7 @@ class Generator:
         """Yields one `Sample` per request, in their order within each way of sampling: the plain images first.
 
         Args:
-            prompts: texts in which {} or "V noun" stands for the concept; in each, DCI is for the first concept of the
-                file that it mentions.
+            prompts: texts in which {} or "V noun" stands for a concept; DCI is for all that a prompt mentions.
             progress: called with the number of images after each batch.
             watched: DCI's images whose masks are wanted.
 
@@ -255,7 +254,7 @@ class Generator:
             layout = BranchLayout.UNGUIDED     # without guidance there is no unconditional row
         _, height, width = self._shape(settings)
         control = DBIMControl(
-            concept_tokens=concept.named.to(device), concept_prompt=concept.content.to(device),
+            concept_tokens=concept.phrases.to(device), concept_prompt=concept.content.to(device),
             context_tokens=auxiliary.others.to(device), context_prompt=auxiliary.content.to(device),
             strength=torch.tensor([request.strength for request in batch], device=device), layout=layout,
             full_pixels=height * width, masked=dci.ablation != "no_mask",

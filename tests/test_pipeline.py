@@ -146,7 +146,7 @@ def named(generator: Generator, sets: TokenSets) -> list[list[str]]:
 
 
 def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_generator: Generator) -> None:
-    """Where it names two, the file's first has DCI and the other is context."""
+    """Where it names two, both have DCI."""
     prompts = [PROMPT, "a <new3>  <NEW4> dog on the beach", "a <new3> <new4> dog beside {}", PROMPT]
     config = small_world.sample_config()
     concept, auxiliary = joint_generator.prompts.token_sets(prompts, config.dci)
@@ -154,10 +154,10 @@ def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_ge
         "a <new1> <new2> cat in the snow", "a <new3> <new4> dog on the beach",
         "a <new3> <new4> dog beside <new1> <new2> cat", "a <new1> <new2> cat in the snow"]
     first, second = ["<new1>", "<new2>", "cat"], ["<new3>", "<new4>", "dog"]
-    assert named(joint_generator, concept) == [first, second, first, first]
-    assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a <new3> <new4> dog beside man",
-                                 "a dog in the snow"]
-    assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["man"], ["dog"]]
+    assert named(joint_generator, concept) == [first, second, second + first, first]
+    assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a car beside man", "a dog in the snow"]
+    assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["car", "man"], ["dog"]]
+    assert concept.phrases.any(dim=2).tolist() == [[True, False], [False, True], [True, True], [True, False]]
     divided = small_world.sample_config("dci.ablation=no_full_prompt").dci
     alone, rest = joint_generator.prompts.token_sets(prompts[:2], divided)
     assert named(joint_generator, alone) == [first, second] and rest.prompts == ["in the snow", "on the beach"]

@@ -17,25 +17,21 @@ DIVIDED = "no_full_prompt"      # the ablation in which each branch is told its 
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """Reads prompts for a text encoder and the concepts of a file, none or several.
-
-    In each prompt DCI is for the first concept of the file that it mentions.
-    """
+    """Reads prompts for a text encoder and its concepts, none or several; DCI is for all that a prompt mentions."""
 
     embedder: FrozenCLIPEmbedder
     schemes: tuple[PromptScheme, ...] = ()
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Puts the file's first concept where a prompt says {}; with a file loaded, every prompt must mention one."""
+        """Puts the first concept where a prompt says {}; with concepts loaded, every prompt must mention one."""
         if not self.schemes:
             if any("{}" in prompt for prompt in prompts):
                 raise UserError("a prompt has {} but no concept is loaded; give one with --delta_ckpt.")
             return list(prompts)
         texts = []
+        names = {index: scheme.concept for index, scheme in enumerate(self.schemes)}
         for prompt in prompts:
-            concept = tokens.named_scheme(prompt, self.schemes).concept
-            pieces = tokens.split_at_concept(prompt, concept)
-            texts.append("".join(tokens.join_pieces(pieces, concept, articles=False)))
+            texts.append("".join(tokens.cut_at_schemes(prompt, self.schemes).fill(names, articles=False)))
         return texts
 
     def check(self, prompts: Sequence[str], dci: DCIConfig) -> None:
@@ -54,9 +50,11 @@ class PromptReader:
                 self.token_sets([prompt], dci)
 
     def _check_concept(self, prompt: str) -> None:
-        scheme = tokens.named_scheme(prompt, self.schemes)
-        tokens.concept_prompts(self.embedder, [prompt], scheme.concept)
-        if tokens.noun_beside(prompt, scheme.concept, scheme.class_noun):
+        tokens.concept_prompt(self.embedder, prompt, self.schemes)
+        for index in tokens.cut_at_schemes(prompt, self.schemes).concepts:
+            scheme = self.schemes[index]
+            if not tokens.noun_beside(prompt, self.schemes, index):
+                continue
             warnings.warn(f"the prompt '{prompt}' says '{scheme.class_noun}' beside the concept, which is a "
                           f"'{scheme.concept}' already, so the concept is easily lost; leave the word out",
                           stacklevel=2)
@@ -73,19 +71,17 @@ class PromptReader:
         return tokens.stack(concept), tokens.stack(auxiliary)
 
     def _token_sets(self, prompt: str, dci: DCIConfig) -> tuple[TokenSets, TokenSets]:
-        scheme = tokens.named_scheme(prompt, self.schemes)
         if dci.ablation == DIVIDED:
-            return tokens.divided_prompts(self.embedder, [prompt], scheme.concept)
-        return (tokens.concept_prompts(self.embedder, [prompt], scheme.concept),
-                tokens.auxiliary_prompts(self.embedder, [prompt], scheme.concept, scheme.class_noun, dci.replace_noun))
+            return tokens.divided_prompt(self.embedder, prompt, self.schemes)
+        return (tokens.concept_prompt(self.embedder, prompt, self.schemes),
+                tokens.auxiliary_prompt(self.embedder, prompt, self.schemes, dci.replace_noun))
 
     def auxiliary_noun(self, prompt: str, dci: DCIConfig) -> str | None:
-        """Returns the noun that stands for the concept in a prompt's second branch; None where none does."""
+        """Returns the nouns that stand for concepts in a prompt's second branch; None where none does."""
         if dci.ablation == DIVIDED:     # the second branch has no noun then
             return None
-        scheme = tokens.named_scheme(prompt, self.schemes)
-        pieces = tokens.split_at_concept(prompt, scheme.concept)
-        return tokens.chosen_noun(self.embedder, scheme.class_noun, pieces, dci.replace_noun)
+        found = tokens.cut_at_schemes(prompt, self.schemes)
+        return ", ".join(tokens.auxiliary_nouns(self.embedder, found, self.schemes, dci.replace_noun).values())
 
     def describe(self, prompts: Sequence[str], dci: DCIConfig) -> str:
         """Returns a table of the tokens of both branches' prompts: position, id, text, role."""

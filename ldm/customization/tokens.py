@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,20 @@ AUTO = "auto"
 
 @dataclass(frozen=True, eq=False)
 class TokenSets:
-    """A batch of prompts with the roles of their tokens; masks are (B, T) bool over all text positions."""
+    """A batch of prompts with the roles of their tokens; masks are bool over all text positions."""
 
     prompts: list[str]
-    named: Tensor      # the noun phrase that was looked for: "V noun", or the auxiliary noun
-    content: Tensor    # every token of the prompt but start, end and padding
+    phrases: Tensor    # (B, K, T) the noun phrase of each concept: "V noun", or its auxiliary noun; empty if not there
+    content: Tensor    # (B, T) every token of the prompt but start, end and padding
+
+    @property
+    def named(self) -> Tensor:
+        """Tokens of any noun phrase, (B, T)."""
+        return self.phrases.any(dim=1)
 
     @property
     def others(self) -> Tensor:
-        """Content tokens outside the noun phrase: the paper's S^a, if these are auxiliary prompts."""
+        """Content tokens outside the noun phrases, (B, T): the paper's S^a, if these are auxiliary prompts."""
         return self.content & ~self.named
 
 
@@ -41,44 +46,82 @@ def stack(batches: Sequence[TokenSets]) -> TokenSets:
     prompts: list[str] = []
     for sets in batches:
         prompts += sets.prompts
-    named = torch.cat([sets.named for sets in batches])                                     # (B, T)
-    return TokenSets(prompts, named, torch.cat([sets.content for sets in batches]))
+    phrases = torch.cat([sets.phrases for sets in batches])                                 # (B, K, T)
+    return TokenSets(prompts, phrases, torch.cat([sets.content for sets in batches]))
 
 
-def _cut(prompt: str, concept: str) -> list[str]:
-    words = re.escape(clean(concept))
-    return re.split(rf"(?<!\w)(?:{words})(?!\w)|{re.escape(PLACEHOLDER)}", clean(prompt), flags=re.IGNORECASE)
+@dataclass(frozen=True)
+class Cut:
+    """A prompt, cleaned as CLIP cleans it, cut at every mention of a concept.
 
-
-def _unnamed(prompt: str, concepts: Sequence[str]) -> UserError:
-    spelled = " or ".join([PLACEHOLDER, *(f"'{concept}'" for concept in concepts)])
-    return UserError(f"the prompt '{prompt}' does not mention the concept; write {spelled} where it stands.")
-
-
-def split_at_concept(prompt: str, concept: str) -> list[str]:
-    """Cuts a prompt, cleaned as CLIP cleans it, at every mention of the concept; n mentions give n + 1 pieces.
-
-    `{}` counts as a mention. Spaces and letter case within the mention may differ.
-
-    Raises:
-        UserError: the prompt does not mention the concept.
+    Attributes:
+        pieces: the text before, between and behind n mentions, n + 1 strings.
+        mentions: which concept stands between two pieces, n numbers.
     """
-    pieces = _cut(prompt, concept)     # n mentions give n + 1 pieces
-    if len(pieces) == 1:
-        raise _unnamed(prompt, [concept])
-    return pieces
+
+    pieces: tuple[str, ...]
+    mentions: tuple[int, ...]
+
+    @property
+    def concepts(self) -> tuple[int, ...]:
+        """The concepts that are mentioned, each once, in the order of their numbers."""
+        return tuple(sorted(set(self.mentions)))
+
+    def fill(self, nouns: Mapping[int, str], articles: bool = True) -> list[str]:
+        """Returns the alternation piece, noun, piece, ... with a noun for each concept; articles are made to fit."""
+        alternation: list[str] = []
+        for piece, concept in zip(self.pieces, self.mentions, strict=False):
+            alternation += [fit_article(piece, nouns[concept]) if articles else piece, nouns[concept]]
+        return [*alternation, self.pieces[-1]]
 
 
-def named_scheme(prompt: str, schemes: Sequence[PromptScheme]) -> PromptScheme:
-    """Returns the first of a concept file's schemes that a prompt mentions; `{}` mentions the file's first.
+def cut(prompt: str, concepts: Sequence[str]) -> Cut:
+    """Cuts a prompt at every mention of one of the concepts; `{}` mentions the first.
+
+    Spaces and letter case within the mention may differ.
 
     Raises:
         UserError: the prompt mentions none.
     """
-    for scheme in schemes:
-        if len(_cut(prompt, scheme.concept)) > 1:
-            return scheme
-    raise _unnamed(prompt, [scheme.concept for scheme in schemes])
+    spelled = [clean(concept) for concept in concepts]
+    # The longest first: "<new1> cat" must not be found inside "<new1> cat house".
+    ways = [re.escape(concept) for concept in sorted(spelled, key=len, reverse=True)]
+    parts = re.split(rf"((?<!\w)(?:{'|'.join(ways)})(?!\w)|{re.escape(PLACEHOLDER)})", clean(prompt),
+                     flags=re.IGNORECASE)
+    if len(parts) == 1:
+        quoted = " or ".join([PLACEHOLDER, *(f"'{concept}'" for concept in concepts)])
+        raise UserError(f"the prompt '{prompt}' does not mention the concept; write {quoted} where it stands.")
+    mentions = []
+    for mention in parts[1::2]:
+        mentions.append(0 if mention == PLACEHOLDER else [one.lower() for one in spelled].index(mention.lower()))
+    return Cut(tuple(parts[::2]), tuple(mentions))
+
+
+def split_at_concept(prompt: str, concept: str) -> list[str]:
+    """Returns the n + 1 pieces of a prompt that mentions one concept n times.
+
+    Raises:
+        UserError: it does not mention it.
+    """
+    return list(cut(prompt, [concept]).pieces)
+
+
+def cut_at_schemes(prompt: str, schemes: Sequence[PromptScheme]) -> Cut:
+    """Cuts a prompt at the concepts of a file; `{}` mentions the file's first.
+
+    Raises:
+        UserError: the prompt mentions none.
+    """
+    return cut(prompt, [scheme.concept for scheme in schemes])
+
+
+def named_scheme(prompt: str, schemes: Sequence[PromptScheme]) -> PromptScheme:
+    """Returns the first of a concept file's schemes that a prompt mentions.
+
+    Raises:
+        UserError: the prompt mentions none.
+    """
+    return schemes[cut_at_schemes(prompt, schemes).concepts[0]]
 
 
 def fit_article(before: str, noun: str) -> str:
@@ -92,61 +135,62 @@ def fit_article(before: str, noun: str) -> str:
 
 def join_pieces(pieces: Sequence[str], noun: str, articles: bool = True) -> list[str]:
     """Puts `noun` between pieces and returns the alternation piece, noun, piece, ...; articles are made to fit."""
-    alternation: list[str] = []
-    for piece in pieces[:-1]:
-        alternation += [fit_article(piece, noun) if articles else piece, noun]
-    return [*alternation, pieces[-1]]
+    return Cut(tuple(pieces), (0,) * (len(pieces) - 1)).fill({0: noun}, articles)
 
 
-def token_sets(embedder: FrozenCLIPEmbedder, alternations: Sequence[Sequence[str]]) -> TokenSets:
-    """Marks the tokens of each prompt, given as piece, noun, piece, ..., the pieces cut from a cleaned prompt.
+def token_sets(embedder: FrozenCLIPEmbedder, parts: Sequence[str], mentions: Sequence[int] = (0,),
+               count: int = 1) -> TokenSets:
+    """Marks the tokens of one prompt, given as piece, noun, piece, ..., the pieces cut from a cleaned prompt.
 
-    Raises:
-        UserError: the noun's tokens run into their neighbours, so that their place is not defined.
-    """
-    named = torch.zeros(len(alternations), embedder.max_length, dtype=torch.bool)
-    content = torch.zeros_like(named)
-    prompts = []
-    for row, parts in enumerate(alternations):
-        prompt, ids = "".join(parts), []
-        position, room = 1, embedder.max_length - 1     # position 0 is the start token, the last one the end token
-        for index, part in enumerate(parts):
-            is_noun = index % 2 == 1
-            part_ids = embedder.content_ids(part) if is_noun else embedder.piece_ids(part)
-            ids += part_ids
-            stop = position + len(part_ids)
-            named[row, position:min(stop, room)] = is_noun
-            content[row, position:min(stop, room)] = True
-            position = stop
-        if ids != embedder.content_ids(prompt):
-            # Merges across the seam would move every later token.
-            raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
-        prompts.append(prompt)
-    return TokenSets(prompts, named, content)
-
-
-def check_fits(embedder: FrozenCLIPEmbedder, alternation: Sequence[str], what: str) -> None:
-    """Refuses a prompt, given as piece, noun, piece, ..., whose first noun phrase, called `what`, is cut off.
+    Args:
+        mentions: which of `count` concepts each noun stands for.
 
     Raises:
-        UserError: not all of its tokens fit the text positions.
+        UserError: a noun's tokens run into their neighbours, so that their place is not defined.
     """
-    room, (before, noun) = embedder.max_length - 2, alternation[:2]
-    last = len(embedder.piece_ids(before)) + len(embedder.content_ids(noun))
-    if last > room:
-        raise UserError(f"in the prompt '{''.join(alternation)}' {what} '{noun}' is cut off: it ends at token {last} "
-                        f"and {room} fit; name it earlier, or shorten the prompt.")
+    phrases = torch.zeros(count, embedder.max_length, dtype=torch.bool)
+    content = torch.zeros(embedder.max_length, dtype=torch.bool)
+    prompt, ids = "".join(parts), []
+    position, room = 1, embedder.max_length - 1     # position 0 is the start token, the last one the end token
+    for index, part in enumerate(parts):
+        is_noun = index % 2 == 1
+        part_ids = embedder.content_ids(part) if is_noun else embedder.piece_ids(part)
+        ids += part_ids
+        stop = position + len(part_ids)
+        if is_noun:
+            phrases[mentions[index // 2], position:min(stop, room)] = True
+        content[position:min(stop, room)] = True
+        position = stop
+    if ids != embedder.content_ids(prompt):
+        # Merges across the seam would move every later token.
+        raise UserError(f"the words of '{prompt}' run into the concept; put spaces around it.")
+    return TokenSets([prompt], phrases[None], content[None])
 
 
-def noun_beside(prompt: str, concept: str, class_noun: str) -> bool:
-    """Says whether a prompt says the class noun once more beside the concept, as in "my cat {}"."""
-    pieces = split_at_concept(prompt, concept)
-    noun = re.escape(clean(class_noun))
+def check_fits(embedder: FrozenCLIPEmbedder, alternation: Sequence[str], mentions: Sequence[int], what: str) -> None:
+    """Refuses a prompt, given as piece, noun, piece, ..., in which a concept's first mention is cut off.
+
+    Raises:
+        UserError: not all of its tokens fit the text positions; `what` is what a mention is called.
+    """
+    room, last = embedder.max_length - 2, 0
+    for place, concept in enumerate(mentions):
+        before, noun = alternation[2 * place:2 * place + 2]
+        last += len(embedder.piece_ids(before)) + len(embedder.content_ids(noun))
+        if last > room and concept not in mentions[:place]:
+            raise UserError(f"in the prompt '{''.join(alternation)}' {what} '{noun}' is cut off: it ends at token "
+                            f"{last} and {room} fit; name it earlier, or shorten the prompt.")
+
+
+def noun_beside(prompt: str, schemes: Sequence[PromptScheme], concept: int) -> bool:
+    """Says whether a prompt says the class noun once more beside a concept, as in "my cat {}"."""
+    found, noun = cut_at_schemes(prompt, schemes), re.escape(clean(schemes[concept].class_noun))
     if not noun:
         return False
     before = re.compile(rf"(?<!\w){noun}\s*$", re.IGNORECASE)
     after = re.compile(rf"\s*{noun}(?!\w)", re.IGNORECASE)
-    return any(map(before.search, pieces[:-1])) or any(map(after.match, pieces[1:]))
+    places = [place for place, mention in enumerate(found.mentions) if mention == concept]
+    return any(before.search(found.pieces[place]) or after.match(found.pieces[place + 1]) for place in places)
 
 
 def choose_auxiliary_noun(class_noun: str, pieces: Sequence[str]) -> str:
@@ -203,40 +247,71 @@ def noun_for_context(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequ
     return nouns[int(torch.cosine_similarity(states[:1], states[1:]).argmax())]
 
 
-def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str) -> TokenSets:
-    """Marks S^c, every token of every mention of "V noun" (Eq 3).
+def concept_prompt(embedder: FrozenCLIPEmbedder, prompt: str, schemes: Sequence[PromptScheme]) -> TokenSets:
+    """Marks S^c of each concept, every token of every mention of its "V noun" (Eq 3).
 
     Raises:
-        UserError: a prompt does not mention the concept, or so late that it is cut off.
+        UserError: the prompt mentions no concept, or so late that it is cut off.
     """
-    alternations = [join_pieces(split_at_concept(prompt, concept), concept, articles=False) for prompt in prompts]
-    for alternation in alternations:
-        check_fits(embedder, alternation, "the concept")
-    return token_sets(embedder, alternations)
+    found = cut_at_schemes(prompt, schemes)
+    nouns = {index: scheme.concept for index, scheme in enumerate(schemes)}
+    return _marked(embedder, found, found.fill(nouns, articles=False), len(schemes), "the concept")
 
 
-def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str], concept: str, class_noun: str,
-                      wanted: str | None = None) -> TokenSets:
-    """Makes the auxiliary prompts, "V noun" replaced throughout; `others` of the result is S^a (Eq 3)."""
-    alternations = []
-    for prompt in prompts:
-        row = split_at_concept(prompt, concept)
-        alternations.append(join_pieces(row, chosen_noun(embedder, class_noun, row, wanted)))
-        check_fits(embedder, alternations[-1], "the auxiliary noun")
-    return token_sets(embedder, alternations)
+def auxiliary_prompt(embedder: FrozenCLIPEmbedder, prompt: str, schemes: Sequence[PromptScheme],
+                     wanted: str | None = None) -> TokenSets:
+    """Makes the auxiliary prompt, every "V noun" replaced; `others` of the result is S^a (Eq 3)."""
+    found = cut_at_schemes(prompt, schemes)
+    alternation = found.fill(auxiliary_nouns(embedder, found, schemes, wanted))
+    return _marked(embedder, found, alternation, len(schemes), "the auxiliary noun")
 
 
-def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: Sequence[str],
-                    concept: str) -> tuple[TokenSets, TokenSets]:
+def _marked(embedder: FrozenCLIPEmbedder, found: Cut, alternation: Sequence[str], count: int, what: str) -> TokenSets:
+    check_fits(embedder, alternation, found.mentions, what)
+    return token_sets(embedder, alternation, found.mentions, count)
+
+
+def auxiliary_nouns(embedder: FrozenCLIPEmbedder, found: Cut, schemes: Sequence[PromptScheme],
+                    wanted: str | None = None) -> dict[int, str]:
+    """Returns the noun that stands for each concept a prompt mentions; no two are the same.
+
+    Args:
+        wanted: of one concept its noun; of several their nouns with commas between, in the order of the concepts.
+
+    Raises:
+        UserError: there are more nouns than concepts, or one is a class noun itself, or empty.
+    """
+    given = [None] if wanted is None else wanted.split(",") if len(found.concepts) > 1 else [wanted]
+    if wanted == AUTO:
+        given = [AUTO] * len(found.concepts)
+    if len(given) > len(found.concepts):
+        raise UserError(f"'{wanted}' are {len(given)} auxiliary nouns for {len(found.concepts)} concepts of a prompt; "
+                        "give one for each with --replace_noun, commas between.")
+    nouns: dict[int, str] = {}
+    for place, concept in enumerate(found.concepts):
+        others = [schemes[other].class_noun for other in found.concepts if other != concept]
+        # What a noun must not be: a word of the prompt, another class, another auxiliary noun.
+        pieces = [*found.pieces, *others, *nouns.values()]
+        noun = given[place] if place < len(given) else None
+        nouns[concept] = chosen_noun(embedder, schemes[concept].class_noun, pieces, noun)
+    return nouns
+
+
+def divided_prompt(embedder: FrozenCLIPEmbedder, prompt: str,
+                   schemes: Sequence[PromptScheme]) -> tuple[TokenSets, TokenSets]:
     """The paper's ablation without entire prompts: "V noun" alone in one branch, the rest alone in the other.
 
     Raises:
-        UserError: nothing is left of a prompt without the concept, so that the second branch would have no token.
+        UserError: nothing is left of a prompt without the concept, so that the second branch would have no token; or
+            it mentions several.
     """
-    alone = token_sets(embedder, [["", concept, ""]] * len(prompts))
-    for prompt in prompts:
-        split_at_concept(prompt, concept)       # a prompt without the concept is the first thing to tell
-    return alone, token_sets(embedder, [[rest_of_prompt(prompt, concept)] for prompt in prompts])
+    found = cut_at_schemes(prompt, schemes)
+    if len(found.concepts) > 1:
+        raise UserError(f"the prompt '{prompt}' mentions {len(found.concepts)} concepts, and this ablation divides one "
+                        "from the rest; name one, or leave the ablation out.")
+    concept = schemes[found.concepts[0]].concept
+    alone = token_sets(embedder, ["", concept, ""], found.concepts, len(schemes))
+    return alone, token_sets(embedder, [rest_of_prompt(prompt, concept)], (), len(schemes))
 
 
 def rest_of_prompt(prompt: str, concept: str) -> str:

@@ -111,9 +111,10 @@ class CrossAttention(nn.Module):
         probs_c, probs_a = (self._probabilities(control.layout.block(q, name), control.layout.block(k, name))
                             for name in ("concept", "auxiliary"))                        # (B/n, H, N, T)
         if control.concept_sets.shape[1] > 1:
-            values = control.layout.block(v, "concept")                                  # (B/n, H, T, d)
-            apart = dbim.keep_apart(probs_c, control).to(v.dtype) @ values               # (B/n, H, N, d)
-            out = control.layout.replace(out, "concept", apart)
+            out_c, v_c = control.layout.block(out, "concept"), control.layout.block(v, "concept")
+            apart = dbim.keep_apart(probs_c, control).to(v.dtype) @ v_c                  # (B/n, H, N, d)
+            # A prompt of one concept is drawn as if there were no others, to the bit.
+            out = control.layout.replace(out, "concept", torch.where(control.several, apart, out_c))
         masks = self.masks(torch.stack(dbim.integration_masks(probs_c, probs_a, control)))  # (2, B/n, H, N)
         return dbim.integrate(out, masks, control.layout)
 

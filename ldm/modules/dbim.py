@@ -80,6 +80,11 @@ class DBIMControl:
         """S^c of each concept, (B, K, T); an empty one belongs to a concept that the prompt does not mention."""
         return self.concept_tokens if self.concept_tokens.ndim == 3 else self.concept_tokens[:, None]
 
+    @property
+    def several(self) -> Tensor:
+        """Which prompts mention several concepts, (B, 1, 1, 1)."""
+        return ((self.concept_sets.sum(dim=-1) > 0).sum(dim=-1) > 1)[:, None, None, None]
+
 
 def keyword(control: DBIMControl | None) -> dict[str, DBIMControl]:
     """Returns how `control` is handed on: not at all without DBIM, for layers that others put in know no such name."""

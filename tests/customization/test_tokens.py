@@ -15,7 +15,7 @@ from ldm.customization.ico import (
     initial_words,
     random_vectors,
 )
-from ldm.customization.tokens import TokenSets, auxiliary_prompts, concept_prompts, divided_prompts
+from ldm.customization.tokens import TokenSets, stack
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import UserError
 
@@ -43,6 +43,28 @@ def embedder(request: pytest.FixtureRequest,
     if embedder.words != ["<new1>"]:
         embedder.clear_words()
         embedder.add_words({"<new1>": torch.full((64,), 0.01)})
+
+
+def of(concept: str, class_noun: str | None = None) -> list[PromptScheme]:
+    """Returns the scheme of one concept: what is in brackets are its words."""
+    parts = concept.split()
+    new = [part for part in parts if part.startswith("<")]
+    return [PromptScheme(tuple(new), " ".join(parts[len(new):]) if class_noun is None else class_noun)]
+
+
+def concept_prompts(embedder: FrozenCLIPEmbedder, prompts: list[str], concept: str) -> TokenSets:
+    return stack([tokens.concept_prompt(embedder, prompt, of(concept)) for prompt in prompts])
+
+
+def auxiliary_prompts(embedder: FrozenCLIPEmbedder, prompts: list[str], concept: str, class_noun: str,
+                      wanted: str | None = None) -> TokenSets:
+    assert concept.endswith(class_noun)
+    return stack([tokens.auxiliary_prompt(embedder, prompt, of(concept), wanted) for prompt in prompts])
+
+
+def divided_prompts(embedder: FrozenCLIPEmbedder, prompts: list[str], concept: str) -> tuple[TokenSets, TokenSets]:
+    pairs = [tokens.divided_prompt(embedder, prompt, of(concept)) for prompt in prompts]
+    return stack([alone for alone, _ in pairs]), stack([rest for _, rest in pairs])
 
 
 @pytest.fixture
@@ -127,7 +149,7 @@ def test_punctuation_may_touch_the_concept(embedder, prompt, around):
 def test_a_prompt_without_the_concept_is_refused(embedder, prompt):
     for make in (lambda: concept_prompts(embedder, ["a {}", prompt], CAT),
                  lambda: auxiliary_prompts(embedder, ["a {}", prompt], CAT, "cat"),
-                 lambda: divided_prompts(embedder, ["a {}", prompt], CAT)):
+                 lambda: divided_prompts(embedder, ["a {} on grass", prompt], CAT)):
         with pytest.raises(UserError, match="does not mention the concept"):
             make()
 
@@ -213,8 +235,8 @@ def test_what_fits_just_so_is_not_refused(embedder):
     ("a {} and a cat", False), ("my cat, a {}", False), ("a bobcat {}", False), ("a {} cattery", False),
     ("a {}", False)])
 def test_a_class_noun_beside_the_concept_is_noticed(prompt, beside):
-    assert tokens.noun_beside(prompt, CAT, "cat") == beside
-    assert not tokens.noun_beside(prompt, "<new1>", "")
+    assert tokens.noun_beside(prompt, of(CAT), 0) == beside
+    assert not tokens.noun_beside(prompt, of("<new1>"), 0)
 
 
 def test_the_concept_is_found_in_what_cleaning_makes_of_a_prompt(embedder):
@@ -233,6 +255,58 @@ def test_new_words_survive_cleaning(embedder):
     odd = ["<Ａ’>", "<&amp;>", "<Ï1>"]
     embedder.add_words({word: torch.zeros(64) for word in odd})
     assert embedder.content_ids("a’ " + " ".join(odd))[-3:] == [embedder.base_size + index for index in (1, 2, 3)]
+
+
+PAIR = [PromptScheme(("<new1>",), "cat"), PromptScheme(("<new2>",), "dog", index=1)]
+
+
+@pytest.fixture
+def two_words(embedder: FrozenCLIPEmbedder) -> FrozenCLIPEmbedder:
+    """An embedder that knows the words of both concepts."""
+    embedder.clear_words()
+    embedder.add_words({"<new1>": torch.full((64,), 0.01), "<new2>": torch.full((64,), 0.02)})
+    return embedder
+
+
+def test_several_concepts_have_token_sets_and_nouns_of_their_own(two_words):
+    prompt = "a <new2> dog beside {} and the <NEW2>  Dog"
+    concept = tokens.concept_prompt(two_words, prompt, PAIR)
+    auxiliary = tokens.auxiliary_prompt(two_words, prompt, PAIR)
+    assert concept.prompts == ["a <new2> dog beside <new1> cat and the <new2> dog"]
+    assert auxiliary.prompts == ["a car beside man and the car"]      # neither cat nor dog, and no two the same
+    assert concept.phrases.shape == auxiliary.phrases.shape == (1, 2, two_words.max_length)
+    for sets, first, second in ((concept, "<new1> cat", "<new2> dog <new2> dog"), (auxiliary, "man", "car car")):
+        found = [two_words.tokenizer.decode(two_words.tokenize(sets.prompts)[0][mask]) for mask in sets.phrases[0]]
+        assert ["".join(text.split()) for text in found] == ["".join(first.split()), "".join(second.split())]
+    assert "".join(words(two_words, auxiliary, auxiliary.others)) == "abesideandthe"
+
+
+def test_a_prompt_that_names_one_of_two_concepts_has_an_empty_set_for_the_other(two_words):
+    sets = tokens.concept_prompt(two_words, "a <new2> dog on grass", PAIR)
+    assert not sets.phrases[0, 0].any() and int(sets.phrases[0, 1].sum()) == len(two_words.content_ids("<new2> dog"))
+    assert tokens.auxiliary_prompt(two_words, "a <new2> dog on grass", PAIR).prompts == ["a cat on grass"]
+    assert tokens.named_scheme("a <new2> dog on grass", PAIR) is PAIR[1]
+
+
+@pytest.mark.parametrize(("wanted", "prompt"), [("toy,bag", "a toy beside a bag"), ("toy", "a toy beside a man"),
+                                                (" old toy , bag", "an old toy beside a bag")])
+def test_nouns_are_wanted_in_the_order_of_the_concepts(two_words, wanted, prompt):
+    assert tokens.auxiliary_prompt(two_words, "a {} beside a <new2> dog", PAIR, wanted).prompts == [prompt]
+
+
+def test_bad_nouns_for_several_concepts_are_refused(two_words):
+    for wanted, message in (("toy,bag,car", "'toy,bag,car' are 3 auxiliary nouns for 2 concepts"),
+                            ("toy,dog", "the auxiliary noun 'dog' is the class noun itself"),
+                            ("toy,", "the auxiliary noun is empty")):
+        with pytest.raises(UserError, match=message):
+            tokens.auxiliary_prompt(two_words, "a {} beside a <new2> dog", PAIR, wanted)
+    with pytest.raises(UserError, match="mentions 2 concepts, and this ablation divides one from the rest"):
+        tokens.divided_prompt(two_words, "a {} beside a <new2> dog", PAIR)
+
+
+def test_of_two_concepts_the_longer_mention_counts(two_words):
+    nested = [PromptScheme(("<new1>",), "cat"), PromptScheme(("<new1>",), "cat house", index=1)]
+    assert tokens.cut_at_schemes("a <new1> cat house by a <new1> cat", nested).mentions == (1, 0)
 
 
 def test_divided_prompts_share_no_word(embedder):
