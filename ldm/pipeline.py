@@ -20,7 +20,8 @@ from ldm.base import image_side
 from ldm.config import SampleConfig, typed
 from ldm.customization.delta import AppliedConcept, Concept
 from ldm.customization.prompts import PromptReader
-from ldm.customization.tokens import TokenSets, named_scheme
+from ldm.customization.routing import RoutedConcepts
+from ldm.customization.tokens import TokenSets, named_schemes
 from ldm.data.framing import to_images
 from ldm.device import (
     autocast_to,
@@ -79,8 +80,11 @@ def record_of(request: ImageRequest, told: dict[str, str], settings: SampleConfi
     record = {name: getattr(settings, name) for name in ("sampler", "steps", "eta", "scale", "precision")}
     record |= {"height": size[0], "width": size[1], "base": dict(identity)}
     if concept is not None:
-        scheme = named_scheme(request.prompt, concept.schemes)
-        record["concept"] = {"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
+        named = [{"words": list(scheme.words), "class_noun": scheme.class_noun, "step": concept.step}
+                 for scheme in named_schemes(request.prompt, concept.schemes)]
+        record["concept"] = named[0]
+        if len(named) > 1:
+            record["concepts"] = named
         record["dci"] = asdict(settings.dci)
         for given_per_image in ("use", "agg_lambda", "choice"):     # the request has them; a choice adds its scores
             del record["dci"][given_per_image]
@@ -112,19 +116,29 @@ class Generator:
             compile_network(self.model)
         self._texts: dict[tuple[str, torch.dtype], Tensor] = {}     # prompts encoded with the present concept
         self.concept: Concept | None = None
-        self._applied: AppliedConcept | None = None
+        self._applied: AppliedConcept | RoutedConcepts | None = None
         self._lock = threading.Lock()      # a concept changes the module, so requests take turns
 
-    def load(self, concept: Concept | None) -> None:
-        """Puts a concept in, in place of the one before; None restores the base."""
+    def load(self, *concepts: Concept | None, rest: str = "concepts") -> None:
+        """Puts concepts in, in place of those before; None restores the base.
+
+        Several stand side by side, each with its own K/V (`RoutedConcepts`, where `rest` is explained).
+
+        Raises:
+            UserError: one does not fit this base; the base is restored then.
+        """
+        given = [concept for concept in concepts if concept is not None]
         with self._lock:
             self._texts.clear()     # a word means something else with another concept
             if self._applied:
                 self._applied.remove()
                 self._applied = self.concept = None
-            if concept:
-                self._applied = AppliedConcept(self.model, concept, self.identity, self.any_base)
-                self.concept = concept
+            if len(given) > 1:
+                self._applied = RoutedConcepts(self.model, given, self.identity, self.any_base, rest)
+            elif given:
+                self._applied = AppliedConcept(self.model, given[0], self.identity, self.any_base)
+            if self._applied:
+                self.concept = self._applied.concept
 
     def adopt(self, concept: Concept) -> None:
         """Samples with a concept whose words and weights are in the model already, as of one that is being trained."""
@@ -279,7 +293,10 @@ class Generator:
             self._texts.clear()
         for text in texts:
             if (text, kind) not in self._texts:
-                self._texts[text, kind] = self.model.cond_stage_model([text])[0]
+                features = self.model.cond_stage_model([text])[0]                              # (T, D)
+                if isinstance(self._applied, RoutedConcepts):
+                    features = self._applied.widen(features, text)                             # (T, (1 + files) D)
+                self._texts[text, kind] = features
         return torch.stack([self._texts[text, kind] for text in texts])
 
     def _shape(self, settings: SampleConfig) -> tuple[int, int, int]:

@@ -155,8 +155,8 @@ def test_every_prompt_has_the_concept_it_names(small_world: SmallWorld, joint_ge
         "a <new3> <new4> dog beside <new1> <new2> cat", "a <new1> <new2> cat in the snow"]
     first, second = ["<new1>", "<new2>", "cat"], ["<new3>", "<new4>", "dog"]
     assert named(joint_generator, concept) == [first, second, second + first, first]
-    assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a car beside man", "a dog in the snow"]
-    assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["car", "man"], ["dog"]]
+    assert auxiliary.prompts == ["a dog in the snow", "a cat on the beach", "a man beside car", "a dog in the snow"]
+    assert named(joint_generator, auxiliary) == [["dog"], ["cat"], ["man", "car"], ["dog"]]
     assert concept.phrases.any(dim=2).tolist() == [[True, False], [False, True], [True, True], [True, False]]
     divided = small_world.sample_config("dci.ablation=no_full_prompt").dci
     alone, rest = joint_generator.prompts.token_sets(prompts[:2], divided)

@@ -245,14 +245,9 @@ class AppliedConcept:
 
     def __init__(self, model: LatentDiffusion, concept: Concept, base: Mapping[str, str], any_base: bool = False):
         check_base(concept, base, any_base)     # a concept for another base would draw noise
+        check_fit(model, concept)
         self.model, self.concept = model, concept
         unet = dict(model.model.diffusion_model.named_parameters())
-        wrong = concept.misfits(unet)
-        width = model.cond_stage_model.embedding.embedding_dim
-        if wrong or any(len(vector) != width for vector in concept.words.values()):
-            raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
-                            f"{len(wrong)} tensors differ ({', '.join(wrong[:2]) or 'word vectors of another width'}); "
-                            "draw with the model it was made for.")
         if concept.words:                                                       # may refuse; so before any change
             # Words are the concept's, not to be trained.
             model.cond_stage_model.add_words(concept.words).requires_grad_(False)
@@ -300,6 +295,20 @@ class AppliedConcept:
         """Restores the base's tensors and vocabulary."""
         self._write(self._originals)
         self.model.cond_stage_model.clear_words()
+
+
+def check_fit(model: LatentDiffusion, concept: Concept) -> None:
+    """Compares a concept's tensors with a model's.
+
+    Raises:
+        UserError: it lacks some of them, or has them in other shapes.
+    """
+    wrong = concept.misfits(dict(model.model.diffusion_model.named_parameters()))
+    width = model.cond_stage_model.embedding.embedding_dim
+    if wrong or any(len(vector) != width for vector in concept.words.values()):
+        raise UserError(f"the concept was made for the base '{concept.base['name']}' and does not fit this model: "
+                        f"{len(wrong)} tensors differ ({', '.join(wrong[:2]) or 'word vectors of another width'}); "
+                        "draw with the model it was made for.")
 
 
 def check_base(concept: Concept, base: Mapping[str, str], any_base: bool) -> None:

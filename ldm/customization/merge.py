@@ -123,7 +123,7 @@ def _wanted(concepts: Sequence[Concept], rows: Sequence[Tensor], base: Mapping[s
     """Returns V^T - C W0^T (s, d) of each weight: what concepts' own weights change of their words' keys and values."""
     learned = []
     for concept in concepts:
-        learned += [_of_keys_and_values(concept, base)] * len(concept.schemes)
+        learned += [keys_and_values(concept, base)] * len(concept.schemes)
     wanted = {}
     for name in sorted(set().union(*learned)):
         nothing = torch.zeros_like(base[name], dtype=torch.float64)      # of concepts that are words alone
@@ -152,7 +152,7 @@ def with_own_words(concepts: Sequence[Concept]) -> list[Concept]:
     return found
 
 
-def _of_keys_and_values(concept: Concept, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def keys_and_values(concept: Concept, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns what a concept learned, all K/V or none, as differences in float64."""
     found = differences(concept, base)
     kv = selected(base, "crossattn-kv")

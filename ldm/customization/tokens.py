@@ -64,8 +64,8 @@ class Cut:
 
     @property
     def concepts(self) -> tuple[int, ...]:
-        """The concepts that are mentioned, each once, in the order of their numbers."""
-        return tuple(sorted(set(self.mentions)))
+        """The concepts that are mentioned, each once, in the order of their first mentions."""
+        return tuple(dict.fromkeys(self.mentions))
 
     def fill(self, nouns: Mapping[int, str], articles: bool = True) -> list[str]:
         """Returns the alternation piece, noun, piece, ... with a noun for each concept; articles are made to fit."""
@@ -75,26 +75,33 @@ class Cut:
         return [*alternation, self.pieces[-1]]
 
 
-def cut(prompt: str, concepts: Sequence[str]) -> Cut:
-    """Cuts a prompt at every mention of one of the concepts; `{}` mentions the first.
+def find(prompt: str, concepts: Sequence[str]) -> Cut:
+    """Cuts a prompt at every mention of one of the concepts, or nowhere; `{}` mentions the first.
 
     Spaces and letter case within the mention may differ.
-
-    Raises:
-        UserError: the prompt mentions none.
     """
     spelled = [clean(concept) for concept in concepts]
     # The longest first: "<new1> cat" must not be found inside "<new1> cat house".
     ways = [re.escape(concept) for concept in sorted(spelled, key=len, reverse=True)]
     parts = re.split(rf"((?<!\w)(?:{'|'.join(ways)})(?!\w)|{re.escape(PLACEHOLDER)})", clean(prompt),
                      flags=re.IGNORECASE)
-    if len(parts) == 1:
-        quoted = " or ".join([PLACEHOLDER, *(f"'{concept}'" for concept in concepts)])
-        raise UserError(f"the prompt '{prompt}' does not mention the concept; write {quoted} where it stands.")
     mentions = []
     for mention in parts[1::2]:
         mentions.append(0 if mention == PLACEHOLDER else [one.lower() for one in spelled].index(mention.lower()))
     return Cut(tuple(parts[::2]), tuple(mentions))
+
+
+def cut(prompt: str, concepts: Sequence[str]) -> Cut:
+    """Cuts a prompt at every mention of one of the concepts; `{}` mentions the first.
+
+    Raises:
+        UserError: the prompt mentions none.
+    """
+    found = find(prompt, concepts)
+    if not found.mentions:
+        quoted = " or ".join([PLACEHOLDER, *(f"'{concept}'" for concept in concepts)])
+        raise UserError(f"the prompt '{prompt}' does not mention the concept; write {quoted} where it stands.")
+    return found
 
 
 def split_at_concept(prompt: str, concept: str) -> list[str]:
@@ -115,13 +122,13 @@ def cut_at_schemes(prompt: str, schemes: Sequence[PromptScheme]) -> Cut:
     return cut(prompt, [scheme.concept for scheme in schemes])
 
 
-def named_scheme(prompt: str, schemes: Sequence[PromptScheme]) -> PromptScheme:
-    """Returns the first of a concept file's schemes that a prompt mentions.
+def named_schemes(prompt: str, schemes: Sequence[PromptScheme]) -> list[PromptScheme]:
+    """Returns those of a file's concepts that a prompt mentions, in the order of their first mentions.
 
     Raises:
         UserError: the prompt mentions none.
     """
-    return schemes[cut_at_schemes(prompt, schemes).concepts[0]]
+    return [schemes[index] for index in cut_at_schemes(prompt, schemes).concepts]
 
 
 def fit_article(before: str, noun: str) -> str:
@@ -276,7 +283,7 @@ def auxiliary_nouns(embedder: FrozenCLIPEmbedder, found: Cut, schemes: Sequence[
     """Returns the noun that stands for each concept a prompt mentions; no two are the same.
 
     Args:
-        wanted: of one concept its noun; of several their nouns with commas between, in the order of the concepts.
+        wanted: of one concept its noun; of several their nouns with commas between, in the order of first mentions.
 
     Raises:
         UserError: there are more nouns than concepts, or one is a class noun itself, or empty.

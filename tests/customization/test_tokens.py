@@ -273,9 +273,9 @@ def test_several_concepts_have_token_sets_and_nouns_of_their_own(two_words):
     concept = tokens.concept_prompt(two_words, prompt, PAIR)
     auxiliary = tokens.auxiliary_prompt(two_words, prompt, PAIR)
     assert concept.prompts == ["a <new2> dog beside <new1> cat and the <new2> dog"]
-    assert auxiliary.prompts == ["a car beside man and the car"]      # neither cat nor dog, and no two the same
+    assert auxiliary.prompts == ["a man beside car and the man"]      # neither cat nor dog, and no two the same
     assert concept.phrases.shape == auxiliary.phrases.shape == (1, 2, two_words.max_length)
-    for sets, first, second in ((concept, "<new1> cat", "<new2> dog <new2> dog"), (auxiliary, "man", "car car")):
+    for sets, first, second in ((concept, "<new1> cat", "<new2> dog <new2> dog"), (auxiliary, "car", "man man")):
         found = [two_words.tokenizer.decode(two_words.tokenize(sets.prompts)[0][mask]) for mask in sets.phrases[0]]
         assert ["".join(text.split()) for text in found] == ["".join(first.split()), "".join(second.split())]
     assert "".join(words(two_words, auxiliary, auxiliary.others)) == "abesideandthe"
@@ -285,12 +285,12 @@ def test_a_prompt_that_names_one_of_two_concepts_has_an_empty_set_for_the_other(
     sets = tokens.concept_prompt(two_words, "a <new2> dog on grass", PAIR)
     assert not sets.phrases[0, 0].any() and int(sets.phrases[0, 1].sum()) == len(two_words.content_ids("<new2> dog"))
     assert tokens.auxiliary_prompt(two_words, "a <new2> dog on grass", PAIR).prompts == ["a cat on grass"]
-    assert tokens.named_scheme("a <new2> dog on grass", PAIR) is PAIR[1]
+    assert tokens.named_schemes("a <new2> dog on grass", PAIR) == [PAIR[1]]
 
 
 @pytest.mark.parametrize(("wanted", "prompt"), [("toy,bag", "a toy beside a bag"), ("toy", "a toy beside a man"),
                                                 (" old toy , bag", "an old toy beside a bag")])
-def test_nouns_are_wanted_in_the_order_of_the_concepts(two_words, wanted, prompt):
+def test_nouns_are_wanted_in_the_order_of_mentions(two_words, wanted, prompt):
     assert tokens.auxiliary_prompt(two_words, "a {} beside a <new2> dog", PAIR, wanted).prompts == [prompt]
 
 
