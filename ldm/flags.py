@@ -83,7 +83,8 @@ SAMPLING_FLAGS = (
     Flag("W", "width", int), Flag("seed", "seed", int), Flag("precision", "precision"),
     Flag("compile", "compile", None),
     Flag("use_dci", "dci.use", yes_or_no, "sample with DCI too, true or false"),
-    Flag("replace_noun", "dci.replace_noun", help="auxiliary noun, or auto: by the context"),
+    Flag("replace_noun", "dci.replace_noun", help="auxiliary noun, or auto: by the context; "
+         "of several concepts noun,noun"),
     Flag("agg_lambda", "dci.agg_lambda", strength, "strengths of the injection; auto [STRENGTH ...] keeps one for each "
          "prompt and seed", many=True),
     Flag("agg_time", "dci.agg_time", float, "share of steps with two branches"),

@@ -200,6 +200,8 @@ class Generator:
                 told = self.prompts.told([request.prompt for request in batch], dci)
                 for image, request, texts in zip(images, batch, told, strict=True):
                     record = record_of(request, texts, settings, size, self.identity, self.concept)
+                    if isinstance(self._applied, RoutedConcepts):
+                        record["rest"] = self._applied.rest
                     yield Sample(image, request, record, masks.get(request, []))
                 if progress:
                     progress(len(batch))

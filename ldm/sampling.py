@@ -17,7 +17,7 @@ from ldm.choice import Chooser, load_chooser
 from ldm.comparison import comparison_sheet
 from ldm.config import SampleConfig, typed
 from ldm.config_files import save_config
-from ldm.customization.delta import Concept, load_concept
+from ldm.customization.delta import Concept, load_concepts
 from ldm.customization.tokens import AUTO
 from ldm.data.captions import captioned
 from ldm.data.images import Unusable, decode, open_image
@@ -43,7 +43,7 @@ class Written:
     files: list[Path]
 
 
-def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts: Sequence[str],
+def rehearse(config: SampleConfig | DictConfig, concepts: Sequence[Concept], prompts: Sequence[str],
              masks: bool = False) -> Generator:
     """Plans a run without the base's weights, and returns a generator that can tell of it but cannot draw.
 
@@ -51,9 +51,9 @@ def rehearse(config: SampleConfig | DictConfig, concept: Concept | None, prompts
         UserError: what `Generator.requests` refuses; a concept that does not fit the model; no image has masks.
     """
     # On the meta device: no weights, no memory.
-    identity = dict(concept.base) if concept else {}
-    generator = Generator(empty_model(config.model), identity, "meta")
-    generator.load(concept)
+    identity = dict(concepts[0].base) if concepts else {}
+    generator = Generator(empty_model(config.model), identity, "meta", any_base=config.base.any_base)
+    generator.load(*concepts)
     requests = generator.requests(prompts, config)
     if masks:
         watched_requests(requests)
@@ -67,23 +67,26 @@ def check_run(config: SampleConfig | DictConfig) -> None:
         raise UserError("no model is configured; add configs/model/*.yaml with -b.")
 
 
-def load_generator(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...] = (),
+def load_generator(config: SampleConfig | DictConfig, files: Sequence[Path] = (), words: tuple[str, ...] = (),
                    class_noun: str | Sequence[str] = "", prompts: Sequence[str] = (),
                    masks: bool = False) -> Generator:
-    """Builds the base and puts the concept in; mistakes are refused first, those in `prompts` too if they are given."""
+    """Builds the base and puts concept files in; mistakes are refused first, those in `prompts` too if they are given.
+
+    `words` and `class_noun` are what foreign files do not say (`load_concepts`).
+    """
     check_run(config)     # in the order of what it costs to find out
     device = choose_device(config.device)
-    concept = load_concept(concept_path, words, class_noun) if concept_path else None
+    concepts = load_concepts(files, words, class_noun)
     if prompts:     # mistakes in them come to light before 4 GB are read
-        rehearse(config, concept, prompts, masks)
+        rehearse(config, concepts, prompts, masks)
     precision = supported_precision(config.precision, device)     # weights are cast as they are read, not after
     model, identity = build_model(config.model, config.base, FORMATS.get(precision, torch.float32))
     generator = Generator(model, identity, device, precision, config.compile, config.base.any_base)
-    generator.load(concept)
+    generator.load(*concepts, rest=config.rest)
     return generator
 
 
-def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) -> Chooser | None:
+def chooser_for(config: SampleConfig | DictConfig, files: Sequence[Path]) -> Chooser | None:
     """Returns what chooses lambda, where the configuration asks for that.
 
     Raises:
@@ -91,7 +94,7 @@ def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) ->
     """
     config = typed(config)
     choice = config.dci.choice
-    if not (choice.use and config.dci.use and concept_path):
+    if not (choice.use and config.dci.use and files):
         return None
     if choice.metric == "small_clip" and config.base.ckpt:
         raise UserError("lambda is chosen by a CLIP, and the one that ships knows the embedded model's world only; "
@@ -99,23 +102,23 @@ def chooser_for(config: SampleConfig | DictConfig, concept_path: Path | None) ->
     if choice.metric != "small_clip" and not choice.weights:
         raise UserError(f"the weights of '{choice.metric}', which is to choose lambda, are not given; name their file "
                         "with dci.choice.weights=FILE.")
-    references = reference_images(concept_path)
+    references = reference_images(files)
     if choice.references:
         references = [open_image(path) for path in captioned(Path(choice.references), captions=False).paths]
     if not references:
         raise UserError(f"lambda is chosen by likeness to the concept's photos, and there are none beside "
-                        f"'{concept_path}'; name their folder with dci.choice.references=FOLDER.")
+                        f"'{files[0]}'; name their folder with dci.choice.references=FOLDER.")
     return load_chooser(choice, references, choose_device(config.device))
 
 
-def token_table(config: SampleConfig | DictConfig, concept_path: Path | None, words: tuple[str, ...],
+def token_table(config: SampleConfig | DictConfig, files: Sequence[Path], words: tuple[str, ...],
                 class_noun: str | Sequence[str], prompts: Sequence[str]) -> str:
     """Returns the tokens of both branches' prompts; weights are read only where they choose the auxiliary noun."""
     if config.dci.replace_noun == AUTO:
-        return load_generator(config, concept_path, words, class_noun, prompts).prompts.describe(prompts, config.dci)
+        return load_generator(config, files, words, class_noun, prompts).prompts.describe(prompts, config.dci)
     check_run(config)
-    concept = load_concept(concept_path, words, class_noun) if concept_path else None
-    return rehearse(config, concept, prompts).prompts.describe(prompts, config.dci)
+    concepts = load_concepts(files, words, class_noun)
+    return rehearse(config, concepts, prompts).prompts.describe(prompts, config.dci)
 
 
 def file_name(number: int, sample: Sample, first_seed: int) -> str:
@@ -175,7 +178,7 @@ def first_free_number(outdir: Path) -> int:
 
 
 def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts: Sequence[str], outdir: Path,
-               concept_path: Path | None = None, grid: bool = True, masks: bool = False,
+               concept_files: Sequence[Path] = (), grid: bool = True, masks: bool = False,
                chooser: Chooser | None = None) -> Written:
     """Draws all prompts into `outdir`/samples and lays them out as sheets; `chooser` keeps one strength of each.
 
@@ -189,7 +192,7 @@ def sample_run(generator: Generator, config: SampleConfig | DictConfig, prompts:
     watched: list[ImageRequest] = []
     if masks:
         watched = watched_requests(requests, chooser is not None)
-    references = reference_images(concept_path) if grid else []     # only shown, never measured
+    references = reference_images(concept_files) if grid else []     # only shown, never measured
     first, tail = claim_names(outdir, config, len(prompts))     # from here on the folder has a place for this run
     if first:
         print(f"'{outdir}' holds images already; those of this run are numbered from {first:03d}", flush=True)
@@ -257,15 +260,21 @@ def print_auxiliary(generator: Generator, config: SampleConfig | DictConfig, req
         print(f"auxiliary noun: {', '.join(told)}", flush=True)
 
 
-def reference_images(concept_path: Path | None) -> list[Image.Image]:
-    """Returns the reference images beside a run's concept file, as training saved them; none for other files.
+def reference_images(files: Sequence[Path]) -> list[Image.Image]:
+    """Returns the reference images beside runs' concept files, of each in turn; none for other files."""
+    sets = []
+    for file in files:
+        sets.append(_references_of(file))
+    return [image for images in itertools.zip_longest(*sets) for image in images if image is not None]
+
+
+def _references_of(file: Path) -> list[Image.Image]:
+    """Returns the reference images beside a run's concept file, as training saved them.
 
     They only stand beside what is drawn, so one that cannot be read is named and left out.
     """
     # logs/<run>/checkpoints/step-*.safetensors.
-    if concept_path is None:
-        return []
-    folder = concept_path.parent.parent / "images" / "references"
+    folder = file.parent.parent / "images" / "references"
     if not folder.is_dir():
         return []
     found = []

@@ -42,8 +42,8 @@ def draw(options, config: SampleConfig) -> list:
     from ldm.evaluation.image_sets import read_prompts, sampled_images
     from ldm.sampling import chooser_for, load_generator, sample_run
     prompts = read_prompts(options.from_file or Path(PROMPTS))
-    chooser = chooser_for(config, options.delta_ckpt)
-    generator = load_generator(config, options.delta_ckpt, class_noun=options.class_noun, prompts=prompts)
+    chooser = chooser_for(config, [options.delta_ckpt])
+    generator = load_generator(config, [options.delta_ckpt], class_noun=options.class_noun, prompts=prompts)
     claim(options.outdir)       # measuring comes last, and drawing takes hours
     return sampled_images(sample_run(generator, config, prompts, options.outdir, grid=False, chooser=chooser).files)
 

@@ -33,22 +33,6 @@ def parser() -> cli.Parser:
     return parser
 
 
-def read_concepts(paths: Sequence[Path], nouns: Sequence[str]) -> list:
-    """Reads the concept files; nouns go to those that do not say theirs."""
-    from ldm.customization.delta import load_concept
-    found, left = [], list(nouns)
-    for path in paths:
-        try:
-            found.append(load_concept(path))
-        except UserError:
-            if not left:
-                raise
-            found.append(load_concept(path, class_noun=left.pop(0)))
-    if left:
-        raise UserError(f"class noun '{left[0]}' is not needed: the concept files say theirs; leave it out.")
-    return found
-
-
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
     if options.ridge < 0:
@@ -56,8 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.out.exists():
         raise UserError(f"'{options.out}' exists already; remove it first, or choose another name.")
     from ldm.base import build_model  # torch loads only when there is work for it
+    from ldm.customization.delta import load_concepts
     from ldm.customization.merge import merge
-    concepts = read_concepts(options.concepts, options.class_noun)
+    concepts = load_concepts(options.concepts, class_noun=options.class_noun)
     if len(concepts) == 1:
         write_atomically(options.out, lambda part: shutil.copyfile(options.concepts[0], part))
         return print(f"{options.out}: one concept, nothing to merge; it is '{options.concepts[0]}' as it is")

@@ -22,7 +22,8 @@ def parser() -> cli.Parser:
     parser = cli.Parser(__doc__, schema=SampleConfig, shipped=SHIPPED)
     parser.add_argument("--config", action="append", default=[], help="one more configuration file")
     parser.add_base()
-    parser.add_argument("--delta_ckpt", type=Path, help="concept file; also the release's or Custom Diffusion's")
+    parser.add_argument("--delta_ckpt", type=Path, nargs="+", default=[], help="concept file, also of other tools; "
+                        "several stand side by side, and a prompt may name them all")
     parser.add_foreign()
     parser.add_argument("--prompt", action="append", help="what to draw; {} stands for the concept; may be repeated")
     parser.add_argument("--from-file", "--from_file", type=shipped, help="a file with one prompt per line")

@@ -85,7 +85,7 @@ def test_one_strength_is_kept_for_each_prompt_and_seed(chooser: Chooser, samples
 def test_a_run_writes_the_chosen_images_with_their_scores(chooser: Chooser, generator: Generator, small_run: Run,
                                                           small_world: SmallWorld, tmp_path: Path) -> None:
     config = small_world.sample_config("n_samples=2", "dci.agg_lambda=[0.0,1.0]", "dci.choice.use=true", "steps=2")
-    written = sample_run(generator, config, ["a {} in the snow"], tmp_path, small_run.concept, masks=True,
+    written = sample_run(generator, config, ["a {} in the snow"], tmp_path, [small_run.concept], masks=True,
                          chooser=chooser)
     assert written.images == len(written.files) == 4                       # plain and chosen, of two seeds
     for path in written.files[2:]:
@@ -108,14 +108,14 @@ def test_what_lambda_cannot_be_chosen_by_is_refused(small_world: SmallWorld, sma
         ChoiceConfig(tolerance=2.1)
     wanted = small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]")
     with pytest.raises(UserError, match="knows the embedded model's world only; give another"):
-        chooser_for(wanted, small_run.concept)
+        chooser_for(wanted, [small_run.concept])
     with pytest.raises(UserError, match=r"weights of 'clip_b32'.* name their file with dci.choice.weights=FILE"):
         chooser_for(small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]",
-                                              "dci.choice.metric=clip_b32"), small_run.concept)
+                                              "dci.choice.metric=clip_b32"), [small_run.concept])
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes(small_run.concept.read_bytes())
     wanted = small_world.sample_config("dci.choice.use=true", "dci.agg_lambda=[0.0,1.0]", "base.ckpt=null")
     with pytest.raises(UserError, match=r"there are none beside '.*alone.safetensors'; name their folder"):
-        chooser_for(wanted, alone)
-    assert chooser_for(small_world.sample_config(), small_run.concept) is None
+        chooser_for(wanted, [alone])
+    assert chooser_for(small_world.sample_config(), [small_run.concept]) is None
 

@@ -257,14 +257,14 @@ def test_sweep_files_merge(added: list[str]) -> None:
     config = merge(SweepConfig, [CONFIGS / "sweep" / f"{name}.yaml" for name in ["tiny", *added]])
     for method in config.methods:
         training = training_of(config, method)
-        assert training.method.words == ["<new1>", "<new2>", "<new3>"][:len(training.method.words)]
+        assert training.method.words == [f"<new{number + 1}>" for number in range(len(training.method.words))]
     for subject in subjects(config):
         assert len(captioned(Path(subject.training(config, config.method).concepts[0].images)).paths) == 5
 
 
 def test_the_files_of_whole_runs_are_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From any folder, and whatever else a file says wins over what it includes."""
-    parts = {"tiny": ("model/tiny", "method/ico_for_dci", "method/tiny", "concept/brick_wall/star_bear"),
+    parts = {"tiny": ("model/tiny", "method/ico_for_dci", "method/tiny", "concept/brick_wall/ringed_teapot"),
              "sd-v1": ("model/sd-v1", "method/ico_for_dci"),
              "sd-v1-custom-diffusion": ("model/sd-v1", "method/custom_diffusion")}
     monkeypatch.chdir(tmp_path)

@@ -567,7 +567,7 @@ def test_lines_fit_whatever_the_words() -> None:
 def test_draw_run_writes_every_image_and_a_sheet(small_world: SmallWorld, small_run: Run,
                                                    small_generator: Generator, tmp_path: Path) -> None:
     config = small_world.sample_config("n_samples=2", "dci.agg_lambda=[0.0,1.0]")
-    written = sample_run(small_generator, config, [PROMPT, "{}", PROMPT], tmp_path, small_run.concept, masks=True)
+    written = sample_run(small_generator, config, [PROMPT, "{}", PROMPT], tmp_path, [small_run.concept], masks=True)
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert written.images == len(names) == 2 * 2 * 3 and "000-01-a-in-the-snow-lambda+1.00.png" in names
     assert [path.relative_to(tmp_path).as_posix() for path in written.sheets] == \

@@ -144,6 +144,37 @@ def load_concept(path: str | os.PathLike[str], words: tuple[str, ...] = (),
     return _read_foreign(path, words, tuple(noun for noun in nouns if noun))
 
 
+def load_concepts(paths: Sequence[str | os.PathLike[str]], words: tuple[str, ...] = (),
+                  class_noun: str | Sequence[str] = "") -> list[Concept]:
+    """Reads concept files that shall be used together.
+
+    Args:
+        words: of a single foreign file.
+        class_noun: of foreign files, one for each that does not say it, in their order; of a single file as
+            `load_concept` takes it.
+
+    Raises:
+        UserError: as `load_concept`; or a noun is not needed.
+    """
+    nouns = [class_noun] if isinstance(class_noun, str) else list(class_noun)
+    if len(paths) == 1:
+        return [load_concept(paths[0], words, nouns)]
+    if words:
+        raise UserError("--modifier_token names the words of one file; import each file on its own first "
+                        "(scripts/convert.py), or leave it out.")
+    found, left = [], [noun for noun in nouns if noun]
+    for path in paths:
+        try:
+            found.append(load_concept(path))
+        except UserError:
+            if not left:
+                raise
+            found.append(load_concept(path, class_noun=left.pop(0)))
+    if left:
+        raise UserError(f"class noun '{left[0]}' is not needed: the concept files say theirs; leave it out.")
+    return found
+
+
 def _read_own(path: Path) -> Concept:
     """Reads a concept file of ours.
 

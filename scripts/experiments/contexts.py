@@ -48,7 +48,7 @@ def prompts_of(scheme: PromptScheme, image: int) -> dict[str, str]:
 def tuned_generator(concept: Concept) -> Generator:
     """Returns a generator with the concept's weights that knows contexts as words, and takes any prompt."""
     widened = replace(concept, words={**concept.words, **concept.contexts})
-    base = load_generator(merge(SampleConfig, [CONFIG]), None)
+    base = load_generator(merge(SampleConfig, [CONFIG]))
     base.load(widened)
     return Generator(base.model, base.identity, base.model.device)     # told of no concept: prompts are plain texts
 
@@ -66,7 +66,7 @@ def scenes_seen(images: Sequence[Image.Image]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
-    concept, references = load_concept(options.delta_ckpt), reference_images(options.delta_ckpt)
+    concept, references = load_concept(options.delta_ckpt), reference_images([options.delta_ckpt])
     if not concept.contexts:
         raise UserError(f"'{options.delta_ckpt}' holds no contexts; give a concept file that was trained with ICO.")
     if not references:

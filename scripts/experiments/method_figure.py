@@ -126,11 +126,11 @@ def draw_images(figure: plt.Figure, generator: Generator, request: ImageRequest,
 
 def main(arguments: Sequence[str]) -> None:
     options = parser().parse_command(arguments)
-    references = reference_images(options.delta_ckpt)
+    references = reference_images([options.delta_ckpt])
     if not references:
         raise UserError(f"there are no reference images beside '{options.delta_ckpt}'; give one in its run's folder.")
     settings = merge(SampleConfig, [CONFIG])
-    generator = load_generator(settings, options.delta_ckpt, prompts=[options.prompt])
+    generator = load_generator(settings, [options.delta_ckpt], prompts=[options.prompt])
     request = ImageRequest(options.prompt, options.seed, options.strength)
     _, auxiliary = generator.prompts.token_sets([options.prompt], settings.dci)
     class_noun = generator.concept.scheme.class_noun

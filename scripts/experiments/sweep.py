@@ -56,7 +56,7 @@ class Sweep:
     @cached_property
     def generator(self) -> Generator:
         """The base model, built when it is first needed."""
-        return load_generator(Job("", BASE, 0).sampling(self.config), None)
+        return load_generator(Job("", BASE, 0).sampling(self.config))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Refuses jobs that cannot be carried out, before any work.

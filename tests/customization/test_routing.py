@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Run, SmallWorld
+from conftest import Call, Run, SmallWorld
 from torch import Tensor
 
 from ldm.customization.delta import Concept, load_concept
 from ldm.customization.ico import PromptScheme
-from ldm.customization.routing import RoutedConcepts
 from ldm.customization.selection import trained_parameters
 from ldm.pipeline import Generator
 from ldm.requests import ImageRequest
+from ldm.sheets import read_settings
 from ldm.util import UserError
 
 BOTH, CAT = "a {} beside a <new3> <new4> dog", "a <new1> <new2> cat in the snow"
@@ -125,8 +126,9 @@ def test_taking_them_off_leaves_the_base_to_the_bit(generator: Generator, small_
 
 def test_what_is_more_than_keys_and_values_is_refused_and_changes_nothing(generator: Generator, cat: Concept,
                                                                          dog: Concept) -> None:
-    query = next(iter(trained_parameters(generator.model.model.diffusion_model, "crossattn-kv"))).replace("to_k", "to_q")
-    shape = generator.model.model.diffusion_model.get_parameter(query).shape
+    network = generator.model.model.diffusion_model
+    query = next(iter(trained_parameters(network, "crossattn-kv"))).replace("to_k", "to_q")
+    shape = network.get_parameter(query).shape
     whole = dataclasses.replace(dog, differences={**dog.differences, query: torch.ones(shape)})
     before = {name: value.clone() for name, value in generator.model.state_dict().items()}
     with pytest.raises(UserError, match="changes more than K/V .*which cannot be merged"):
@@ -146,4 +148,22 @@ def test_images_say_which_concepts_they_show(generator: Generator, small_world: 
     assert joint.settings["text"] == "a <new1> <new2> cat beside a <new3> <new4> dog"
     assert joint.settings["auxiliary_text"] == "a man beside a car"
     assert not np.array_equal(np.asarray(plain.image), np.asarray(joint.image))
-    assert isinstance(generator._applied, RoutedConcepts)
+    assert joint.settings["rest"] == "concepts"
+
+
+def test_two_files_on_the_command_line(call_script: Call, small_world: SmallWorld, small_run: Run,
+                                       tmp_path: Path) -> None:
+    """The same file twice: the second one's words get names of their own."""
+    files = ["-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, small_run.concept]
+    prompt = "a {} beside a <new3> <new4> cat in the snow"
+    outcome = call_script("sample", *files, "steps=2", "rest=base", "--prompt", prompt, "--outdir", tmp_path)
+    assert outcome.status == 0 and "auxiliary noun: dog, man" in outcome.out
+    (image,) = (tmp_path / "samples").glob("*lambda*.png")
+    settings = read_settings(image)
+    assert settings["text"] == "a <new1> <new2> cat beside a <new3> <new4> cat in the snow"
+    assert settings["auxiliary_text"] == "a dog beside a man in the snow" and settings["rest"] == "base"
+    tokens = call_script("sample", *files, "--prompt", prompt, "--show_tokens")
+    assert tokens.status == 0 and "<new3>" in tokens.out
+    for more, message in ((["--class_noun", "cat"], "class noun 'cat' is not needed"),
+                          (["--modifier_token", "<new1>"], "names the words of one file")):
+        assert message in call_script("sample", *files, "--prompt", prompt, *more).error

@@ -31,7 +31,7 @@ def test_a_row_for_each_reference_and_what_was_counted(small_world: SmallWorld, 
     """With the small model in the embedded one's place; the wall is in every image that has V, says the judge."""
     asked = []
 
-    def small(config: object, concept: object) -> Generator:
+    def small(config: object) -> Generator:
         return Generator(*small_world.build())
 
     def scenes(images: list[Image.Image]) -> list[str]:

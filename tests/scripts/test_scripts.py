@@ -118,12 +118,12 @@ def test_importing_the_commands_is_light_and_errors_are_one_line(small_world: Sm
 @pytest.mark.parametrize(("script", "entry"), [
     ("sample", "--ddim_steps DDIM_STEPS sampling steps; more take longer (steps; default: 50; SD v1: 200)"),
     ("sample", "--H H of images in px; null is the model's own (height) --W"),
-    ("sample", "(dci.agg_lambda; default: [-2.0, 0.0, 2.0]; SD v1: [0.0])"),
+    ("sample", "(dci.agg_lambda; default: [0.0, 1.0, 2.0]; SD v1: [0.0])"),
     ("sample", "left out: configs/sample-tiny.yaml; SD v1: configs/sample-sd-v1.yaml"),
     ("sample", "--from_file FROM_FILE a file with one prompt per line"), ("sample", "--skip_grid write no sheet --"),
     ("train", "--init_ctx INIT_CTX words the prefix contexts start from (method.prefix; default: a) --"),
     ("train", "where run folders go (trainer.logdir; default: logs) -s"),
-    ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: teddy bear)"),
+    ("train", "what the thing is, e.g. 'tortoise plushy' (concepts.0.class_noun; default: teapot)"),
     ("evaluate", "images per prompt, by seeds (n_samples; default: 1)"),
     ("evaluate", "(default: outputs/evaluation)"),
     ("tradeoff", "usage: tradeoff.py [claim NAME ...] [options] [key=value ...]")])
@@ -257,8 +257,8 @@ def test_familiar_training_flags(call_script: Call) -> None:
 
 def test_untouched_training_is_the_embedded_example(call_script: Call) -> None:
     config = train_settings(call_script)
-    assert config.base.ckpt is None and len(config.method.words) == 3
-    assert config.concepts[0].name == "star_bear"
+    assert config.base.ckpt is None and len(config.method.words) == 6
+    assert config.concepts[0].name == "ringed_teapot"
     assert train_settings(call_script, "--class_noun", "dog").concepts[0].images == config.concepts[0].images
     assert train_settings(call_script, "--gpus", "0,").trainer.devices == 1
     assert all(train_settings(call_script, "--gpus", text).trainer.devices == 3 for text in ("0,1,2", "3"))
