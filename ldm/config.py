@@ -232,7 +232,7 @@ class ChoiceConfig:
     use: bool = False                     # keep one of dci.agg_lambda, the weakest one that follows the prompt
     # Differences of cosines; those of larger CLIPs are smaller, and want smaller values.
     margin: float = 0.5                   # how much less like the references than the plain image it may be
-    tolerance: float = 0.03               # how much less like the prompt than the best one it may be
+    tolerance: float = 0.02               # how much less like the prompt than the best one it may be
     metric: str = "small_clip"            # which CLIP judges: small_clip (embedded model) | clip_b32 | clip_l14
     weights: str | None = None            # that CLIP's file; the small one ships
     references: str | None = None         # folder of photos of the concept; null: those beside the concept file
