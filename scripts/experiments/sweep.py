@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -205,7 +206,7 @@ def share_out(sweep: Sweep, metrics: Metrics, jobs: Sequence[Job], workers: int)
     workers = min(workers, len(groups))
     pace = Pace(shares(sweep.runs, missing), workers)
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, \
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent) as pool, \
             progress_bar(len(jobs), len(jobs) - len(missing)) as bar:
         pending = {pool.submit(_carry_out, sweep.config, sweep.outdir, metrics, group, threads) for group in order}
         try:
@@ -230,6 +231,15 @@ def _carry_out(config: SweepConfig, outdir: Path, metrics: Metrics, jobs: Sequen
     sys.stderr = open(os.devnull, "w")          # several bars on one terminal would overwrite each other
     torch.set_num_threads(threads)
     Sweep(config, outdir, load_scorer(*metrics)).run(jobs, quiet=True)
+
+
+def end_with_parent() -> None:
+    """Has this process end when the one that started it is gone: a killed one cannot say so."""
+    def wait_for_it() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def in_order(jobs: Sequence[Job]) -> list[Job]:

@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +182,35 @@ def test_processes_share_the_work(small_world: SmallWorld, tmp_path: Path, call_
     with pytest.raises(UserError, match="metric 'smell' is unknown"):
         share_out(sweep, (["smell"], {}), jobs, workers=2)
     assert "--workers is 0" in call_script("tradeoff", "-b", file, "--workers", "0").error
+
+
+def test_a_killed_sweep_takes_its_processes_along() -> None:
+    """Without it they drew on for nobody."""
+    code = ("import multiprocessing, os, time\nfrom concurrent.futures import ProcessPoolExecutor\n"
+            "from experiments.sweep import end_with_parent\n"
+            "pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), end_with_parent)\n"
+            "print(pool.submit(os.getpid).result(), flush=True)\npool.submit(time.sleep, 100).result()\n")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONPATH": path})
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)                   # it is there
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and alive(child):
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+def alive(process: int) -> bool:
+    """Says whether a process runs; one that has ended and waits to be fetched does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_a_longer_run_goes_on_from_the_shorter(config: SweepConfig, tmp_path: Path,
