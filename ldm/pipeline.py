@@ -270,7 +270,7 @@ class Generator:
             layout = BranchLayout.UNGUIDED     # without guidance there is no unconditional row
         _, height, width = self._shape(settings)
         control = DBIMControl(
-            concept_tokens=concept.phrases.to(device), concept_prompt=concept.content.to(device),
+            concept_tokens=concept.mentioned.to(device), concept_prompt=concept.content.to(device),
             context_tokens=auxiliary.others.to(device), context_prompt=auxiliary.content.to(device),
             strength=torch.tensor([request.strength for request in batch], device=device), layout=layout,
             full_pixels=height * width, masked=dci.ablation != "no_mask",

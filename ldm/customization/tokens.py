@@ -36,6 +36,14 @@ class TokenSets:
         return self.phrases.any(dim=1)
 
     @property
+    def mentioned(self) -> Tensor:
+        """The phrases that are there, in front, (B, M, T); M is the most that one of the prompts has."""
+        there = self.phrases.any(dim=2)                                                     # (B, K)
+        front = there.int().argsort(dim=1, descending=True, stable=True)                    # (B, K)
+        sorted_phrases = self.phrases[torch.arange(len(front))[:, None], front]             # (B, K, T)
+        return sorted_phrases[:, :int(there.sum(dim=1).max())]
+
+    @property
     def others(self) -> Tensor:
         """Content tokens outside the noun phrases, (B, T): the paper's S^a, if these are auxiliary prompts."""
         return self.content & ~self.named
@@ -70,7 +78,7 @@ class Cut:
     def fill(self, nouns: Mapping[int, str], articles: bool = True) -> list[str]:
         """Returns the alternation piece, noun, piece, ... with a noun for each concept; articles are made to fit."""
         alternation: list[str] = []
-        for piece, concept in zip(self.pieces, self.mentions, strict=False):
+        for piece, concept in zip(self.pieces[:-1], self.mentions, strict=True):
             alternation += [fit_article(piece, nouns[concept]) if articles else piece, nouns[concept]]
         return [*alternation, self.pieces[-1]]
 
@@ -140,9 +148,9 @@ def fit_article(before: str, noun: str) -> str:
     return re.sub(r"\b(an?)(\s+)$", fitting, before, flags=re.IGNORECASE)
 
 
-def join_pieces(pieces: Sequence[str], noun: str, articles: bool = True) -> list[str]:
+def join_pieces(pieces: Sequence[str], noun: str) -> list[str]:
     """Puts `noun` between pieces and returns the alternation piece, noun, piece, ...; articles are made to fit."""
-    return Cut(tuple(pieces), (0,) * (len(pieces) - 1)).fill({0: noun}, articles)
+    return Cut(tuple(pieces), (0,) * (len(pieces) - 1)).fill({0: noun})
 
 
 def token_sets(embedder: FrozenCLIPEmbedder, parts: Sequence[str], mentions: Sequence[int] = (0,),
@@ -226,11 +234,26 @@ def auxiliary_noun(class_noun: str, pieces: Sequence[str], wanted: str | None) -
     return wanted.strip()
 
 
-def chosen_noun(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str], wanted: str | None) -> str:
-    """Returns the auxiliary noun of a prompt cut at the concept: by its context where `wanted` is "auto"."""
+def chosen_noun(embedder: FrozenCLIPEmbedder, class_noun: str, pieces: Sequence[str], wanted: str | None,
+                others: Sequence[str] = ()) -> str:
+    """Returns the auxiliary noun of a prompt cut at the concept: by its context where `wanted` is "auto".
+
+    Args:
+        others: nouns that stand for other concepts of the prompt, there or in its second branch.
+
+    Raises:
+        UserError: the wanted noun is one of these, or as `auxiliary_noun`.
+    """
+    taken = " ".join([class_noun, *others])
     if wanted == AUTO:
-        return noun_for_context(embedder, class_noun, pieces)
-    return auxiliary_noun(class_noun, pieces, wanted)
+        return noun_for_context(embedder, taken, pieces)
+    if wanted is None:
+        return choose_auxiliary_noun(taken, pieces)
+    noun = auxiliary_noun(class_noun, pieces, wanted)
+    if noun.lower() in [other.lower() for other in others]:
+        raise UserError(f"the auxiliary noun '{noun}' stands for another concept of the prompt; give each concept one "
+                        "of its own.")
+    return noun
 
 
 @torch.no_grad()
@@ -286,22 +309,26 @@ def auxiliary_nouns(embedder: FrozenCLIPEmbedder, found: Cut, schemes: Sequence[
         wanted: of one concept its noun; of several their nouns with commas between, in the order of first mentions.
 
     Raises:
-        UserError: there are more nouns than concepts, or one is a class noun itself, or empty.
+        UserError: there are more nouns than concepts, or one is a class noun, another's noun, or empty.
     """
-    given = [None] if wanted is None else wanted.split(",") if len(found.concepts) > 1 else [wanted]
-    if wanted == AUTO:
-        given = [AUTO] * len(found.concepts)
-    if len(given) > len(found.concepts):
-        raise UserError(f"'{wanted}' are {len(given)} auxiliary nouns for {len(found.concepts)} concepts of a prompt; "
-                        "give one for each with --replace_noun, commas between.")
+    given = _nouns_given(wanted, len(found.concepts))
     nouns: dict[int, str] = {}
-    for place, concept in enumerate(found.concepts):
+    for concept, noun in zip(found.concepts, given, strict=True):
         others = [schemes[other].class_noun for other in found.concepts if other != concept]
-        # What a noun must not be: a word of the prompt, another class, another auxiliary noun.
-        pieces = [*found.pieces, *others, *nouns.values()]
-        noun = given[place] if place < len(given) else None
-        nouns[concept] = chosen_noun(embedder, schemes[concept].class_noun, pieces, noun)
+        others += nouns.values()
+        nouns[concept] = chosen_noun(embedder, schemes[concept].class_noun, found.pieces, noun, others)
     return nouns
+
+
+def _nouns_given(wanted: str | None, count: int) -> list[str | None]:
+    """Returns what is wanted for each of `count` concepts; None where nothing is."""
+    if count == 1 or wanted in (None, AUTO):
+        return [wanted] * count
+    nouns = wanted.split(",")
+    if len(nouns) > count:
+        raise UserError(f"'{wanted}' are {len(nouns)} auxiliary nouns for {count} concepts of a prompt; give one for "
+                        "each with --replace_noun, commas between.")
+    return nouns + [None] * (count - len(nouns))
 
 
 def divided_prompt(embedder: FrozenCLIPEmbedder, prompt: str,

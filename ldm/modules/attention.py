@@ -110,12 +110,13 @@ class CrossAttention(nn.Module):
         """Applies DBIM to per-head outputs (B, H, N, d); only two branches' probabilities are ever formed."""
         probs_c, probs_a = (self._probabilities(control.layout.block(q, name), control.layout.block(k, name))
                             for name in ("concept", "auxiliary"))                        # (B/n, H, N, T)
-        if control.concept_sets.shape[1] > 1:
+        logits = dbim.concept_logits(probs_c, control)                                   # (B/n, K, H, N)
+        if logits.shape[1] > 1 and control.masked:
             out_c, v_c = control.layout.block(out, "concept"), control.layout.block(v, "concept")
-            apart = dbim.keep_apart(probs_c, control).to(v.dtype) @ v_c                  # (B/n, H, N, d)
+            apart = dbim.keep_apart(probs_c, logits, control).to(v.dtype) @ v_c          # (B/n, H, N, d)
             # A prompt of one concept is drawn as if there were no others, to the bit.
             out = control.layout.replace(out, "concept", torch.where(control.several, apart, out_c))
-        masks = self.masks(torch.stack(dbim.integration_masks(probs_c, probs_a, control)))  # (2, B/n, H, N)
+        masks = self.masks(torch.stack(dbim.integration_masks(logits, probs_a, control)))  # (2, B/n, H, N)
         return dbim.integrate(out, masks, control.layout)
 
     def _probabilities(self, q: Tensor, k: Tensor) -> Tensor:

@@ -107,17 +107,17 @@ def branch_map(probs: Tensor, tokens: Tensor, prompt: Tensor, gain: float) -> Te
     return (shares * tokens[:, None, None, :]).sum(dim=-1)                     # (B, H, N)
 
 
-def integration_masks(probs_c: Tensor, probs_a: Tensor, control: DBIMControl) -> tuple[Tensor, Tensor]:
+def integration_masks(logits: Tensor, probs_a: Tensor, control: DBIMControl) -> tuple[Tensor, Tensor]:
     """Computes the aggregation masks (M^c, M^a) of Eq 3-4, both (B, H, N) float32 with M^c + M^a = 1.
 
-    Of several concepts the strongest counts at each pixel, so that lambda means what it means for one. Without masks
-    both are 1, as the paper's ablation adds the two branches directly (Fig. 10).
+    Of several concepts, whose `logits` are `concept_logits`, the strongest counts at each pixel, so that lambda means
+    what it means for one. Without masks both are 1, as the paper's ablation adds the two branches directly (Fig. 10).
     """
+    s_c = logits.amax(dim=1)                                                   # (B, H, N)
     if not control.masked:
-        one = torch.ones(probs_c.shape[:-1], device=probs_c.device)
+        one = torch.ones_like(s_c)
         return one, one
     m_a = branch_map(probs_a, control.context_tokens, control.context_prompt, control.token_gain)   # Eq 3
-    s_c = concept_logits(probs_c, control).amax(dim=1)                         # (B, H, N)
     s_a = _mask_sum(control) * (control.spatial_gain * m_a).softmax(dim=-1)    # (B, H, N)
     lam = control.strength.reshape(-1, 1, 1)                                   # (1 or B, 1, 1)
     mask_c = torch.sigmoid(s_c - lam * s_a)                                    # softmax over two branches, Eq 4
@@ -144,13 +144,12 @@ def concept_logits(probs_c: Tensor, control: DBIMControl) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
-def keep_apart(probs_c: Tensor, control: DBIMControl) -> Tensor:
+def keep_apart(probs_c: Tensor, logits: Tensor, control: DBIMControl) -> Tensor:
     """Lets each concept fade where another one is: the concept branch's attention (B, H, N, T), shared out anew.
 
-    Ours, for several concepts in one prompt (the paper has one): with the logits s_i of Eq 4, attention to the tokens
+    Ours, for several concepts in one prompt (the paper has one): with their logits s_i (Eq 4), attention to the tokens
     of concept i is multiplied by exp(s_i - max_k s_k), which is 1 where it rules, and divided by its new sum.
     """
-    logits = concept_logits(probs_c, control)                                  # (B, K, H, N)
     fading = (logits - logits.amax(dim=1, keepdim=True)).exp()                 # (B, K, H, N)
     share = torch.ones_like(probs_c)                                           # (B, H, N, T)
     for one, tokens in zip(fading.unbind(dim=1), control.concept_sets.unbind(dim=1), strict=True):

@@ -285,6 +285,10 @@ def test_a_prompt_that_names_one_of_two_concepts_has_an_empty_set_for_the_other(
     sets = tokens.concept_prompt(two_words, "a <new2> dog on grass", PAIR)
     assert not sets.phrases[0, 0].any() and int(sets.phrases[0, 1].sum()) == len(two_words.content_ids("<new2> dog"))
     assert tokens.auxiliary_prompt(two_words, "a <new2> dog on grass", PAIR).prompts == ["a cat on grass"]
+    assert torch.equal(sets.mentioned, sets.phrases[:, 1:])           # what is not there costs nothing
+    both = stack([sets, tokens.concept_prompt(two_words, "a {} beside a <new2> dog", PAIR)])
+    assert both.mentioned.any(dim=2).tolist() == [[True, False], [True, True]]
+    assert torch.equal(both.mentioned[0, 0], sets.phrases[0, 1]) and torch.equal(both.mentioned[1], both.phrases[1])
     assert tokens.named_schemes("a <new2> dog on grass", PAIR) == [PAIR[1]]
 
 
@@ -297,6 +301,8 @@ def test_nouns_are_wanted_in_the_order_of_mentions(two_words, wanted, prompt):
 def test_bad_nouns_for_several_concepts_are_refused(two_words):
     for wanted, message in (("toy,bag,car", "'toy,bag,car' are 3 auxiliary nouns for 2 concepts"),
                             ("toy,dog", "the auxiliary noun 'dog' is the class noun itself"),
+                            ("dog,toy", "'dog' stands for another concept of the prompt"),
+                            ("toy,Toy", "'Toy' stands for another concept of the prompt"),
                             ("toy,", "the auxiliary noun is empty")):
         with pytest.raises(UserError, match=message):
             tokens.auxiliary_prompt(two_words, "a {} beside a <new2> dog", PAIR, wanted)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.base import build_model
 from ldm.config import BaseConfig
 from ldm.modules.attention import CrossAttention, SpatialTransformer, record_masks
-from ldm.modules.dbim import BranchLayout, DBIMControl, integration_masks
+from ldm.modules.dbim import BranchLayout, DBIMControl, concept_logits, integration_masks
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import UserError
 
@@ -281,8 +281,12 @@ def random_probs(pixels: int, seed: int, spread: float = 3.0) -> Tensor:
     return (spread * torch.randn(1, 2, pixels, POSITIONS, generator=rng)).softmax(dim=-1)
 
 
+def masks_of(probs_c: Tensor, probs_a: Tensor, control: DBIMControl) -> tuple[Tensor, Tensor]:
+    return integration_masks(concept_logits(probs_c, control), probs_a, control)
+
+
 def test_masks_sum_to_one():
-    masks = integration_masks(random_probs(64, 6), random_probs(64, 7), make_control(0.5))
+    masks = masks_of(random_probs(64, 6), random_probs(64, 7), make_control(0.5))
     assert masks[0].dtype == torch.float32 and masks[0].shape == (1, 2, 64) and masks[0].std() > 0.01
     assert close(masks[0] + masks[1], torch.ones(1, 2, 64))
 
@@ -294,7 +298,7 @@ def test_shares_of_the_auxiliary_branch_under_uniform_attention(side, printed):
     """lambda -2, -1, 0, 1, 2 at the four layer sizes of a 512x512 image."""
     probs = torch.full((1, 1, side * side, POSITIONS), 1 / POSITIONS)
     for strength, text in zip((-2.0, -1.0, 0.0, 1.0, 2.0), printed, strict=True):
-        _, mask_a = integration_masks(probs, probs, make_control(strength, full_pixels=64 * 64))
+        _, mask_a = masks_of(probs, probs, make_control(strength, full_pixels=64 * 64))
         decimals = len(text.partition(".")[2])
         assert {f"{share:.{decimals}f}" for share in mask_a.flatten().tolist()} == {text}
 
@@ -306,7 +310,7 @@ def test_a_layers_mean_logit_depends_on_its_relative_resolution_alone(full, fact
     full_pixels = full[0] * full[1]
     pixels = full_pixels // factor**2
     probs = (random_probs(pixels, seed, spread=0.1) for seed in (8, 9))   # mild: a mask near 1 loses its logit
-    mask_c, _ = integration_masks(*probs, make_control(0.0, full_pixels=full_pixels))
+    mask_c, _ = masks_of(*probs, make_control(0.0, full_pixels=full_pixels))
     assert mask_c.double().logit().mean().item() == pytest.approx(500 / 4096 * factor**2, rel=1e-4)
 
 
@@ -322,7 +326,7 @@ def test_an_inverted_auxiliary_set_is_not_the_papers(layer):
 
 
 def test_strength_zero_is_not_off(layer):
-    masks = integration_masks(random_probs(4096, 10), random_probs(4096, 11), make_control(0.0, full_pixels=4096))
+    masks = masks_of(random_probs(4096, 10), random_probs(4096, 11), make_control(0.0, full_pixels=4096))
     assert 0.0 < masks[1].min() and masks[1].max() <= 0.5
     branches = random_branches()
     out = run(layer, branches, make_control(0.0))["concept"]
@@ -374,6 +378,9 @@ def test_the_order_of_concepts_does_not_matter_and_a_twin_adds_nothing(layer):
     assert close(run(layer, branches, several(0.5, [CAT, CAT]))["concept"],
                  run(layer, branches, several(0.5, [CAT]))["concept"])
     assert torch.equal(found["auxiliary"], run(layer, branches, None)["auxiliary"])
+    # Without masks the outputs are added, of however many concepts.
+    bare = [run(layer, branches, replace(several(0.5, sets), masked=False))["concept"] for sets in ([CAT, DOG], [CAT])]
+    assert torch.equal(*bare)
 
 
 def test_a_concept_that_a_prompt_does_not_mention_is_as_if_it_were_not_there(layer):
