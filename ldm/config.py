@@ -293,7 +293,7 @@ class SampleConfig:
     batch_size: int = 4                   # images sampled together; does not change them
     seed: int = 42                        # of a prompt's first image; the next ones count on
     plain: bool = True                    # draw the fine-tuned model without DCI too
-    rest: str = "concepts"                # whose K/V the end of prompts takes, of several files: concepts | base
+    padding: str = "concepts"             # whose K/V prompts' ends take, with several files: concepts | base
     precision: str = "full"               # full | bf16 | fp16, of the weights; autocast leaves them in full
     compile: bool = False                 # compile the U-Net: minutes once, then faster; for many images of a size
     device: str = "auto"                  # auto | cpu | cuda | mps
@@ -301,7 +301,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_choice("sampler", self.sampler, ("ddim", "plms", "dpm_solver"))
         check_choice("precision", self.precision, ("full", "bf16", "fp16", "autocast"))
-        check_choice("rest", self.rest, ("concepts", "base"))
+        check_choice("padding", self.padding, ("concepts", "base"))
         if not 0.0 <= self.eta <= 1.0:
             raise UserError(f"eta {self.eta} is out of range; give a number between 0 and 1.")
         if self.eta > 0 and self.sampler != "ddim":

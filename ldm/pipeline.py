@@ -119,10 +119,10 @@ class Generator:
         self._applied: AppliedConcept | RoutedConcepts | None = None
         self._lock = threading.Lock()      # a concept changes the module, so requests take turns
 
-    def load(self, *concepts: Concept | None, rest: str = "concepts") -> None:
+    def load(self, *concepts: Concept | None, padding: str = "concepts") -> None:
         """Puts concepts in, in place of those before; None restores the base.
 
-        Several stand side by side, each with its own K/V (`RoutedConcepts`, where `rest` is explained).
+        Several stand side by side, each with its own K/V (`RoutedConcepts`, where `padding` is explained).
 
         Raises:
             UserError: one does not fit this base; the base is restored then.
@@ -134,7 +134,7 @@ class Generator:
                 self._applied.remove()
                 self._applied = self.concept = None
             if len(given) > 1:
-                self._applied = RoutedConcepts(self.model, given, self.identity, self.any_base, rest)
+                self._applied = RoutedConcepts(self.model, given, self.identity, self.any_base, padding)
             elif given:
                 self._applied = AppliedConcept(self.model, given[0], self.identity, self.any_base)
             if self._applied:
@@ -201,7 +201,7 @@ class Generator:
                 for image, request, texts in zip(images, batch, told, strict=True):
                     record = record_of(request, texts, settings, size, self.identity, self.concept)
                     if isinstance(self._applied, RoutedConcepts):
-                        record["rest"] = self._applied.rest
+                        record["padding"] = self._applied.padding
                     yield Sample(image, request, record, masks.get(request, []))
                 if progress:
                     progress(len(batch))

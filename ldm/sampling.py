@@ -82,7 +82,7 @@ def load_generator(config: SampleConfig | DictConfig, files: Sequence[Path] = ()
     precision = supported_precision(config.precision, device)     # weights are cast as they are read, not after
     model, identity = build_model(config.model, config.base, FORMATS.get(precision, torch.float32))
     generator = Generator(model, identity, device, precision, config.compile, config.base.any_base)
-    generator.load(*concepts, rest=config.rest)
+    generator.load(*concepts, padding=config.padding)
     return generator
 
 

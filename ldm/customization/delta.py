@@ -75,6 +75,11 @@ class Concept:
         """The (first) concept's prompt scheme."""
         return self.schemes[0]
 
+    @property
+    def changed(self) -> list[str]:
+        """Names of the changed weights, however they are held."""
+        return [*self.weights, *self.differences, *self.factors]
+
     def misfits(self, unet: Mapping[str, Tensor]) -> list[str]:
         """Names the changed weights that a U-Net of these weights does not have in their shape."""
         wrong = []
@@ -283,8 +288,7 @@ class AppliedConcept:
             # Words are the concept's, not to be trained.
             model.cond_stage_model.add_words(concept.words).requires_grad_(False)
         # On the model's device; about 38 MB for SD v1.
-        self._originals = {name: unet[name].detach().clone() 
-                           for name in (*concept.weights, *concept.differences, *concept.factors)}
+        self._originals = {name: unet[name].detach().clone() for name in concept.changed}
         self._write_concept()
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def merge(model: LatentDiffusion, base: Mapping[str, str], concepts: Sequence[Co
     for concept in concepts:
         check_base(concept, base, any_base)
     renamed = with_own_words(concepts)
-    schemes = _all_schemes(renamed)
+    schemes = all_schemes(renamed)
     weights = {name: value.detach().cpu() for name, value in model.model.diffusion_model.named_parameters()}
     with _words_in(model, renamed):
         rows = [target_rows(model, scheme) for scheme in schemes]                       # of each (s_i, D)
@@ -92,7 +92,7 @@ def merge(model: LatentDiffusion, base: Mapping[str, str], concepts: Sequence[Co
         raise UserError(f"the captions' {len(r)} tokens, or the concepts' words, leave too much open ({error}); give "
                         "more captions, or a --ridge above 0.") from error
     info = {"merged": [scheme.concept for scheme in schemes], "ridge": ridge}
-    merged = Concept(_all_words(renamed), {}, {}, schemes, dict(base), max(one.step for one in renamed), info,
+    merged = Concept(all_words(renamed), {}, {}, schemes, dict(base), max(one.step for one in renamed), info,
                      {name: change.float() for name, change in changes.items()})
     residual = _ratio([c @ changes[name].T - wanted[name] for name in wanted], wanted.values())
     before = {name: weights[name].double() for name in changes}
@@ -153,13 +153,17 @@ def with_own_words(concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def keys_and_values(concept: Concept, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what a concept learned, all K/V or none, as differences in float64."""
+    """Returns what a concept learned, all K/V or none, as differences in float64.
+
+    Raises:
+        UserError: it changes other weights too, or some K/V only.
+    """
     found = differences(concept, base)
     kv = selected(base, "crossattn-kv")
     others = [name for name in found if name not in kv]
     if others:
-        raise UserError(f"'{concept.scheme.concept}' changes more than K/V ({named(others)}), which cannot be merged; "
-                        "merge concepts trained with method.train=crossattn-kv.")
+        raise UserError(f"'{concept.scheme.concept}' changes more than K/V ({named(others)}), which is not kept apart "
+                        "from other concepts; put together those trained with method.train=crossattn-kv.")
     if found and len(found) < len(kv):
         missing = [name for name in kv if name not in found]
         raise UserError(f"'{concept.scheme.concept}' changes {len(found)} of {len(kv)} K/V weights, not "
@@ -172,7 +176,7 @@ def _words_in(model: LatentDiffusion, concepts: Sequence[Concept]) -> Iterator[N
     """Gives the text encoder the words of all concepts, for a while."""
     encoder = model.cond_stage_model
     try:
-        words = _all_words(concepts)
+        words = all_words(concepts)
         if words:
             encoder.add_words(words).requires_grad_(False)
         yield
@@ -180,7 +184,7 @@ def _words_in(model: LatentDiffusion, concepts: Sequence[Concept]) -> Iterator[N
         encoder.clear_words()
 
 
-def _all_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
+def all_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
     """Returns the words of all concepts, in their order."""
     words: dict[str, Tensor] = {}
     for concept in concepts:
@@ -188,7 +192,7 @@ def _all_words(concepts: Sequence[Concept]) -> dict[str, Tensor]:
     return words
 
 
-def _all_schemes(concepts: Sequence[Concept]) -> tuple[PromptScheme, ...]:
+def all_schemes(concepts: Sequence[Concept]) -> tuple[PromptScheme, ...]:
     """Returns the schemes of all concepts, numbered anew; contexts are dropped."""
     schemes = [scheme for concept in concepts for scheme in concept.schemes]
     return tuple(replace(scheme, prefix=0, suffix=0, index=index) for index, scheme in enumerate(schemes))

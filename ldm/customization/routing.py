@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ldm.customization import tokens
 from ldm.customization.delta import Concept, check_base, check_fit
-from ldm.customization.merge import keys_and_values, with_own_words
+from ldm.customization.merge import all_schemes, all_words, keys_and_values, with_own_words
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.dbim import BranchLayout
 
@@ -32,41 +31,39 @@ class RoutedConcepts:
     Args:
         model: the base, of the identity `base`.
         any_base: takes concepts that were made for another base, with a warning.
-        rest: whose K/V the end token and the padding of a prompt go through: "concepts", the mean of those that the
-            prompt mentions, or "base".
+        padding: whose K/V a prompt's end token and padding go through: "concepts", the mean of those that it mentions,
+            or "base".
 
     Raises:
         UserError: a concept was made for another base, does not fit this model, or changes more than K/V.
     """
 
     def __init__(self, model: LatentDiffusion, concepts: Sequence[Concept], base: Mapping[str, str],
-                 any_base: bool = False, rest: str = "concepts"):
-        self.model, self.rest = model, rest
+                 any_base: bool = False, padding: str = "concepts"):
+        self.model, self.padding = model, padding
         for concept in concepts:
             check_base(concept, base, any_base)
             check_fit(model, concept)
         files = with_own_words(concepts)
-        self.concept = side_by_side(files, base)
+        step = max(file.step for file in files)
+        self.concept = Concept(all_words(files), {}, {}, all_schemes(files), dict(base), step)
         self._owners: list[int] = []                    # which file each scheme is of
         for index, file in enumerate(files):
             self._owners += [index] * len(file.schemes)
-        network = model.model.diffusion_model
-        weights = dict(network.named_parameters())
-        on_cpu = {name: _on_cpu(value) for name, value in weights.items()}
-        changes = [keys_and_values(file, on_cpu) for file in files]
+        wide = wider_weights(model, files)              # may refuse, as words may; so before any change
         if self.concept.words:
             model.cond_stage_model.add_words(self.concept.words).requires_grad_(False)
         self._originals: dict[nn.Linear, nn.Parameter] = {}
-        for name in sorted(set().union(*changes)):
-            layer, own = network.get_submodule(name.removesuffix(".weight")), weights[name]
-            # In float64, as differences are; half precision would round what was learned away.
-            blocks = [on_cpu[name].double() + change.get(name, 0.0) for change in [{}, *changes]]
-            self._originals[layer] = own
-            layer.weight = nn.Parameter(torch.cat(blocks, dim=1).to(own), requires_grad=False)
+        for name, weight in wide.items():
+            layer = model.model.diffusion_model.get_submodule(name.removesuffix(".weight"))
+            self._originals[layer] = layer.weight
+            layer.weight = nn.Parameter(weight, requires_grad=False)
 
     @torch.no_grad()
     def widen(self, features: Tensor, text: str) -> Tensor:
         """Returns a text's features (T, D) as the wider K/V take them, (T, (1 + files) D)."""
+        if not self._originals:         # words alone: no K/V became wider
+            return features
         shares = self.shares(text).to(features)                                        # (T, 1 + files)
         return (shares[:, :, None] * features[:, None]).flatten(1)
 
@@ -83,7 +80,7 @@ class RoutedConcepts:
             if phrase.any():
                 mentioned.append(owner)
                 shares[phrase, 0], shares[phrase, 1 + owner] = 0.0, 1.0
-        if self.rest == "concepts":
+        if self.padding == "concepts":
             first = int(sets.content[0].nonzero().max()) + 1                           # the end token, then padding
             shares[first:, 0] = 0.0
             for owner in mentioned:
@@ -102,18 +99,27 @@ class RoutedConcepts:
         self.model.cond_stage_model.clear_words()
 
 
+def wider_weights(model: LatentDiffusion, files: Sequence[Concept]) -> dict[str, Tensor]:
+    """Returns [W_0 W_1 ... W_n] (d, (1 + n) D) of each layer that one of the files changes, by names of the U-Net.
+
+    Raises:
+        UserError: a file changes more than K/V.
+    """
+    base = dict(model.model.diffusion_model.named_parameters())
+    for name in {name for file in files for name in file.changed}:
+        base[name] = _on_cpu(base[name])
+    changes = [keys_and_values(file, base) for file in files]
+    wide = {}
+    for name in sorted(set().union(*changes)):
+        own = model.model.diffusion_model.get_parameter(name)
+        # In float64, as differences are; half precision would round what was learned away.
+        blocks = [base[name].double() + change.get(name, 0.0) for change in [{}, *changes]]
+        wide[name] = torch.cat(blocks, dim=1).to(own)
+    return wide
+
+
 def _on_cpu(weight: Tensor) -> Tensor:
     """Returns a weight on the CPU; of a model without weights, zeros that take no memory."""
     if weight.device.type == "meta":
         return torch.zeros(()).expand(weight.shape)
     return weight.detach().cpu()
-
-
-def side_by_side(files: Sequence[Concept], base: Mapping[str, str]) -> Concept:
-    """Returns the words and schemes of several files, numbered on, without weights."""
-    schemes = [scheme for file in files for scheme in file.schemes]
-    numbered = tuple(replace(scheme, index=index) for index, scheme in enumerate(schemes))
-    words: dict[str, Tensor] = {}
-    for file in files:
-        words |= file.words
-    return Concept(words, {}, {}, numbered, dict(base), max(file.step for file in files))

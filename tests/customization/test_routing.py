@@ -50,14 +50,14 @@ def draw(generator: Generator, world: SmallWorld, prompt: str, strength: float |
     return generator.latents([ImageRequest(prompt, 5, strength)], world.sample_config("steps=2"))
 
 
-@pytest.mark.parametrize("rest", ["base", "concepts"])
+@pytest.mark.parametrize("padding", ["base", "concepts"])
 def test_every_token_meets_the_weights_of_its_owner(generator: Generator, cat: Concept, dog: Concept,
-                                                    rest: str) -> None:
+                                                    padding: str) -> None:
     """Keys of a layer, against each weight applied to its tokens alone."""
     name = next(name for name in cat.differences if name.endswith("to_k.weight"))
     layer = generator.model.model.diffusion_model.get_submodule(name.removesuffix(".weight"))
     base = layer.weight.detach().clone()
-    generator.load(cat, dog, rest=rest)
+    generator.load(cat, dog, padding=padding)
     assert [scheme.words for scheme in generator.concept.schemes] == [("<new1>", "<new2>"), ("<new3>", "<new4>")]
     text = generator.prompts.texts([BOTH])[0]
     encoder = generator.model.cond_stage_model
@@ -70,7 +70,7 @@ def test_every_token_meets_the_weights_of_its_owner(generator: Generator, cat: C
     for start, concept, owner in ((first, "<new1> <new2> cat", "cat"), (second, "<new3> <new4> dog", "dog")):
         for place in range(len(encoder.content_ids(concept))):
             owners[1 + start + place] = owner
-    if rest == "concepts":
+    if padding == "concepts":
         weights["mean"] = (weights["cat"] + weights["dog"]) / 2
         owners[1 + len(ids):] = ["mean"] * (len(features) - len(ids) - 1)
     expected = torch.stack([feature @ weights[owner].T for feature, owner in zip(features, owners, strict=True)])
@@ -87,7 +87,6 @@ def test_others_beside_it_change_no_concept(generator: Generator, small_world: S
         generator.load(cat, *others)
         found.append(draw(generator, small_world, CAT, strength))
     assert torch.allclose(found[0], found[1], atol=1e-4) and torch.allclose(found[0], found[2], atol=1e-4)
-    generator.load(None)
     generator.load(cat)
     assert (draw(generator, small_world, CAT, strength) - found[0]).abs().max() > 1e-3      # the rest is the base's
 
@@ -109,6 +108,11 @@ def test_concepts_that_learned_no_weights_are_the_base_with_words(generator: Gen
     routed = draw(generator, small_world, CAT)
     generator.load(still[0])
     assert torch.allclose(draw(generator, small_world, CAT), routed, atol=1e-4)
+    embeddings = [dataclasses.replace(concept, differences={}) for concept in (cat, dog)]
+    generator.load(*embeddings)
+    beside = draw(generator, small_world, CAT)
+    generator.load(embeddings[0])
+    assert torch.equal(draw(generator, small_world, CAT), beside)
 
 
 def test_taking_them_off_leaves_the_base_to_the_bit(generator: Generator, small_world: SmallWorld, cat: Concept,
@@ -131,7 +135,7 @@ def test_what_is_more_than_keys_and_values_is_refused_and_changes_nothing(genera
     shape = network.get_parameter(query).shape
     whole = dataclasses.replace(dog, differences={**dog.differences, query: torch.ones(shape)})
     before = {name: value.clone() for name, value in generator.model.state_dict().items()}
-    with pytest.raises(UserError, match="changes more than K/V .*which cannot be merged"):
+    with pytest.raises(UserError, match="changes more than K/V .*not kept apart from other concepts"):
         generator.load(cat, whole)
     with pytest.raises(UserError, match="was made for the base 'other'"):
         generator.load(cat, dataclasses.replace(dog, base={"name": "other", "hash": "0", "network": "0"}))
@@ -148,7 +152,7 @@ def test_images_say_which_concepts_they_show(generator: Generator, small_world: 
     assert joint.settings["text"] == "a <new1> <new2> cat beside a <new3> <new4> dog"
     assert joint.settings["auxiliary_text"] == "a man beside a car"
     assert not np.array_equal(np.asarray(plain.image), np.asarray(joint.image))
-    assert joint.settings["rest"] == "concepts"
+    assert joint.settings["padding"] == "concepts"
 
 
 def test_two_files_on_the_command_line(call_script: Call, small_world: SmallWorld, small_run: Run,
@@ -156,12 +160,12 @@ def test_two_files_on_the_command_line(call_script: Call, small_world: SmallWorl
     """The same file twice: the second one's words get names of their own."""
     files = ["-b", *small_world.sampling_files, "--delta_ckpt", small_run.concept, small_run.concept]
     prompt = "a {} beside a <new3> <new4> cat in the snow"
-    outcome = call_script("sample", *files, "steps=2", "rest=base", "--prompt", prompt, "--outdir", tmp_path)
+    outcome = call_script("sample", *files, "steps=2", "padding=base", "--prompt", prompt, "--outdir", tmp_path)
     assert outcome.status == 0 and "auxiliary noun: dog, man" in outcome.out
     (image,) = (tmp_path / "samples").glob("*lambda*.png")
     settings = read_settings(image)
     assert settings["text"] == "a <new1> <new2> cat beside a <new3> <new4> cat in the snow"
-    assert settings["auxiliary_text"] == "a dog beside a man in the snow" and settings["rest"] == "base"
+    assert settings["auxiliary_text"] == "a dog beside a man in the snow" and settings["padding"] == "base"
     tokens = call_script("sample", *files, "--prompt", prompt, "--show_tokens")
     assert tokens.status == 0 and "<new3>" in tokens.out
     for more, message in ((["--class_noun", "cat"], "class noun 'cat' is not needed"),
