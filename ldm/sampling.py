@@ -18,6 +18,7 @@ from ldm.comparison import comparison_sheet
 from ldm.config import SampleConfig, typed
 from ldm.config_files import save_config
 from ldm.customization.delta import Concept, load_concepts
+from ldm.customization.merge import with_own_words
 from ldm.customization.tokens import AUTO
 from ldm.data.captions import captioned
 from ldm.data.images import Unusable, decode, open_image
@@ -77,6 +78,10 @@ def load_generator(config: SampleConfig | DictConfig, files: Sequence[Path] = ()
     check_run(config)     # in the order of what it costs to find out
     device = choose_device(config.device)
     concepts = load_concepts(files, words, class_noun)
+    if len(concepts) > 1:       # words that two files share are renamed
+        for file, concept in zip(files, with_own_words(concepts), strict=True):
+            for scheme in concept.schemes:
+                print(f"'{file}' in prompts: {scheme.concept}", flush=True)
     if prompts:     # mistakes in them come to light before 4 GB are read
         rehearse(config, concepts, prompts, masks)
     precision = supported_precision(config.precision, device)     # weights are cast as they are read, not after

@@ -162,6 +162,7 @@ def test_two_files_on_the_command_line(call_script: Call, small_world: SmallWorl
     prompt = "a {} beside a <new3> <new4> cat in the snow"
     outcome = call_script("sample", *files, "steps=2", "padding=base", "--prompt", prompt, "--outdir", tmp_path)
     assert outcome.status == 0 and "auxiliary noun: dog, man" in outcome.out
+    assert "in prompts: <new1> <new2> cat\n" in outcome.out and "in prompts: <new3> <new4> cat\n" in outcome.out
     (image,) = (tmp_path / "samples").glob("*lambda*.png")
     settings = read_settings(image)
     assert settings["text"] == "a <new1> <new2> cat beside a <new3> <new4> cat in the snow"
