@@ -295,6 +295,7 @@ def cast_weights(model: nn.Module, wanted: Callable[[str], torch.dtype],
             bytes_of[key] = value.nbytes
     for keys in _batches(bytes_of):
         source = read() if read else model.state_dict()
+        # Not strict: a batch is a part of the model's own keys, and what it lacks stays as it is.
         model.load_state_dict({key: source[key].to(wanted(key)) for key in keys}, strict=False, assign=True)
 
 

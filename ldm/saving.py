@@ -32,7 +32,7 @@ def _sort_metadata(path: Path) -> None:
     """Puts a safetensors file's metadata in order of names: its library writes them in any order, another each time."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = json.loads(file.read(size))        # which its library has just written
         if "__metadata__" not in header:
             return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

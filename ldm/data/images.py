@@ -134,6 +134,7 @@ def _read_with(source: Path | bytes, read: Callable[[Image.Image], T]) -> T:
         raise Unusable("is empty")
     try:
         file = BytesIO(source) if isinstance(source, bytes) else source
+        # No other decoder is tried, whatever else is installed; the caller tells of bombs and of broken files.
         with Image.open(file, formats=_formats()) as image:
             return read(image)
     except UnidentifiedImageError as error:

@@ -340,7 +340,7 @@ def startup_rows(bench: Bench) -> Iterator[Finding]:
         for kind, path in files.items():
             done = subprocess.run([sys.executable, "-c", START, f"{folder}/model.yaml", str(path)], text=True,
                                   stdout=subprocess.PIPE, check=True)
-            importing, loading, memory = json.loads(done.stdout.splitlines()[-1])
+            importing, loading, memory = json.loads(done.stdout.splitlines()[-1])       # as START prints it
             size = path.stat().st_size
             yield Finding("start-up", f"import (before {kind})", importing)
             note = "" if memory is None else f"{memory / size:.2f} x the file"

@@ -29,7 +29,7 @@ OBJECT_WEIGHT = 3.0     # of an error in the object's box against one outside: s
 
 
 def records(state: Path) -> list[dict]:
-    """Return the truth of every picture of the world."""
+    """Return the truth of every picture of the world, as `world.py` wrote it into the state folder."""
     with open(state / "captions.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

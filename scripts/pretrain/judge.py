@@ -139,6 +139,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     names = labels(args.nouns)
     pictures = np.load(args.state / "judge_pictures.npy", mmap_mode="r")
+    # As `draw` left it.
     truth = targets(json.loads((args.state / "judge_truths.json").read_text()), names)
     judge = AttributeClassifier(names).to(args.device)
     forward = torch.compile(judge) if args.compile else judge

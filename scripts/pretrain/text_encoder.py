@@ -26,7 +26,7 @@ def main() -> None:
     embedder = instantiate_from_config(config)
     model = SmallCLIP(embedder, config.params.width).to(args.device)
     pictures = np.load(args.state / "pictures.npy", mmap_mode="r")
-    with open(args.state / "captions.jsonl", encoding="utf-8") as file:
+    with open(args.state / "captions.jsonl", encoding="utf-8") as file:      # as `world.py` wrote it
         captions = [json.loads(line)["caption"] for line in file]
     ids = embedder.tokenize(captions)                                               # (M, 77)
     end = (ids == embedder.tokenizer.eos_token_id).int().argmax(dim=1)              # (M,)

@@ -96,7 +96,7 @@ def printable(value: Any, most: int) -> str:
 
 
 def _entry(text: bytes) -> dict[str, Any]:
-    entry = json.loads(text)
+    entry = json.loads(text)                 # neither large nor deep: the scanner has counted
     if not isinstance(entry, dict):
         raise NoList(None)
     return entry
